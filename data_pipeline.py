@@ -918,7 +918,7 @@ def label(value: Column, bounds: Mapping[str, Any]) -> Column:
 
 def average(total: Column, count: Column, kind: str = "decimal(8,2)") -> Column:
     """The total divided by the count, rounded half up; 0 where there is nothing to count."""
-    return F.coalesce((total / F.nullif(count, F.lit(0).cast("bigint"))).cast(kind), F.lit(0).cast(kind))
+    return F.when(count == 0, F.lit(0)).otherwise(total / count).cast(kind)
 
 
 def money(total: Column) -> Column:
@@ -1298,7 +1298,7 @@ class _Run:
         self.report = report
         # What the builders may ask for, by the names of their parameters.
         self.inputs: dict[str, Any] = {"config": config, "spark": spark}
-        self.failed: dict[str, Mapping[str, int]] = {}
+        self.failed: dict[str, dict[str, int]] = {}
 
     def bronze(self) -> None:
         """Writes the tables as received, and counts on the way which rows break which rule."""
@@ -1310,32 +1310,32 @@ class _Run:
     def silver(self) -> None:
         """Divides bronze into valid and refused rows, writes the refused ones, and enriches the valid ones."""
         valid: dict[str, DataFrame] = {}
-        counts_kept = {}
         for table in tables(BRONZE):
             parents = {key: valid[parent] for key, parent in table.references.items()}
-            kept, quarantined = split(self.read(table), table, parents, self.config)
-            valid[table.name] = kept
-            # Only what silver is built of is counted: a count must pass by once.
-            self.inputs[table.name], counts_kept[table.name] = observe(
-                kept, kept=F.count(F.lit(1)), valid=F.sum("_copies")
-            )
+            valid[table.name], quarantined = split(self.read(table), table, parents, self.config)
             broken = {rule.name: F.count_if(F.array_contains("_reasons", rule.name)) for rule in table.reference_rules}
             counts = self.save(QUARANTINE, table.name, quarantined, **broken)
-            self.failed[table.name] = {**self.failed[table.name], **{name: counts[name] for name in broken}}
+            self.failed[table.name].update({name: counts[name] for name in broken})
+            self.account(table, valid[table.name])
+        self.inputs.update(valid)
         for table in tables(SILVER):
             self.save(SILVER, table.name, self.build(table))
             self.inputs[table.name] = self.read(table)
-        for table in tables(BRONZE):
-            counts = counts_kept[table.name]()
-            self.report.quality[table.name] = quality = Quality(
-                received=self.report.rows[f"{BRONZE}.{table.name}"],
-                kept=counts["kept"],
-                quarantined=self.report.rows[f"{QUARANTINE}.{table.name}"],
-                duplicates=counts["valid"] - counts["kept"],
-                failed=self.failed[table.name],
-            )
-            quality.check(table.name)
-            logger.info("%s", quality.describe(table.name))
+
+    def account(self, table: Table, valid: DataFrame) -> None:
+        """Checks that each row received is kept, quarantined or a duplicate, each counted for itself."""
+        # A query: metrics observed below a filter or join are lost when Spark finds the rest to be empty.
+        kept, copies = valid.agg(F.count(F.lit(1)), F.coalesce(F.sum("_copies"), F.lit(0))).collect()[0]
+        quality = Quality(
+            received=self.report.rows[f"{BRONZE}.{table.name}"],
+            kept=kept,
+            quarantined=self.report.rows[f"{QUARANTINE}.{table.name}"],
+            duplicates=copies - kept,
+            failed=self.failed[table.name],
+        )
+        self.report.quality[table.name] = quality
+        logger.info("%s", quality.describe(table.name))
+        quality.check(table.name)
 
     def gold(self) -> None:
         """Writes the aggregates, three of them from one pass over the transactions."""

@@ -14,7 +14,7 @@ def tables(root: str | Path) -> list[str]:
 
 def rows(root: str | Path, table: str) -> str:
     """The rows of a table, without the columns that differ from run to run."""
-    columns = "COLUMNS(c -> c NOT IN ('_ingested_at', '_run_id'))"
+    columns = "COLUMNS(lambda c: c NOT IN ('_ingested_at', '_run_id'))"
     return f"(SELECT {columns} FROM read_parquet('{root}/{table}/*.parquet'))"
 
 
