@@ -1,0 +1,92 @@
+"""What all tests share: one Spark session, one small run, and DuckDB to look at its tables with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+from pyspark.sql import DataFrame, SparkSession
+
+from data_pipeline import DataPipelineConfig, RunReport, create_spark_session, preflight, run_pipeline
+
+AS_OF = date(2026, 3, 4)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., DataPipelineConfig]:
+    """Makes the configuration of a small run; each one gets a data folder of its own."""
+
+    def make(**values: Any) -> DataPipelineConfig:
+        defaults: dict[str, Any] = {
+            "data_dir": str(tmp_path_factory.mktemp("data")),
+            "num_customers": 2_000,
+            "num_transactions": 10_000,
+            "num_products": 100,
+            "as_of_date": AS_OF,
+            "shuffle_partitions": 2,
+        }
+        return DataPipelineConfig(**defaults | values)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def spark(small: Callable[..., DataPipelineConfig]) -> Iterator[SparkSession]:
+    for variable in [name for name in os.environ if name.startswith("PIPELINE_")]:
+        del os.environ[variable]
+    config = small(spark_master="local[2]")
+    preflight(config)
+    session = create_spark_session(config)
+    yield session
+    session.stop()
+
+
+@pytest.fixture(scope="session")
+def config(small: Callable[..., DataPipelineConfig]) -> DataPipelineConfig:
+    """The configuration of the run that most tests look at."""
+    return small()
+
+
+@pytest.fixture(scope="session")
+def report(spark: SparkSession, config: DataPipelineConfig) -> RunReport:
+    return run_pipeline(config, spark)
+
+
+@pytest.fixture(scope="session")
+def db(report: RunReport) -> Iterator[duckdb.DuckDBPyConnection]:
+    """The tables of the run; those of bronze and quarantine are called `bronze_customers` and so on."""
+    with open_tables(report.data_dir) as connection:
+        yield connection
+
+
+def open_tables(root: str | Path) -> duckdb.DuckDBPyConnection:
+    connection = duckdb.connect()
+    connection.execute("SET TimeZone = 'UTC'")
+    for table in Path(root).glob("[bqsg]*/*"):
+        layer = table.parent.name
+        name = f"{layer}_{table.name}" if layer in ("bronze", "quarantine") else table.name
+        connection.execute(f"CREATE VIEW {name} AS FROM read_parquet('{table}/*.parquet')")
+    return connection
+
+
+def one(db: duckdb.DuckDBPyConnection, query: str) -> Any:
+    """The only value that a query gives."""
+    [[value]] = db.sql(query).fetchall()
+    return value
+
+
+@pytest.fixture(scope="session")
+def frame(spark: SparkSession) -> Callable[..., DataFrame]:
+    """Makes a DataFrame of a declared schema from rows that name only some of its columns."""
+
+    def make(schema: str, *rows: dict[str, Any]) -> DataFrame:
+        names = [column.split()[0] for column in schema.split(", ")]
+        assert not {name for row in rows for name in row} - set(names), "a row has a column that the schema lacks"
+        return spark.createDataFrame([tuple(row.get(name) for name in names) for row in rows], schema)
+
+    return make

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import dataclasses
+import os
+from datetime import date, datetime, timedelta, timezone
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from data_pipeline import ConfigurationError, DataPipelineConfig, configure
+
+
+def test_defaults() -> None:
+    config = DataPipelineConfig()
+    assert (config.num_customers, config.num_transactions, config.num_products) == (10_000, 50_000, 200)
+    assert config.as_of_date == datetime.now(timezone.utc).date()
+    assert config.root == str(Path("~/pipeline-data").expanduser())
+    config.validate()
+
+
+def test_attributes_are_assigned_as_people_are_used_to() -> None:
+    config = DataPipelineConfig()
+    config.num_customers = 100_000
+    config.as_of_date = "2024-02-29"
+    assert config.num_customers == 100_000
+    assert config.as_of_date == date(2024, 2, 29)
+
+
+def test_mistyped_attribute_names_the_nearest() -> None:
+    config = DataPipelineConfig()
+    with pytest.raises(AttributeError, match="num_customer; did you mean num_customers"):
+        config.num_customer = 5  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match="did you mean shuffle_partitions"):
+        config.shufle_partitions  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_customers", -1, "num_customers must be a whole number from 0 up, not -1"),
+        ("num_customers", "many", "a whole number"),
+        ("num_customers", 1.5, "a whole number"),
+        ("num_customers", True, "a whole number"),
+        ("num_customers", None, "a whole number"),
+        ("defect_rate", 0.6, "defect_rate must be a number from 0.0 to 0.5, not 0.6"),
+        ("defect_rate", "nan", "from 0.0 to 0.5"),
+        ("as_of_date", "04.03.2026", "as_of_date must be a date such as 2026-01-31, not '04.03.2026'"),
+        ("as_of_date", "1999-12-31", "from 2000-01-01"),
+        ("history_days", 0, "from 1 to 3650"),
+        ("gold_above", "NaN", "an amount of money"),
+        ("log_level", "LOUD", "one of DEBUG, INFO, WARNING, ERROR"),
+        ("data_dir", " ", "a text"),
+        ("app_name", 7, "a text"),
+        ("seed", 2**63, "seed"),
+        ("shuffle_partitions", 0, "from 1 to 100000"),
+    ],
+)
+def test_bad_value(field: str, value: object, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        setattr(DataPipelineConfig(), field, value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_customers": 0}, "num_customers is 0, but num_transactions is 50000"),
+        ({"num_products": 0}, "num_products is 0"),
+        ({"gold_above": 400}, "thresholds must rise"),
+        ({"as_of_date": datetime.now(timezone.utc).date() + timedelta(days=2)}, "lies in the future"),
+        ({"data_dir": "$NO_SUCH_VARIABLE/data"}, r"\$NO_SUCH_VARIABLE, which does not exist"),
+        ({"data_dir": "~no-such-user/data"}, "~no"),
+        ({"data_dir": "/data/{a,b}"}, "must not contain '{'"),
+    ],
+)
+def test_values_that_do_not_fit(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        dataclasses.replace(DataPipelineConfig(), **values).validate()  # type: ignore[arg-type]
+
+
+def test_data_dir_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOP", "corner")
+    config = DataPipelineConfig()
+    config.data_dir = "~/$SHOP/data"
+    assert config.root == os.path.expanduser("~/corner/data")
+    config.data_dir = "s3a://bucket/shop/"
+    assert config.root == "s3a://bucket/shop"
+
+
+def test_flag_beats_variable_beats_attribute() -> None:
+    config = DataPipelineConfig(num_customers=1, num_products=1, num_transactions=1)
+    environment = {"PIPELINE_NUM_CUSTOMERS": "2", "PIPELINE_NUM_PRODUCTS": "2"}
+    result = configure(["--num-customers", "3"], environment, config)
+    assert (result.num_customers, result.num_products, result.num_transactions) == (3, 2, 1)
+
+
+def test_every_field_is_a_flag_and_a_variable() -> None:
+    given = {
+        "app_name": "x", "data_dir": "/x", "num_customers": "1", "num_transactions": "2", "num_products": "3",
+        "seed": "4", "as_of_date": "2024-01-31", "history_days": "5", "defect_rate": "0.25", "silver_above": "6.50",
+        "gold_above": "7", "premium_above": "8", "shuffle_partitions": "9", "spark_master": "local[3]",
+        "log_level": "debug",
+    }  # fmt: skip
+    assert set(given) == {field.name for field in dataclasses.fields(DataPipelineConfig)}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    by_flag = configure(flags, {})
+    assert by_flag == configure([], {f"PIPELINE_{name.upper()}": value for name, value in given.items()})
+    assert by_flag.silver_above == Decimal("6.50")
+    assert by_flag.log_level == "DEBUG"
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "message"),
+    [
+        (["--num-customer", "1"], {}, "unknown argument --num-customer; did you mean --num-customers"),
+        (["--seed"], {}, "--seed: expected one argument"),
+        (["5"], {}, "unknown argument 5"),
+        (["--seed", "x"], {}, "--seed: seed must be a whole number"),
+        ([], {"PIPELINE_SEEED": "1"}, "unknown variable PIPELINE_SEEED; did you mean PIPELINE_SEED"),
+        ([], {"PIPELINE_SEED": ""}, "PIPELINE_SEED: seed must be a whole number"),
+    ],
+)
+def test_bad_command_line(flags: list[str], environment: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        configure(flags, environment)
+
+
+def test_partitions_grow_with_the_rows() -> None:
+    config = DataPipelineConfig()
+    assert config.partitions(0) == config.partitions(60_000) == 1
+    assert config.partitions(1_000_000) >= (os.cpu_count() or 1)
+    assert config.partitions(1_000_000_000) == 500

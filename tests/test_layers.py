@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import date, datetime
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from data_pipeline import (
+    AGE_GROUPS,
+    SCHEMAS,
+    TABLES,
+    DataPipelineConfig,
+    average,
+    category_analytics,
+    customer_analytics,
+    customers_enriched,
+    device_analytics,
+    label,
+    payment_analytics,
+    product_analytics,
+    products_active,
+    sales,
+    transactions_clean,
+)
+
+Frame = Callable[..., DataFrame]
+
+
+def schema(table: str) -> str:
+    return " ".join(SCHEMAS[table].split())
+
+
+def rows(frame: DataFrame) -> list[dict[str, Any]]:
+    return [row.asDict() for row in frame.collect()]
+
+
+def enriched(frame: Frame, config: DataPipelineConfig, *orders: tuple[int, str], **customer: Any) -> dict[str, Any]:
+    """A customer, 1, with orders of these amounts."""
+    known = {"customer_id": 1, "first_name": "Ann", "last_name": "Lee", **customer}
+    clean = [
+        {"customer_id": buyer, "amount": Decimal(amount), "transaction_date": date(2026, 1, day)}
+        for day, (buyer, amount) in enumerate(orders, start=1)
+    ]
+    result = customers_enriched(frame(schema("customers"), known), frame(schema("transactions_clean"), *clean), config)
+    [row] = rows(result)
+    return row
+
+
+@pytest.mark.parametrize(
+    ("spent", "segment"),
+    [
+        ("500.00", "Bronze"), ("500.01", "Silver"), ("1500.00", "Silver"), ("1500.01", "Gold"),
+        ("3000.00", "Gold"), ("3000.01", "Premium"), ("0.01", "Bronze"),
+    ],
+)  # fmt: skip
+def test_segment_borders(spent: str, segment: str, frame: Frame, config: DataPipelineConfig) -> None:
+    half = Decimal(spent) / 2
+    first = half.quantize(Decimal("0.01"))
+    row = enriched(frame, config, (1, str(first)), (1, str(Decimal(spent) - first)), (2, "9999.00"))
+    assert (row["total_spent"], row["customer_segment"]) == (Decimal(spent), segment)
+
+
+def test_thresholds_are_configuration(frame: Frame, small: Callable[..., DataPipelineConfig]) -> None:
+    config = small(silver_above="0.99", gold_above=2, premium_above=3)
+    assert enriched(frame, config, (1, "1.00"))["customer_segment"] == "Silver"
+
+
+def test_customer_without_orders(frame: Frame, config: DataPipelineConfig) -> None:
+    row = enriched(frame, config, (2, "10.00"), age=17, signup_date=date(2026, 3, 1))
+    assert (row["total_orders"], row["total_spent"], row["avg_order_value"]) == (0, Decimal("0.00"), Decimal("0.00"))
+    assert (row["first_order_date"], row["last_order_date"]) == (None, None)
+    assert (row["customer_segment"], row["age_group"], row["tenure_days"]) == ("Bronze", "Under 18", 3)
+    assert row["full_name"] == "Ann Lee"
+
+
+def test_orders_of_a_customer(frame: Frame, config: DataPipelineConfig) -> None:
+    row = enriched(frame, config, (1, "0.01"), (1, "0.02"), (2, "7.00"), (1, "0.02"))
+    assert (row["total_orders"], row["total_spent"], row["avg_order_value"]) == (3, Decimal("0.05"), Decimal("0.02"))
+    assert (row["first_order_date"], row["last_order_date"]) == (date(2026, 1, 1), date(2026, 1, 4))
+    assert (row["age_group"], row["tenure_days"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("age", "group"),
+    [
+        (17, "Under 18"),
+        (18, "18-24"),
+        (24, "18-24"),
+        (25, "25-34"),
+        (64, "55-64"),
+        (65, "65+"),
+        (120, "65+"),
+        (None, None),
+    ],
+)
+def test_age_groups(age: int | None, group: str | None, frame: Frame) -> None:
+    assert frame("age INT", {"age": age}).select(label(F.col("age"), AGE_GROUPS)).collect()[0][0] == group
+
+
+@pytest.mark.parametrize(
+    ("total", "count", "expected"),
+    [("0.05", 2, "0.03"), ("0.01", 2, "0.01"), ("0.01", 3, "0.00"), ("10.00", 3, "3.33"), ("0.00", 0, "0.00")],
+)
+def test_average_rounds_half_up(total: str, count: int, expected: str, frame: Frame) -> None:
+    row = frame("total DECIMAL(18,2), count BIGINT", {"total": Decimal(total), "count": count})
+    assert row.select(average(F.col("total"), F.col("count"))).collect()[0][0] == Decimal(expected)
+
+
+def test_transactions_clean(frame: Frame) -> None:
+    products = frame(schema("products"), {"product_id": "PROD_0001", "category": "Toys", "is_active": False})
+    order = {"product_id": "PROD_0001", "payment_method": " Credit Card ", "amount": Decimal("1.00"), "quantity": 1}
+    transactions = [
+        {**order, "transaction_id": f"TXN_{day}", "timestamp": datetime(2026, 3, day, 23, 30), "status": status}
+        for day, status in ((1, "completed"), (2, "completed"), (7, "completed"), (3, "refunded"), (4, "pending"))
+    ]
+    result = rows(transactions_clean(frame(schema("transactions"), *transactions), products).orderBy("timestamp"))
+    assert [row["transaction_id"] for row in result] == ["TXN_1", "TXN_2", "TXN_7"]
+    assert [row["day_of_week"] for row in result] == [7, 1, 6], "1 March 2026 was a Sunday"
+    assert [row["is_weekend"] for row in result] == [True, False, True]
+    first = result[0]
+    assert (first["payment_method"], first["product_category"], first["hour"]) == ("credit_card", "Toys", 23)
+    assert (first["transaction_date"], first["transaction_year"], first["transaction_month"]) == (
+        date(2026, 3, 1),
+        2026,
+        3,
+    )
+
+
+def test_products_active(frame: Frame) -> None:
+    def product(name: str, price: str, stock: int, active: bool = True) -> dict[str, Any]:
+        return {"product_id": name, "price": Decimal(price), "stock_quantity": stock, "is_active": active}
+
+    products = frame(
+        schema("products"),
+        product("a", "25.00", 20),
+        product("b", "25.01", 21),
+        product("c", "500.00", 100),
+        product("d", "500.01", 101),
+        product("sold out", "1.00", 0),
+        product("withdrawn", "1.00", 9, active=False),
+    )
+    found = {row["product_id"]: row for row in rows(products_active(products))}
+    assert {name: (row["price_band"], row["stock_status"]) for name, row in found.items()} == {
+        "a": ("Budget", "Low"),
+        "b": ("Standard", "Medium"),
+        "c": ("Premium", "Medium"),
+        "d": ("Luxury", "High"),
+    }
+    assert found["d"]["inventory_value"] == Decimal("50501.01")
+
+
+def test_gold_names_what_is_unknown(frame: Frame) -> None:
+    order = {"product_category": "Toys", "payment_method": "paypal", "amount": Decimal("2.00"), "quantity": 1}
+    cube = sales(frame(schema("transactions_clean"), order, {**order, "device": "mobile", "browser": "Safari"}))
+    devices = {(row["device"], row["browser"]) for row in device_analytics(cube).collect()}
+    assert devices == {("Unknown", "Unknown"), ("mobile", "Safari")}
+    customer = {"customer_segment": "Bronze", "total_orders": 0, "total_spent": Decimal("0.00")}
+    [row] = rows(customer_analytics(frame(schema("customers_enriched"), customer)))
+    assert (row["city"], row["customer_count"], row["avg_order_value"]) == ("Unknown", 1, Decimal("0.00"))
+
+
+def test_gold_of_nothing_is_empty(frame: Frame) -> None:
+    cube = sales(frame(schema("transactions_clean")))
+    assert category_analytics(cube).count() == payment_analytics(cube).count() == device_analytics(cube).count() == 0
+    assert product_analytics(frame(schema("products_active"))).count() == 0
+
+
+def test_shares_add_up_to_one(frame: Frame) -> None:
+    orders = [
+        {"product_category": category, "payment_method": category, "amount": Decimal(amount), "quantity": 1}
+        for category, amount in (("a", "1.00"), ("b", "2.00"), ("b", "5.00"))
+    ]
+    cube = sales(frame(schema("transactions_clean"), *orders))
+    assert {row["product_category"]: row["revenue_share"] for row in rows(category_analytics(cube))} == {
+        "a": 0.125,
+        "b": 0.875,
+    }
+    assert sum(row["usage_share"] for row in rows(payment_analytics(cube))) == pytest.approx(1)
+
+
+def test_tables_declare_columns_keys_and_order(spark: SparkSession) -> None:
+    assert [table.layer for table in TABLES] == ["bronze"] * 3 + ["silver"] * 3 + ["gold"] * 5
+    assert set(SCHEMAS) == {table.name for table in TABLES}
+    for table in TABLES:
+        parsed = spark.createDataFrame([], table.schema)
+        assert parsed.dtypes == table.columns
+        assert set(table.key) <= set(parsed.columns)
+        assert bool(table.order) == (table.layer == "gold")

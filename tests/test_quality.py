@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import date, datetime
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from pyspark.sql import DataFrame
+
+from data_pipeline import ERROR, RULES, SCHEMAS, DataPipelineConfig, Split, Table, split, tables
+
+Frame = Callable[..., DataFrame]
+
+BY_NAME = {table.name: table for table in tables("bronze")}
+GOOD: dict[str, dict[str, Any]] = {
+    "customers": {
+        "customer_id": 1,
+        "first_name": "Ann",
+        "last_name": "Lee",
+        "email": "ann@example.com",
+        "age": 40,
+        "city": "Ulm",
+        "signup_date": date(2025, 1, 1),
+    },
+    "products": {
+        "product_id": "PROD_0001",
+        "product_name": "Lamp",
+        "category": "Home & Garden",
+        "price": Decimal("9.99"),
+        "stock_quantity": 5,
+        "supplier": "Ford LLC",
+        "weight_kg": 1.5,
+        "created_date": date(2024, 1, 1),
+        "is_active": True,
+    },
+    "transactions": {
+        "transaction_id": "TXN_0000001",
+        "customer_id": 1,
+        "product_id": "PROD_0001",
+        "quantity": 1,
+        "amount": Decimal("9.99"),
+        "timestamp": datetime(2026, 3, 4, 23, 59, 59),
+        "payment_method": "paypal",
+        "status": "completed",
+        "device": "mobile",
+        "browser": "Safari",
+        "location": "Ulm",
+    },
+}
+# For each rule that is not about a missing value: values that break it, and values at the border that do not.
+VALUES: dict[str, tuple[list[Any], list[Any]]] = {
+    "email_malformed": (["ann", "ann@example", "a b@example.com", "ann@@example.com", ""], ["a.b+c@x-y.example.co"]),
+    "age_impossible": ([-1, 121], [0, 120]),
+    "signup_date_in_future": ([date(2026, 3, 5)], [date(2026, 3, 4)]),
+    "price_not_positive": ([Decimal("0.00"), Decimal("-0.01")], [Decimal("0.01")]),
+    "stock_quantity_negative": ([-1], [0]),
+    "weight_kg_not_positive": ([0.0, -1.0], [0.01]),
+    "quantity_not_positive": ([0, -1], [1]),
+    "amount_not_positive": ([Decimal("0.00"), Decimal("-9.99")], [Decimal("0.01")]),
+    "timestamp_in_future": ([datetime(2026, 3, 5)], [datetime(2026, 3, 4, 23, 59, 59)]),
+    "payment_method_unknown": (["seashells", ""], ["paypal", " Credit  Card", "APPLE-PAY"]),
+    "payment_method_untidy": ([" paypal", "PayPal", "credit card"], ["credit_card"]),
+    "status_unknown": (["lost", "Completed"], ["pending", "refunded"]),
+}
+
+
+def received(frame: Frame, table: Table, *changes: dict[str, Any]) -> DataFrame:
+    """The good row of a table with each of the changes."""
+    rows = [GOOD[table.name] | change for change in changes]
+    return frame(" ".join(SCHEMAS[table.name].split()), *rows)
+
+
+@pytest.mark.parametrize(
+    ("table", "rule"), [(table, rule) for table in BY_NAME for rule in RULES[table]], ids=lambda value: str(value)[:40]
+)
+def test_rule(table: str, rule: Any, frame: Frame, config: DataPipelineConfig) -> None:
+    """Each rule with rows that break it, rows that do not, and one without the value."""
+    breaking, passing = VALUES.get(rule.name, ([None], [GOOD[table][rule.column]]))
+    missing = [] if rule.name.endswith("_missing") else [None]
+    rows = received(frame, BY_NAME[table], *({rule.column: value} for value in [*breaking, *passing, *missing]))
+    verdicts = [row[0] for row in rows.select(rule.failed(config)).collect()]
+    assert verdicts == [True] * len(breaking) + [False] * (len(passing) + len(missing))
+
+
+def test_every_rule_is_about_a_column_of_its_table() -> None:
+    for table, rules in RULES.items():
+        columns = dict(BY_NAME[table].columns)
+        assert all(rule.column in columns for rule in rules)
+        assert len({rule.name for rule in rules}) == len(rules)
+
+
+def split_of(frame: Frame, config: DataPipelineConfig, name: str, *changes: dict[str, Any]) -> Split:
+    """The split of some rows of a table; their parents are the good customer and the good product."""
+    parents = {key: received(frame, BY_NAME[parent], {}) for key, parent in BY_NAME[name].references.items()}
+    return split(received(frame, BY_NAME[name], *changes), BY_NAME[name], parents, config)
+
+
+def test_refused_row_carries_every_reason(frame: Frame, config: DataPipelineConfig) -> None:
+    change = {"amount": None, "quantity": 0, "customer_id": 99, "product_id": None, "payment_method": " PAYPAL"}
+    kept, quarantined = split_of(frame, config, "transactions", change, {"transaction_id": "TXN_0000002"})
+    assert [row["transaction_id"] for row in kept.collect()] == ["TXN_0000002"]
+    [row] = quarantined.collect()
+    assert row["_reasons"] == ["product_id_missing", "amount_missing", "quantity_not_positive", "customer_id_unknown"]
+    assert row["payment_method"] == " PAYPAL", "quarantine holds the row as it was received"
+
+
+@pytest.mark.parametrize("name", list(BY_NAME))
+def test_row_without_key_is_refused(name: str, frame: Frame, config: DataPipelineConfig) -> None:
+    [key] = BY_NAME[name].key
+    kept, quarantined = split_of(frame, config, name, {key: None}, {key: None}, {})
+    assert kept.count() == 1
+    assert [row["_reasons"] for row in quarantined.collect()] == [[f"{key}_missing"]] * 2
+
+
+def test_customer_is_kept_without_the_values_that_are_impossible(frame: Frame, config: DataPipelineConfig) -> None:
+    change = {"email": "nobody", "age": 200, "signup_date": date(2030, 1, 1)}
+    kept, quarantined = split_of(frame, config, "customers", change)
+    assert quarantined.count() == 0
+    [row] = kept.collect()
+    assert (row["email"], row["age"], row["signup_date"]) == (None, None, None)
+    assert (row["first_name"], row["city"]) == ("Ann", "Ulm")
+
+
+def early(**change: Any) -> dict[str, Any]:
+    return {"timestamp": datetime(2026, 3, 1), **change}
+
+
+def late(**change: Any) -> dict[str, Any]:
+    return {"timestamp": datetime(2026, 3, 2), **change}
+
+
+@pytest.mark.parametrize(
+    ("records", "winner"),
+    [
+        ([late(status="pending"), early(status="completed")], ("pending", datetime(2026, 3, 2), 2)),
+        ([early(status="completed"), early(status="refunded")], ("refunded", datetime(2026, 3, 1), 2)),
+        ([early(status="pending"), early(status="completed")], ("completed", datetime(2026, 3, 1), 2)),
+        ([early(), early(), early()], ("completed", datetime(2026, 3, 1), 3)),
+        # A record that is refused is no rival.
+        ([late(amount=None), early()], ("completed", datetime(2026, 3, 1), 1)),
+    ],
+)
+def test_latest_record_of_a_key_wins(
+    records: list[dict[str, Any]], winner: tuple[str, datetime, int], frame: Frame, config: DataPipelineConfig
+) -> None:
+    for order in (records, records[::-1]):
+        kept, quarantined = split_of(frame, config, "transactions", *order, {"transaction_id": "TXN_0000002"})
+        rows = {row["transaction_id"]: (row["status"], row["timestamp"], row["_copies"]) for row in kept.collect()}
+        assert rows["TXN_0000001"] == winner
+        assert rows["TXN_0000002"][2] == 1
+        assert sum(copies for *_, copies in rows.values()) + quarantined.count() == len(records) + 1
+
+
+def test_tie_is_broken_by_the_remaining_columns(frame: Frame, config: DataPipelineConfig) -> None:
+    changes = [
+        {"quantity": quantity, "location": location} for quantity, location in ((2, None), (3, "Ulm"), (3, "Bonn"))
+    ]
+    for order in (changes, changes[::-1]):
+        [row] = split_of(frame, config, "transactions", *order).kept.collect()
+        assert (row["quantity"], row["location"]) == (3, "Ulm")
+
+
+def test_reference_to_a_refused_customer_is_refused(frame: Frame, config: DataPipelineConfig) -> None:
+    customers = split_of(frame, config, "customers", {}, {"customer_id": 2, "last_name": None}).kept
+    parents = {"customer_id": customers, "product_id": received(frame, BY_NAME["products"], {})}
+    orders = received(frame, BY_NAME["transactions"], {"customer_id": 2}, {"transaction_id": "TXN_0000002"})
+    kept, quarantined = split(orders, BY_NAME["transactions"], parents, config)
+    assert [row["customer_id"] for row in kept.collect()] == [1]
+    assert [row["_reasons"] for row in quarantined.collect()] == [["customer_id_unknown"]]
+
+
+def test_severities_are_used() -> None:
+    severities = {rule.severity for rules in RULES.values() for rule in rules}
+    assert ERROR in severities
+    assert all(rule.severity != ERROR for rules in RULES.values() for rule in rules if rule.clears)

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pyspark.sql import SparkSession
+
+import data_pipeline
+from data_pipeline import DataPipelineConfig, PipelineError, preflight
+
+MODULE = data_pipeline.__file__
+
+
+@pytest.fixture
+def fake_java(tmp_path: Path) -> Callable[[str], str]:
+    """Makes a folder that looks like a Java of some version."""
+
+    def make(version: str) -> str:
+        home = tmp_path / f"java-{version}"
+        (home / "bin").mkdir(parents=True)
+        (home / "bin" / "java").touch(0o755)
+        (home / "release").write_text(f'JAVA_VERSION="{version}"\n')
+        return str(home)
+
+    return make
+
+
+@pytest.fixture
+def fake_spark(tmp_path: Path) -> Callable[[str], str]:
+    def make(version: str) -> str:
+        home = tmp_path / f"spark-{version}"
+        (home / "jars").mkdir(parents=True)
+        (home / "jars" / f"spark-core_2.12-{version}.jar").touch()
+        return str(home)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("spark", "java", "accepted"),
+    [
+        ("3.5.0", "1.8.0_392", True),
+        ("3.5.0", "11.0.13", True),
+        ("3.5.9", "17.0.9", True),
+        ("3.5.9", "1.7.0", False),
+        ("3.5.9", "25", False),
+        ("4.3.0", "11.0.13", False),
+        ("4.3.0", "21.0.8", True),
+        ("3.3.2", "17.0.9", False),
+    ],
+)
+def test_java_has_to_fit_spark(
+    spark: str,
+    java: str,
+    accepted: bool,
+    fake_java: Callable[[str], str],
+    fake_spark: Callable[[str], str],
+    config: DataPipelineConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SPARK_HOME", fake_spark(spark))
+    monkeypatch.setenv("JAVA_HOME", fake_java(java))
+    monkeypatch.delenv("PYSPARK_GATEWAY_PORT", raising=False)
+    if accepted:
+        preflight(config)
+        return
+    with pytest.raises(PipelineError, match=rf"Spark {spark}.*(Java|too old).*; set (JAVA|SPARK)_HOME"):
+        preflight(config)
+
+
+def test_spark_home_without_spark(tmp_path: Path, config: DataPipelineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARK_HOME", str(tmp_path))
+    with pytest.raises(PipelineError, match=rf"no Spark in {tmp_path}: .*; correct SPARK_HOME, or unset it"):
+        preflight(config)
+
+
+def test_java_home_without_java(tmp_path: Path, config: DataPipelineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
+    with pytest.raises(PipelineError, match=rf"no Java in {tmp_path}: .*; correct JAVA_HOME, or unset it"):
+        preflight(config)
+
+
+def test_no_java_at_all(
+    config: DataPipelineConfig, fake_spark: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Spark 4 cannot use the Java of requirements.txt, so that only the PATH is left.
+    monkeypatch.setenv("SPARK_HOME", fake_spark("4.3.0"))
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(PipelineError, match=r"no Java found: Spark 4\.3\.0 needs Java 17 or newer; install one"):
+        preflight(config)
+
+
+def test_java_that_has_to_be_asked(fake_java: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    home = Path(fake_java("8"))
+    (home / "release").unlink()
+    (home / "bin" / "java").write_text("#!/bin/sh\necho 'openjdk version \"1.8.0_392\"' >&2\n")
+    assert data_pipeline._java_version(home) == 8
+
+
+def test_data_dir_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in ("file", "file/below"):
+        with pytest.raises(PipelineError, match=rf"cannot write to data_dir {tmp_path}/{folder}: .*choose another"):
+            preflight(DataPipelineConfig(data_dir=str(tmp_path / folder)))
+
+
+def test_disk_without_room(tmp_path: Path) -> None:
+    huge = DataPipelineConfig(data_dir=str(tmp_path), num_transactions=10**13)
+    with pytest.raises(PipelineError, match=r"not enough room in .* MB free, about [\d,]+ MB needed"):
+        preflight(huge)
+
+
+def test_older_python_is_told_so() -> None:
+    program = f"import sys, runpy; sys.version_info = (3, 10, 9); runpy.run_path({MODULE!r})"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("Python 3.11 or newer is needed, not ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_help_needs_no_spark() -> None:
+    program = f"import runpy, sys; sys.argv = ['x', '--help']; runpy.run_path({MODULE!r}, run_name='__main__')"
+    check = f"import atexit, sys; atexit.register(lambda: print('pyspark' in sys.modules)); {program}"
+    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert result.stdout.endswith("False\n")
+    assert "--num-customers" in result.stdout
+    assert "PIPELINE_NUM_CUSTOMERS" in result.stdout
+
+
+def test_session_that_was_handed_in_is_left_as_it_was(spark: SparkSession, config: DataPipelineConfig) -> None:
+    spark.conf.set("spark.sql.session.timeZone", "Asia/Tokyo")
+    try:
+        with data_pipeline._session(config, spark, os.devnull) as session:
+            assert session is spark
+            assert spark.conf.get("spark.sql.session.timeZone") == "UTC"
+        with data_pipeline._session(config, None, os.devnull) as session:
+            assert session.sparkContext is spark.sparkContext, "the active session is used, not another one started"
+        assert spark.conf.get("spark.sql.session.timeZone") == "Asia/Tokyo"
+        assert spark.range(3).count() == 3
+    finally:
+        spark.conf.set("spark.sql.session.timeZone", "UTC")
