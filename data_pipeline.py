@@ -41,8 +41,11 @@ import os
 import re
 import secrets
 import shutil
+import signal
+import socket
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -533,8 +536,13 @@ def create_spark_session(config: DataPipelineConfig, spark_log: str = os.devnull
         builder = builder.config(key, value)
     if master := config.spark_master or os.environ.get("SPARK_MASTER"):
         builder = builder.master(master)
+    on_interrupt = signal.getsignal(signal.SIGINT)
     with contextlib.nullcontext() if config.log_level == "DEBUG" else _standard_error_to(spark_log):
-        return builder.getOrCreate()
+        spark = builder.getOrCreate()
+    # Spark's own handler calls the JVM in the midst of whatever call was interrupted, and so fails now and then.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, on_interrupt)
+    return spark
 
 
 @contextlib.contextmanager
@@ -1482,23 +1490,46 @@ def configure(
     return config
 
 
+@contextlib.contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Gives what tells whether Ctrl-C was pressed, also where Py4J turned it into another exception."""
+    receiver, sender = socket.socketpair()
+    with receiver, sender:
+        receiver.setblocking(False)
+        sender.setblocking(False)
+        before = signal.set_wakeup_fd(sender.fileno())
+
+        def interrupted() -> bool:
+            with contextlib.suppress(BlockingIOError):
+                return signal.SIGINT in receiver.recv(4096)
+            return False
+
+        try:
+            yield interrupted
+        finally:
+            signal.set_wakeup_fd(before)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the pipeline from the command line and returns the exit code."""
-    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+    # CRITICAL for the loggers of others: Py4J logs what it also raises.
+    line = "%(asctime)s - %(levelname)s - %(message)s"
+    logging.basicConfig(format=line, datefmt="%Y-%m-%d %H:%M:%S", level=logging.CRITICAL)
     logger.setLevel(logging.INFO)
-    try:
-        config = configure(sys.argv[1:] if arguments is None else arguments, os.environ)
-        logger.setLevel(config.log_level)
-        run_pipeline(config)
-    except PipelineError as error:
-        logger.error("%s", error)
-        return error.exit_code
-    except KeyboardInterrupt:
-        logger.error("INTERRUPTED: the run was stopped by hand")
-        return 130
-    except Exception:
-        logger.exception("PIPELINE EXECUTION FAILED")
-        return 1
+    with _interrupts() as interrupted:
+        try:
+            config = configure(sys.argv[1:] if arguments is None else arguments, os.environ)
+            logger.setLevel(config.log_level)
+            run_pipeline(config)
+        except PipelineError as error:
+            logger.error("%s", error)
+            return error.exit_code
+        except (KeyboardInterrupt, Exception) as error:
+            if interrupted() or isinstance(error, KeyboardInterrupt):
+                logger.error("INTERRUPTED: the run was stopped by hand")
+                return 130
+            logger.exception("PIPELINE EXECUTION FAILED")
+            return 1
     return 0
 
 

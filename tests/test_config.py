@@ -22,7 +22,7 @@ def test_defaults() -> None:
 def test_attributes_are_assigned_as_people_are_used_to() -> None:
     config = DataPipelineConfig()
     config.num_customers = 100_000
-    config.as_of_date = "2024-02-29"
+    config.as_of_date = "2024-02-29"  # type: ignore[assignment]
     assert config.num_customers == 100_000
     assert config.as_of_date == date(2024, 2, 29)
 
@@ -30,7 +30,7 @@ def test_attributes_are_assigned_as_people_are_used_to() -> None:
 def test_mistyped_attribute_names_the_nearest() -> None:
     config = DataPipelineConfig()
     with pytest.raises(AttributeError, match="num_customer; did you mean num_customers"):
-        config.num_customer = 5  # type: ignore[attr-defined]
+        config.num_customer = 5
     with pytest.raises(AttributeError, match="did you mean shuffle_partitions"):
         config.shufle_partitions  # noqa: B018
 
