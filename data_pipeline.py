@@ -16,7 +16,11 @@ From Python or a notebook (a session of your own may be handed in; it is left ru
 Bronze keeps what was received, defects included. Silver keeps the valid rows, one per key, and enriches them;
 what it refuses lies in `quarantine/` with the reasons. Gold holds the aggregates that analysts read.
 
-Exit codes: 0 success, 1 unexpected failure (with a stack trace), 2 bad input (one line), 130 interrupted.
+A run writes a snapshot of its own, audits it, and publishes it by one rename; until then, and when it fails or is
+killed, readers see the last one. `--list-runs` shows the runs, `--rollback` returns to an earlier one.
+
+Exit codes: 0 success, 1 unexpected failure (with a stack trace), 2 bad input (one line), 3 the data missed the quality
+gate or the audit, 4 another run is writing, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -31,10 +35,12 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import fcntl
 import functools
 import importlib
 import importlib.util
 import inspect
+import json
 import logging
 import math
 import os
@@ -47,6 +53,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta, timezone
@@ -79,6 +86,7 @@ BRONZE, SILVER, GOLD, QUARANTINE = "bronze", "silver", "gold", "quarantine"
 
 # What each row of bronze and quarantine carries besides its own columns.
 LINEAGE = "_ingested_at TIMESTAMP, _run_id STRING"
+REASONS = "_reasons ARRAY<STRING>"
 # Money is DECIMAL(8,2): Spark adds it up in a long, and a total does not depend on the order of addition.
 SCHEMAS: Mapping[str, str] = {
     "customers": """
@@ -300,6 +308,11 @@ class DataPipelineConfig:
     spark_master: str | None = _option(
         None, "Spark master (default: SPARK_MASTER, else spark-submit's or spark-defaults', else local[*])"
     )
+    max_quarantine_rate: float = _option(
+        0.05, "largest share of a table's rows that may be refused; above it nothing is published", min=0.0, max=1.0
+    )
+    keep_snapshots: int = _option(3, "snapshots to keep, the published one included", min=1)
+    lock_timeout: float = _option(0.0, "seconds to wait for another run on the same data folder", min=0.0, max=1e9)
     log_level: str = _option(
         "INFO", "what to log; DEBUG adds Spark's own log", choices=("DEBUG", "INFO", "WARNING", "ERROR")
     )
@@ -429,8 +442,8 @@ def _java_home(spark: tuple[int, ...]) -> Path | None:
     return Path(java).resolve().parent.parent if java else None
 
 
-def _java_version(home: Path) -> int:
-    """The major version, from the file that every JDK carries, else from Java itself, which takes 0.1 s."""
+def _java_version(home: Path) -> str:
+    """The version, from the file that every JDK carries, else from Java itself, which takes 0.1 s."""
     java = home / "bin" / ("java.exe" if os.name == "nt" else "java")
     if not java.is_file():
         raise PipelineError(f"no Java in {home}: it has no bin/java; correct JAVA_HOME, or unset it")
@@ -438,10 +451,10 @@ def _java_version(home: Path) -> int:
     text = release.read_text(errors="replace") if release.is_file() else ""
     if "JAVA_VERSION=" not in text:
         text = subprocess.run([java, "-version"], capture_output=True, text=True, check=False).stderr
-    version = re.search(r'version(?:="| ")(?:1\.)?(\d+)', text, re.IGNORECASE)
+    version = re.search(r'version(?:="| ")(\d[\w.]*)', text, re.IGNORECASE)
     if version is None:
         raise PipelineError(f"the Java in {home} does not say its version; set JAVA_HOME to a working Java")
-    return int(version[1])
+    return version[1]
 
 
 def _check_java() -> None:
@@ -455,19 +468,27 @@ def _check_java() -> None:
     home = _java_home(spark)
     if home is None:
         raise PipelineError(f"no Java found: {wanted}; install one and set JAVA_HOME to it")
-    if not oldest <= (version := _java_version(home)) <= newest:
+    version = _java_version(home)
+    if not oldest <= int(version.removeprefix("1.").partition(".")[0]) <= newest:
         raise PipelineError(f"{wanted}, but {home} is Java {version}; set JAVA_HOME to one that fits")
     os.environ["JAVA_HOME"] = str(home)
 
 
 def _check_storage(config: DataPipelineConfig) -> None:
     """Checks that the data folder can be made and written, and that a run of this size can fit."""
-    if "://" in config.root:
+    store = Store(config.root)
+    if not store.is_local:
+        logger.warning(
+            "On %s there is no link to publish by, and no lock: each run leaves its snapshot there", store.root
+        )
         return
+    if not re.match("local|$", config.spark_master or os.environ.get("SPARK_MASTER", "")):
+        logger.warning("With a remote Spark master, %s has to be the same folder on every machine", store.root)
     # About what a run writes, rounded up: bytes per row of the two large tables in all layers.
     needed = 20 * MILLION + 150 * config.num_transactions + 150 * config.num_customers
     try:
-        os.makedirs(config.root, exist_ok=True)
+        for folder in ("runs", "snapshots"):
+            os.makedirs(store.path(folder), exist_ok=True)
         with tempfile.TemporaryFile(dir=config.root):
             free = shutil.disk_usage(config.root).free
     except OSError as error:
@@ -480,10 +501,13 @@ def _check_storage(config: DataPipelineConfig) -> None:
             f"not enough room in data_dir {config.root}: {free / MILLION:,.0f} MB free, about {needed / MILLION:,.0f} "
             "MB needed; free some, choose another with --data-dir, or make fewer rows"
         )
+    store.check()
 
 
-def preflight(config: DataPipelineConfig) -> None:
+def preflight(config: DataPipelineConfig, starts_spark: bool = True) -> None:
     """Checks, before any work, what a run needs; takes milliseconds.
+
+    Leads Spark to its Java through `JAVA_HOME`, where the run is to start Spark.
 
     Raises:
         PipelineError: Java, Spark or the data folder will not do; the message says what to do.
@@ -491,7 +515,7 @@ def preflight(config: DataPipelineConfig) -> None:
     config.validate()
     _check_storage(config)
     # Under spark-submit the JVM is there already, and a Spark Connect server has its own.
-    if not {"PYSPARK_GATEWAY_PORT", "SPARK_REMOTE"} & set(os.environ):
+    if starts_spark and not {"PYSPARK_GATEWAY_PORT", "SPARK_REMOTE"} & set(os.environ):
         _check_java()
 
 
@@ -785,7 +809,7 @@ def generate_transactions(spark: SparkSession, config: DataPipelineConfig) -> Da
 
 # ── Quality ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-ERROR, WARN = "error", "warn"
+ERROR, WARN, GATE = "error", "warn", "gate"
 
 # Spark SQL, used both by a rule and by the transformation that mends what the rule finds.
 PAYMENT_METHOD = "regexp_replace(lower(trim(payment_method)), '[ _-]+', '_')"
@@ -799,8 +823,8 @@ class Rule(NamedTuple):
     """What a row must not be: `fails` is a condition in Spark SQL, in which `:as_of_date` stands for that date.
 
     A condition that is null holds for nothing: a missing value fails no rule but the one that asks for it.
-    An `error` refuses the row; a `warn` is counted and the row kept. A rule that `clears` keeps the row without the
-    value that broke it.
+    An `error` refuses the row; a `gate` refuses the whole run as well; a `warn` is counted and the row kept. A rule
+    that `clears` keeps the row without the value that broke it.
     """
 
     name: str
@@ -840,6 +864,8 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
         Rule("quantity_not_positive", "quantity", "quantity <= 0"),
         Rule("amount_not_positive", "amount", "amount <= 0"),
         Rule("timestamp_in_future", "timestamp", "to_date(timestamp) > :as_of_date"),
+        # A time in 1970 is a zero or a wrong unit: then no other time of the delivery can be trusted.
+        Rule("timestamp_near_epoch", "timestamp", "year(timestamp) < 1971", GATE),
         Rule("payment_method_unknown", "payment_method", f"{PAYMENT_METHOD} NOT IN {_one_of(PAYMENT_METHODS)}"),
         Rule("payment_method_untidy", "payment_method", f"payment_method <> {PAYMENT_METHOD}", WARN),
         Rule("status_unknown", "status", f"status NOT IN {_one_of(STATUSES)}"),
@@ -885,7 +911,7 @@ def split(
     key_hash = F.xxhash64(*table.key)
     repeated = received.groupBy(key_hash.alias("_key_hash")).count().where("count > 1").select("_key_hash")
     referenced = with_references(received, parents)
-    errors = [rule for rule in (*table.rules, *table.reference_rules) if rule.severity == ERROR]
+    errors = [rule for rule in (*table.rules, *table.reference_rules) if rule.severity != WARN]
     failed = _any(rule.failed(config) for rule in errors)
     reasons = F.array_compact(F.array(*(F.when(rule.failed(config), rule.name) for rule in errors)))
     valid = (
@@ -1142,6 +1168,8 @@ class Table:
     # Bronze: by what the latest record of a key is known, in Spark SQL; and where its foreign keys lead.
     latest_by: tuple[str, ...] = ()
     references: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    # The column whose sum is the revenue, which is the same in all tables that have one.
+    revenue: str | None = None
     # Gold: how a reader wants to see the rows, in Spark SQL; a leading minus puts the largest first.
     order: tuple[str, ...] = ()
 
@@ -1184,13 +1212,14 @@ TABLES: tuple[Table, ...] = (
         references={"customer_id": "customers", "product_id": "products"},
     ),
     Table(SILVER, "products_active", ("product_id",), products_active),
-    Table(SILVER, "transactions_clean", ("transaction_id",), transactions_clean),
-    Table(SILVER, "customers_enriched", ("customer_id",), customers_enriched),
+    Table(SILVER, "transactions_clean", ("transaction_id",), transactions_clean, revenue="amount"),
+    Table(SILVER, "customers_enriched", ("customer_id",), customers_enriched, revenue="total_spent"),
     Table(
         GOLD,
         "customer_analytics",
         ("customer_segment", "city"),
         customer_analytics,
+        revenue="segment_revenue",
         order=(f"-{SEGMENT_RANK}", "-segment_revenue", "city"),
     ),
     Table(
@@ -1198,11 +1227,24 @@ TABLES: tuple[Table, ...] = (
         "category_analytics",
         ("product_category",),
         category_analytics,
+        revenue="total_revenue",
         order=("-total_revenue", "product_category"),
     ),
-    Table(GOLD, "payment_analytics", ("payment_method",), payment_analytics, order=("-usage_count", "payment_method")),
     Table(
-        GOLD, "device_analytics", ("device", "browser"), device_analytics, order=("-total_revenue", "device", "browser")
+        GOLD,
+        "payment_analytics",
+        ("payment_method",),
+        payment_analytics,
+        revenue="total_amount",
+        order=("-usage_count", "payment_method"),
+    ),
+    Table(
+        GOLD,
+        "device_analytics",
+        ("device", "browser"),
+        device_analytics,
+        revenue="total_revenue",
+        order=("-total_revenue", "device", "browser"),
     ),
     Table(GOLD, "product_analytics", ("category", "supplier"), product_analytics, order=("category", "supplier")),
 )
@@ -1210,30 +1252,243 @@ TABLES: tuple[Table, ...] = (
 
 # ── Publish ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-
-def table_path(root: str, layer: str, name: str) -> str:
-    """Where a table lies, as Spark is told: with its scheme, since a cluster's default may be another storage."""
-    return f"{root if '://' in root else f'file://{root}'}/{layer}/{name}"
-
-
-def observe(rows: DataFrame, /, **metrics: Column) -> tuple[DataFrame, Callable[[], Mapping[str, int]]]:
-    """Counts metrics while the rows pass by: no job of its own. They are known once the rows have been written."""
-    from pyspark.sql import Observation
-
-    observation = Observation()
-    return rows.observe(observation, *(metric.alias(name) for name, metric in metrics.items())), lambda: {
-        name: value or 0 for name, value in observation.get.items()
-    }
+LAYERS = (BRONZE, SILVER, GOLD, QUARANTINE)
+# What a snapshot without such a mark is: what a dead run left behind.
+AUDITED, REFUSED = "_AUDITED", "_REFUSED"
+RUN_ID = re.compile(r"(\d{8}T\d{6}Z)-[0-9a-f]{4}")
+RUN_TIME = "%Y%m%dT%H%M%SZ"
 
 
-def _spark_log(report: RunReport) -> str:
-    """The file for Spark's own log of a run."""
-    runs = os.path.join(tempfile.gettempdir() if "://" in report.data_dir else report.data_dir, "runs")
-    os.makedirs(runs, exist_ok=True)
-    return os.path.join(runs, f"{report.run_id}.spark.log")
+class BusyError(PipelineError):
+    """Another run is writing to the data folder."""
+
+    exit_code = 4
+
+
+class RefusedError(PipelineError):
+    """The run's data did not pass the gate or the audit; nothing was published."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """The data folder: the one place that touches storage.
+
+    A run writes into `snapshots/<run id>`, which `current` leads to once it is published; `bronze`, `silver`, `gold`
+    and `quarantine` lead through `current`, so that renaming this one link switches all of them at once.
+
+    Storage that is named by a URI has no links and no locks: there each run leaves its snapshot, and nothing else.
+    """
+
+    root: str
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the data folder is a path, with links and locks."""
+        return "://" not in self.root
+
+    def path(self, *names: str) -> str:
+        """A path below the data folder."""
+        return "/".join((self.root, *names))
+
+    def table(self, run_id: str, layer: str, name: str) -> str:
+        """Where a table lies, as Spark is told: with its scheme, since a cluster's default may be another storage."""
+        return ("file://" if self.is_local else "") + self.path("snapshots", run_id, layer, name)
+
+    def check(self) -> None:
+        """Raises PipelineError when something in the data folder stands where this pipeline puts its links."""
+        targets = {layer: f"current/{layer}" for layer in LAYERS}
+        for name in (*targets, "current"):
+            path = self.path(name)
+            if not os.path.lexists(path):
+                continue
+            target = os.readlink(path) if os.path.islink(path) else ""
+            if not (target == targets[name] if name in targets else RUN_ID.fullmatch(os.path.basename(target))):
+                raise PipelineError(
+                    f"{path} is not this pipeline's, which would put a link there: "
+                    "move it away, or choose another folder with --data-dir"
+                )
+
+    @contextlib.contextmanager
+    def lock(self, timeout: float) -> Iterator[None]:
+        """Lets one run write at a time; the lock of a dead process is gone with it.
+
+        Raises:
+            BusyError: another run still writes after `timeout` seconds.
+        """
+        if not self.is_local:
+            yield
+            return
+        deadline = time.monotonic() + timeout
+        with open(self.path(".lock"), "a+") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= deadline:
+                        file.seek(0)
+                        raise BusyError(
+                            f"another run is writing to {self.root} ({file.read().strip() or 'just started'}): "
+                            "wait for it, with --lock-timeout SECONDS for example, or choose another --data-dir"
+                        ) from None
+                    time.sleep(0.1)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {_now():%Y-%m-%d %H:%M:%S} UTC\n")
+            file.flush()
+            yield
+            file.truncate(0)
+
+    def next_run_id(self) -> str:
+        """A new id; ids rise from run to run, also when the clock was set back."""
+        now = _now()
+        newest = max((path.name[:16] for path in self._entries("runs", "snapshots")), default="")
+        if newest >= f"{now:{RUN_TIME}}":
+            last = datetime.strptime(newest, RUN_TIME).replace(tzinfo=timezone.utc)
+            if last > now:
+                logger.warning("The clock is behind the last run, of %s: run ids go on from there", last)
+            now = last + timedelta(seconds=1)
+        return f"{now:{RUN_TIME}}-{secrets.token_hex(2)}"
+
+    def _entries(self, *folders: str) -> list[os.DirEntry[str]]:
+        """What lies in the folders and carries the id of a run, oldest first."""
+        found: list[os.DirEntry[str]] = []
+        for folder in folders if self.is_local else ():
+            with contextlib.suppress(FileNotFoundError), os.scandir(self.path(folder)) as entries:
+                found += [entry for entry in entries if RUN_ID.match(entry.name)]
+        return sorted(found, key=lambda entry: entry.name)
+
+    def snapshots(self, mark: str | None = None) -> list[str]:
+        """The run ids of the snapshots, oldest first: those with the mark, or all."""
+        names = [entry.name for entry in self._entries("snapshots")]
+        return [name for name in names if mark is None or os.path.exists(self.path("snapshots", name, mark))]
+
+    def published(self) -> str | None:
+        """The run id of the published snapshot."""
+        with contextlib.suppress(OSError):
+            return os.path.basename(os.readlink(self.path("current")))
+        return None
+
+    def mark(self, run_id: str, mark: str) -> None:
+        """Says of a snapshot that it is complete and good, or that it was refused."""
+        if self.is_local:
+            with open(self.path("snapshots", run_id, mark), "w"):
+                pass
+
+    def publish(self, run_id: str) -> None:
+        """Switches all layers to a snapshot at once, or not at all."""
+        if not self.is_local:
+            return
+        for layer in LAYERS:
+            if not os.path.lexists(self.path(layer)):
+                os.symlink(f"current/{layer}", self.path(layer))
+        link = self.path(".next")
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(link)
+        os.symlink(f"snapshots/{run_id}", link)
+        os.replace(link, self.path("current"))
+
+    def remove(self, run_ids: Iterable[str]) -> None:
+        """Removes snapshots but for the published one; one that is half gone has lost its mark first."""
+        for run_id in set(run_ids) - {self.published()}:
+            for mark in (AUDITED, REFUSED):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self.path("snapshots", run_id, mark))
+            # What cannot be removed now is found by the next run, for want of its mark.
+            shutil.rmtree(self.path("snapshots", run_id), ignore_errors=True)
+
+    def clear_leftovers(self) -> None:
+        """Removes what dead runs left behind, and says so in their records. Only for who holds the lock."""
+        known = {*self.snapshots(AUDITED), *self.snapshots(REFUSED)}
+        dead = [run_id for run_id in self.snapshots() if run_id not in known]
+        self.remove(dead)
+        for run_id, record in self.records():
+            if isinstance(record, dict) and record["result"] == "running":
+                self.save_record(run_id, record | {"result": "killed"})
+                logger.warning("Run %s was killed: what it left behind is removed", run_id)
+
+    def retain(self, keep: int) -> None:
+        """Removes all but the newest audited snapshots, so many, and the newest refused one."""
+        self.remove([*self.snapshots(AUDITED)[:-keep], *self.snapshots(REFUSED)[:-1]])
+
+    def size(self, run_id: str, layer: str, name: str) -> int | None:
+        """The bytes of a table's files; None where only Spark can tell."""
+        if not self.is_local:
+            return None
+        with os.scandir(self.path("snapshots", run_id, layer, name)) as files:
+            return sum(file.stat().st_size for file in files if file.name.endswith(".parquet"))
+
+    def save_record(self, run_id: str, record: Mapping[str, Any]) -> None:
+        """Writes a run record whole or not at all."""
+        if not self.is_local:
+            return
+        path = self.path("runs", f"{run_id}.json")
+        with open(f"{path}.next", "w", encoding="utf-8") as file:
+            json.dump(record, file, indent=1, default=str, ensure_ascii=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.next", path)
+
+    def records(self) -> Iterator[tuple[str, dict[str, Any] | str]]:
+        """The run ids, oldest first, each with its record, or with what is wrong with it."""
+        for entry in self._entries("runs"):
+            if entry.name.endswith(".json"):
+                run_id = entry.name.removesuffix(".json")
+                try:
+                    with open(entry.path, encoding="utf-8") as file:
+                        record = json.load(file)
+                    yield run_id, {key: record[key] for key in ("result", "started_at", "config", "rows")} | record
+                except (OSError, ValueError, KeyError, TypeError) as error:
+                    yield run_id, f"unreadable record ({type(error).__name__}: {error})"
+
+    def spark_log(self, run_id: str) -> str:
+        """The file for Spark's own log of a run."""
+        return self.path("runs", f"{run_id}.spark.log") if self.is_local else os.devnull
+
+
+def list_runs(store: Store) -> Iterator[str]:
+    """A line per run: whether it is the published one or can be returned to, its id, date, rows and result."""
+    published, kept = store.published(), store.snapshots(AUDITED)
+    yield f"  {'run':<22} {'started (UTC)':<20} {'as of':<11} {'rows':>14}  result"
+    for run_id, record in store.records():
+        sign = "*" if run_id == published else "+" if run_id in kept else " "
+        if isinstance(record, str):
+            yield f"{sign} {run_id:<22} {record}"
+            continue
+        rows = sum(count for table, count in record["rows"].items() if table.startswith(BRONZE))
+        started, as_of = str(record["started_at"])[:19], record["config"].get("as_of_date", "")
+        yield f"{sign} {run_id:<22} {started:<20} {as_of:<11} {rows:>14,}  {record['result']}"
+    yield "* published   + can be returned to with --rollback RUN"
+
+
+def rollback(store: Store, run_id: str, timeout: float) -> str:
+    """Publishes an earlier snapshot again, the one before the published one where none is named; returns its run id.
+
+    Raises:
+        PipelineError: there is no such snapshot, or it is not whole.
+    """
+    store.check()
+    if not os.path.isdir(store.root):
+        raise PipelineError(f"nothing to return to: there is no data folder {store.root}")
+    with store.lock(timeout):
+        published, known = store.published(), store.snapshots(AUDITED)
+        chosen = run_id or next((known_id for known_id in reversed(known) if known_id < (published or "")), "")
+        if chosen not in known:
+            kept = f"kept are {', '.join(known) or 'none'} (--list-runs shows them)"
+            raise PipelineError(f"no snapshot {chosen or 'before the published one'} in {store.root}: {kept}")
+        for table in TABLES:
+            if not store.size(chosen, table.layer, table.name):
+                raise PipelineError(f"snapshot {chosen} is not whole: {table.layer}/{table.name} has no Parquet file")
+        store.publish(chosen)
+    return chosen
 
 
 # ── Run ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _now() -> datetime:
+    return datetime.now(timezone.utc)
 
 
 @dataclass(slots=True)
@@ -1247,10 +1502,10 @@ class Quality:
     # Rows that break a rule, by its name; a row may break several.
     failed: Mapping[str, int]
 
-    def check(self, table: str) -> None:
-        """Raises RuntimeError when a row is unaccounted for."""
-        if self.received != self.kept + self.quarantined + self.duplicates:
-            raise RuntimeError(f"the rows of {table} do not add up: {self}")
+    @property
+    def unaccounted(self) -> int:
+        """Rows received that are neither kept nor quarantined nor duplicates: 0, or something is wrong."""
+        return self.received - self.kept - self.quarantined - self.duplicates
 
     def describe(self, table: str) -> str:
         """One line for the log."""
@@ -1262,126 +1517,269 @@ class Quality:
 
 
 @dataclass(slots=True)
-class RunReport:
-    """What a run did: rows and seconds by table (`silver.customers_enriched`), quality by bronze table.
+class RunRecord:
+    """What a run did; written to `runs/<run id>.json`, whose fields are these.
 
-    `at` is the table that it works on, or failed in.
+    `result` is running, succeeded, refused (by the gate or the audit), failed, interrupted or killed. `at` is the
+    table that the run works on, or ended in. `seconds` are by layer and table, `rows` and `bytes` by table
+    (`silver.customers_enriched`), `quality` by bronze table, `profile` by bronze table and column.
     """
 
     run_id: str
-    started_at: datetime
+    started_at: str
     data_dir: str
+    config: Mapping[str, Any]
+    versions: dict[str, str | None]
+    schema_version: int = 1
+    result: str = "running"
+    exit_code: int | None = None
+    finished_at: str | None = None
     at: str = "start-up"
     rows: dict[str, int] = dataclasses.field(default_factory=dict)
+    bytes: dict[str, int | None] = dataclasses.field(default_factory=dict)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     quality: dict[str, Quality] = dataclasses.field(default_factory=dict)
+    profile: dict[str, dict[str, dict[str, Any]]] = dataclasses.field(default_factory=dict)
+    # What kept the run from being published: the table, the rule, the rows that broke it, examples of them.
+    missed: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    error: dict[str, str] | None = None
 
-    def summary(self) -> list[str]:
+    def summary(self) -> Iterator[str]:
         """The lines that close the log."""
         received = sum(quality.received for quality in self.quality.values())
         total = self.seconds["total"]
-        layers = (BRONZE, SILVER, GOLD)
-        return [
-            *(f"  {table:<28} {rows:>14,} rows" for table, rows in self.rows.items()),
-            f"  {total:.1f} s in all: " + ", ".join(f"{layer} {self.seconds[layer]:.1f} s" for layer in layers),
-            f"  {received / total:,.0f} rows per second, start-up included",
-            f"  The data lies in {self.data_dir}",
-        ]
+        layers = ", ".join(f"{layer} {self.seconds[layer]:.1f} s" for layer in (BRONZE, SILVER, GOLD))
+        for table, rows in self.rows.items():
+            yield f"  {table:<28} {rows:>14,} rows"
+        yield f"  {total:.1f} s in all: {layers}"
+        yield f"  {received / total:,.0f} rows per second, start-up included"
+        yield f"  The data lies in {self.data_dir}"
 
 
-@contextlib.contextmanager
-def _layer(name: str, title: str, report: RunReport) -> Iterator[None]:
-    logger.info("%s LAYER: %s", name.upper(), title)
-    started = time.perf_counter()
-    yield
-    report.seconds[name] = time.perf_counter() - started
+def observe(rows: DataFrame, /, **metrics: Column) -> tuple[DataFrame, Callable[[], Mapping[str, Any]]]:
+    """Counts metrics while the rows are written: no job of its own. They are known once the write has ended.
+
+    The rows have to be written as they are: below a filter or join, Spark may drop what counts.
+    """
+    from pyspark.sql import Observation
+
+    observation = Observation()
+    observed = rows.observe(observation, *(metric.alias(name) for name, metric in metrics.items()))
+    return observed, lambda: observation.get
+
+
+def profile_metrics(columns: Iterable[str]) -> Mapping[str, Column]:
+    """The profile of each column: values that are there, distinct values (to about 5 %), least and greatest."""
+    metrics = {}
+    for name in columns:
+        metrics[f"{name}.count"] = F.count(name)
+        metrics[f"{name}.distinct"] = F.approx_count_distinct(name)
+        metrics[f"{name}.min"] = F.min(name).cast("string")
+        metrics[f"{name}.max"] = F.max(name).cast("string")
+    return metrics
+
+
+def describe_profile(table: str, profile: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """The profile of a table as lines for the log."""
+    yield f"{table:<28} {'nulls':>10} {'complete':>9} {'distinct':>11} {'repeated':>9}  least … greatest"
+    for name, column in profile.items():
+        repeated = f"{column['duplicates']:,}" if "duplicates" in column else ""
+        least, greatest = (str(column[bound] if column[bound] is not None else "-")[:24] for bound in ("min", "max"))
+        complete, distinct = f"{column['completeness']:.1f}%", f"~{column['distinct']:,}"
+        yield (f"  {name:<26} {column['nulls']:>10,} {complete:>9} {distinct:>11} {repeated:>9}  {least} … {greatest}")
 
 
 class _Run:
     """One run: the layers in sequence, each a loop over its tables."""
 
-    def __init__(self, config: DataPipelineConfig, spark: SparkSession, report: RunReport) -> None:
+    def __init__(self, config: DataPipelineConfig, spark: SparkSession, store: Store, record: RunRecord) -> None:
         self.config = config
         self.spark = spark
-        self.report = report
+        self.store = store
+        self.record = record
         # What the builders may ask for, by the names of their parameters.
         self.inputs: dict[str, Any] = {"config": config, "spark": spark}
         self.failed: dict[str, dict[str, int]] = {}
 
+    def layer(self, layer: str, title: str, work: Callable[[], None]) -> None:
+        """Does a layer's work and notes how long it took."""
+        logger.info("%s LAYER: %s", layer.upper(), title)
+        started = time.perf_counter()
+        work()
+        self.record.seconds[layer] = time.perf_counter() - started
+
     def bronze(self) -> None:
-        """Writes the tables as received, and counts on the way which rows break which rule."""
+        """Writes the tables as received; on the way, counts which rows break which rule, and profiles each column."""
         for table in tables(BRONZE):
             rules = {rule.name: F.count_if(rule.failed(self.config)) for rule in table.rules}
-            counts = self.save(BRONZE, table.name, self.build(table), **rules)
+            columns = [name for name, _ in table.columns if not name.startswith("_")]
+            counts = self.save(BRONZE, table.name, self.build(table), **rules, **profile_metrics(columns))
             self.failed[table.name] = {name: counts[name] for name in rules}
+            rows = counts["rows"]
+            self.record.profile[table.name] = {
+                name: {
+                    "rows": rows,
+                    "nulls": rows - counts[f"{name}.count"],
+                    "completeness": 100.0 * counts[f"{name}.count"] / rows if rows else 100.0,
+                    **{figure: counts[f"{name}.{figure}"] for figure in ("distinct", "min", "max")},
+                }
+                for name in columns
+            }
 
     def silver(self) -> None:
         """Divides bronze into valid and refused rows, writes the refused ones, and enriches the valid ones."""
         valid: dict[str, DataFrame] = {}
         for table in tables(BRONZE):
             parents = {key: valid[parent] for key, parent in table.references.items()}
-            valid[table.name], quarantined = split(self.read(table), table, parents, self.config)
+            received = self.read(BRONZE, table.name, table.schema)
+            valid[table.name], quarantined = split(received, table, parents, self.config)
             broken = {rule.name: F.count_if(F.array_contains("_reasons", rule.name)) for rule in table.reference_rules}
             counts = self.save(QUARANTINE, table.name, quarantined, **broken)
             self.failed[table.name].update({name: counts[name] for name in broken})
-            self.account(table, valid[table.name])
+            self.account(table, received, valid[table.name])
+        self.gate()
         self.inputs.update(valid)
         for table in tables(SILVER):
             self.save(SILVER, table.name, self.build(table))
-            self.inputs[table.name] = self.read(table)
+            self.inputs[table.name] = self.read(SILVER, table.name, table.schema)
 
-    def account(self, table: Table, valid: DataFrame) -> None:
-        """Checks that each row received is kept, quarantined or a duplicate, each counted for itself."""
-        # A query: metrics observed below a filter or join are lost when Spark finds the rest to be empty.
-        kept, copies = valid.agg(F.count(F.lit(1)), F.coalesce(F.sum("_copies"), F.lit(0))).collect()[0]
-        quality = Quality(
-            received=self.report.rows[f"{BRONZE}.{table.name}"],
-            kept=kept,
-            quarantined=self.report.rows[f"{QUARANTINE}.{table.name}"],
-            duplicates=copies - kept,
+    def account(self, table: Table, received: DataFrame, valid: DataFrame) -> None:
+        """Notes what became of the rows received, each figure counted for itself; the audit adds them up."""
+        keys = received.groupBy(*table.key).count().agg(F.coalesce(F.sum(F.col("count") - 1), F.lit(0)))
+        kept = valid.agg(F.count(F.lit(1)), F.coalesce(F.sum("_copies"), F.lit(0)))
+        [[repeated, rows, copies]] = keys.crossJoin(kept).collect()
+        self.record.quality[table.name] = quality = Quality(
+            received=self.record.rows[f"{BRONZE}.{table.name}"],
+            kept=rows,
+            quarantined=self.record.rows[f"{QUARANTINE}.{table.name}"],
+            duplicates=copies - rows,
             failed=self.failed[table.name],
         )
-        self.report.quality[table.name] = quality
+        self.record.profile[table.name][table.key[0]]["duplicates"] = repeated
+        for line in describe_profile(table.name, self.record.profile[table.name]):
+            logger.info("%s", line)
         logger.info("%s", quality.describe(table.name))
-        quality.check(table.name)
+
+    def gate(self) -> None:
+        """Raises RefusedError when too many rows were refused, a gate rule is broken, or nothing was received."""
+        self.record.at = "gate"
+        for table in tables(BRONZE):
+            quality = self.record.quality[table.name]
+            rate = quality.quarantined / quality.received if quality.received else 0.0
+            if not quality.received and getattr(self.config, f"num_{table.name}"):
+                self.miss(table, "received", 0, "no rows were received")
+            for rule in table.rules:
+                if rule.severity == GATE and (rows := quality.failed[rule.name]):
+                    self.miss(table, rule.name, rows, f"{rows:,} rows break the gate rule {rule.name}", rule.name)
+            if rate > (limit := self.config.max_quarantine_rate):
+                message = f"{quality.quarantined:,} rows are quarantined, {rate:.2%}: more than {limit:.2%}"
+                self.miss(table, "max_quarantine_rate", quality.quarantined, message)
+        if self.record.missed:
+            rules = ", ".join(f"{miss['table']}.{miss['rule']}" for miss in self.record.missed)
+            raise RefusedError(
+                f"GATE MISSED, nothing is published: {rules}; the refused snapshot lies in "
+                f"{self.store.path('snapshots', self.record.run_id)}; mend the source, or change the limit"
+            )
+
+    def miss(self, table: Table, rule: str, rows: int, message: str, reason: str | None = None) -> None:
+        """Notes and logs what misses the gate, with three of the rows."""
+        refused = self.read(QUARANTINE, table.name, f"{table.schema}, {REASONS}")
+        if reason:
+            refused = refused.where(F.array_contains("_reasons", reason))
+        examples = [row[0] for row in refused.select(F.to_json(F.struct("*"))).limit(3).collect()]
+        self.record.missed.append(
+            {"table": table.name, "rule": rule, "rows": rows, "message": message, "examples": examples}
+        )
+        logger.error("%s: %s", table.name, message)
+        for example in examples:
+            logger.error("  for example %s", example)
 
     def gold(self) -> None:
         """Writes the aggregates, three of them from one pass over the transactions."""
-        self.inputs["sales"] = sales(self.inputs["transactions_clean"]).persist()
-        for table in tables(GOLD):
-            self.save(GOLD, table.name, self.build(table))
-        self.inputs["sales"].unpersist()
+        cube = self.inputs["sales"] = sales(self.inputs["transactions_clean"]).persist()
+        try:
+            for table in tables(GOLD):
+                self.save(GOLD, table.name, self.build(table))
+        finally:
+            cube.unpersist()
+
+    def audit(self) -> None:
+        """Reads the snapshot back and adds it up.
+
+        Raises:
+            RefusedError: a table cannot be read or lacks rows, a key is repeated, a row is unaccounted for, or two
+                tables differ in the revenue.
+        """
+        self.record.at = "audit"
+        started = time.perf_counter()
+        unknown = F.lit(None)
+        checks = [
+            self.read(layer, table.name, table.schema).agg(
+                F.lit(f"{layer}.{table.name}"),
+                F.count(F.lit(1)),
+                (unknown if table.layer == BRONZE else F.count_distinct(*map(F.col, table.key))).cast("bigint"),
+                (F.sum(table.revenue) if table.revenue else unknown).cast("decimal(28,2)"),
+            )
+            for table in TABLES
+            for layer in ((BRONZE, QUARANTINE) if table.layer == BRONZE else (table.layer,))
+        ]
+        try:
+            found = functools.reduce(lambda one, other: one.unionAll(other), checks).collect()
+        except Exception as error:
+            cause = str(error).strip().splitlines()[0][:300]
+            raise RefusedError(f"AUDIT FAILED, nothing is published: the snapshot cannot be read: {cause}") from error
+        wrong = [
+            f"{table}: {quality.unaccounted:,} of {quality.received:,} rows received are unaccounted for"
+            for table, quality in self.record.quality.items()
+            if quality.unaccounted
+        ]
+        for name, rows, keys, _ in found:
+            if rows != self.record.rows[name]:
+                wrong.append(f"{name}: {self.record.rows[name]:,} rows were written, {rows:,} are there")
+            elif keys is not None and keys != rows:
+                wrong.append(f"{name}: {rows - keys:,} repeated keys")
+        measured = {f"{table.layer}.{table.name}" for table in TABLES if table.revenue}
+        revenues = {name: revenue or Decimal(0) for name, _, _, revenue in found if name in measured}
+        if len(set(revenues.values())) > 1:
+            wrong.append("revenue differs: " + ", ".join(f"{name} {revenue:,}" for name, revenue in revenues.items()))
+        if wrong:
+            raise RefusedError("AUDIT FAILED, nothing is published: " + "; ".join(wrong))
+        self.record.seconds["audit"] = time.perf_counter() - started
+        logger.info("AUDIT: rows, keys and revenue add up (%.1f s)", self.record.seconds["audit"])
 
     def build(self, table: Table) -> DataFrame:
         """The table's rows, as declared."""
-        self.report.at = f"{table.layer}.{table.name}"
+        self.record.at = f"{table.layer}.{table.name}"
         names = inspect.signature(table.build).parameters
         rows = table.build(**{name: self.inputs[name] for name in names})
         if table.layer == BRONZE:
-            started = F.timestamp_seconds(F.lit(int(self.report.started_at.timestamp())))
-            rows = rows.withColumns({"_ingested_at": started, "_run_id": F.lit(self.report.run_id)})
+            started = datetime.fromisoformat(self.record.started_at)
+            ingested = F.timestamp_seconds(F.lit(int(started.timestamp())))
+            rows = rows.withColumns({"_ingested_at": ingested, "_run_id": F.lit(self.record.run_id)})
         if rows.dtypes != table.columns:
             raise TypeError(f"{table.name} is built as {rows.dtypes}, but declared as {table.columns}")
         if table.layer == GOLD:
             rows = rows.coalesce(1).sortWithinPartitions(*map(_sort_order, table.order))
         return rows
 
-    def save(self, layer: str, name: str, rows: DataFrame, **metrics: Column) -> Mapping[str, int]:
+    def save(self, layer: str, name: str, rows: DataFrame, **metrics: Column) -> Mapping[str, Any]:
         """Writes a table as Parquet and returns its number of `rows` and the metrics, counted while writing."""
-        self.report.at = at = f"{layer}.{name}"
+        self.record.at = at = f"{layer}.{name}"
         started = time.perf_counter()
+        path = self.store.table(self.record.run_id, layer, name)
         observed, count = observe(rows, rows=F.count(F.lit(1)), **metrics)
-        observed.write.mode("overwrite").parquet(table_path(self.config.root, layer, name))
+        observed.write.mode("error").parquet(path)
         counts = count()
-        self.report.rows[at] = counts["rows"]
-        self.report.seconds[at] = time.perf_counter() - started
-        path = f"{self.config.root}/{layer}/{name}"
-        logger.info("✓ Saved %s to: %s (%s rows, %.2f s)", name, path, f"{counts['rows']:,}", self.report.seconds[at])
+        seconds = time.perf_counter() - started
+        self.record.rows[at], self.record.seconds[at] = counts["rows"], seconds
+        self.record.bytes[at] = self.store.size(self.record.run_id, layer, name)
+        saved = path.removeprefix("file://")
+        logger.info("✓ Saved %s to: %s (%s rows, %.2f s)", name, saved, f"{counts['rows']:,}", seconds)
         return counts
 
-    def read(self, table: Table) -> DataFrame:
+    def read(self, layer: str, name: str, schema: str) -> DataFrame:
         """A table that this run has written; told the schema, Spark need not look for it."""
-        return self.spark.read.schema(table.schema).parquet(table_path(self.config.root, table.layer, table.name))
+        return self.spark.read.schema(schema).parquet(self.store.table(self.record.run_id, layer, name))
 
 
 def tables(layer: str) -> list[Table]:
@@ -1393,41 +1791,112 @@ def _sort_order(by: str) -> Column:
     return F.expr(by[1:]).desc() if by.startswith("-") else F.expr(by).asc()
 
 
-def run_pipeline(config: DataPipelineConfig | None = None, spark: SparkSession | None = None) -> RunReport:
-    """Runs the pipeline: checks, generates, and writes bronze, silver and gold under the data folder.
+def _versions() -> dict[str, str | None]:
+    """What the run runs on; Spark's is added once it is there. None is what cannot be told."""
+    versions: dict[str, str | None] = {"pipeline": None, "python": sys.version.split()[0], "spark": None, "java": None}
+    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError):  # no git here
+        versions["pipeline"] = (
+            subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+        )
+    with contextlib.suppress(PipelineError, KeyError):
+        versions["java"] = _java_version(Path(os.environ["JAVA_HOME"]))
+    return versions
+
+
+@contextlib.contextmanager
+def _recorded(record: RunRecord, store: Store) -> Iterator[None]:
+    """Writes the run record at the start and, however the run ends, at the end."""
+    started = time.perf_counter()
+    store.save_record(record.run_id, dataclasses.asdict(record))
+    try:
+        yield
+        record.result, record.exit_code = "succeeded", 0
+    except BaseException as error:
+        refused, interrupted = isinstance(error, RefusedError), isinstance(error, KeyboardInterrupt)
+        record.result = "refused" if refused else "interrupted" if interrupted else "failed"
+        record.exit_code = getattr(error, "exit_code", 130 if interrupted else 1)
+        record.error = {
+            "type": type(error).__name__,
+            "message": str(error),
+            "traceback": "".join(traceback.format_exception(error)),
+        }
+        raise
+    finally:
+        record.finished_at = _now().isoformat(timespec="seconds")
+        record.seconds["total"] = time.perf_counter() - started
+        # A full disk must not hide what filled it.
+        with contextlib.suppress(OSError):
+            store.save_record(record.run_id, dataclasses.asdict(record))
+
+
+def run_pipeline(config: DataPipelineConfig | None = None, spark: SparkSession | None = None) -> RunRecord:
+    """Runs the pipeline: generates, writes bronze, silver and gold into a snapshot, audits it, and publishes it.
 
     Args:
         config: what to do; the defaults where not given.
         spark: a session to use and leave running; a new one is started and stopped where not given.
 
     Raises:
-        PipelineError: something that the user can mend, found before any work.
+        PipelineError: something that the user can mend.
+        RefusedError: the data missed the gate or the audit.
+        BusyError: another run is writing.
+        Exception: anything else, from Spark for example. Whatever is raised, what was published stays as it was.
     """
     config = config or DataPipelineConfig()
-    preflight(config)
-    started = time.perf_counter()
-    now = datetime.now(timezone.utc)
-    report = RunReport(f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}", now, config.root)
-    logger.info("STARTING DATA PIPELINE EXECUTION")
-    logger.info("Run %s as of %s, into %s", report.run_id, config.as_of_date, config.root)
+    preflight(config, starts_spark=spark is None)
+    store = Store(config.root)
+    with store.lock(config.lock_timeout):
+        store.clear_leftovers()
+        run_id = store.next_run_id()
+        record = RunRecord(
+            run_id=run_id,
+            started_at=_now().isoformat(timespec="seconds"),
+            data_dir=config.root if store.is_local else store.path("snapshots", run_id),
+            config=dataclasses.asdict(config),
+            versions=_versions(),
+        )
+        logger.info("STARTING DATA PIPELINE EXECUTION")
+        logger.info("Run %s as of %s, into %s", record.run_id, config.as_of_date, config.root)
+        with _recorded(record, store):
+            try:
+                with _session(config, spark, store.spark_log(record.run_id)) as session:
+                    _run_layers(_Run(config, session, store, record))
+            except (PipelineError, KeyboardInterrupt):
+                raise
+            except Exception as error:  # Spark's errors differ from version to version, their text less so
+                if full := re.search("No space left on device|Disk quota exceeded", str(error)):
+                    raise PipelineError(
+                        f"the disk of {config.root} is full ({full[0]}, in {record.at}): "
+                        "free some room, or choose another folder with --data-dir; what was published is as it was"
+                    ) from error
+                logger.error("FAILED in %s; Spark's own log: %s", record.at, store.spark_log(record.run_id))
+                raise
+        logger.info("PIPELINE EXECUTION COMPLETED SUCCESSFULLY")
+        for line in record.summary():
+            logger.info("%s", line)
+    return record
+
+
+def _run_layers(run: _Run) -> None:
+    """From nothing to a published snapshot."""
+    store, run_id = run.store, run.record.run_id
+    run.record.versions["spark"] = run.spark.version
+    logger.info("Spark %s on Python %s", run.spark.version, sys.version.split()[0])
     try:
-        with _session(config, spark, _spark_log(report)) as session:
-            logger.info("Spark %s on Python %s", session.version, sys.version.split()[0])
-            run = _Run(config, session, report)
-            with _layer(BRONZE, "Raw Data Ingestion", report):
-                run.bronze()
-            with _layer(SILVER, "Data Cleansing and Enrichment", report):
-                run.silver()
-            with _layer(GOLD, "Business Aggregations", report):
-                run.gold()
-    except Exception:
-        logger.error("FAILED in %s; Spark's own log: %s", report.at, _spark_log(report))
+        run.layer(BRONZE, "Raw Data Ingestion", run.bronze)
+        run.layer(SILVER, "Data Cleansing and Enrichment", run.silver)
+        run.layer(GOLD, "Business Aggregations", run.gold)
+        run.audit()
+    except RefusedError:
+        store.mark(run_id, REFUSED)
         raise
-    report.seconds["total"] = time.perf_counter() - started
-    logger.info("PIPELINE EXECUTION COMPLETED SUCCESSFULLY")
-    for line in report.summary():
-        logger.info("%s", line)
-    return report
+    except BaseException:
+        store.remove([run_id])
+        raise
+    store.mark(run_id, AUDITED)
+    store.publish(run_id)
+    store.retain(run.config.keep_snapshots)
 
 
 # ── Command line ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1440,7 +1909,12 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigurationError(message)
 
 
-def _parser() -> _Parser:
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Reads the command line; the fields of the configuration are still text, None where not given.
+
+    Raises:
+        ConfigurationError: an unknown flag, or a flag without its value.
+    """
     parser = _Parser(
         description=(__doc__ or "").partition("\n")[0],
         epilog="A flag wins over its environment variable, and that over the default.",
@@ -1453,7 +1927,17 @@ def _parser() -> _Parser:
             metavar=str(field.type).partition(" ")[0].upper(),
             help=f"{field.metadata['help']}{shown} [{_variable(field.name)}]".replace("%", "%%"),
         )
-    return parser
+    instead = parser.add_argument_group("instead of a run").add_mutually_exclusive_group()
+    instead.add_argument("--list-runs", action="store_true", help="show the runs and what became of them")
+    instead.add_argument(
+        "--rollback", metavar="RUN", nargs="?", const="", help="publish an earlier run again (default: the one before)"
+    )
+    flags, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        name = unknown[0].partition("=")[0]
+        raise ConfigurationError(f"unknown argument {name}{_nearest(name, known)} (--help lists them)")
+    return flags
 
 
 def _variable(field: str) -> str:
@@ -1461,20 +1945,14 @@ def _variable(field: str) -> str:
 
 
 def configure(
-    arguments: Sequence[str], environment: Mapping[str, str], config: DataPipelineConfig | None = None
+    flags: argparse.Namespace, environment: Mapping[str, str], config: DataPipelineConfig | None = None
 ) -> DataPipelineConfig:
     """The configuration with the environment's values over its own, and the flags' over those.
 
     Raises:
-        ConfigurationError: an unknown flag or variable, or a value that cannot be used.
+        ConfigurationError: an unknown variable, or a value that cannot be used.
     """
     config = config or DataPipelineConfig()
-    parser = _parser()
-    flags, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        name = unknown[0].partition("=")[0]
-        raise ConfigurationError(f"unknown argument {name}{_nearest(name, known)} (--help lists them)")
     variables = {_variable(field.name): field.name for field in dataclasses.fields(config)}
     for variable in environment:
         if variable.startswith(config.ENVIRONMENT_PREFIX) and variable not in variables:
@@ -1518,9 +1996,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logger.setLevel(logging.INFO)
     with _interrupts() as interrupted:
         try:
-            config = configure(sys.argv[1:] if arguments is None else arguments, os.environ)
+            flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+            config = configure(flags, os.environ)
             logger.setLevel(config.log_level)
-            run_pipeline(config)
+            if flags.list_runs:
+                print("\n".join(list_runs(Store(config.root))))
+            elif flags.rollback is not None:
+                logger.info("Published again: %s", rollback(Store(config.root), flags.rollback, config.lock_timeout))
+            else:
+                run_pipeline(config)
         except PipelineError as error:
             logger.error("%s", error)
             return error.exit_code

@@ -12,7 +12,7 @@ import duckdb
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 
-from data_pipeline import DataPipelineConfig, RunReport, create_spark_session, preflight, run_pipeline
+from data_pipeline import DataPipelineConfig, RunRecord, create_spark_session, preflight, run_pipeline
 
 AS_OF = date(2026, 3, 4)
 
@@ -53,12 +53,12 @@ def config(small: Callable[..., DataPipelineConfig]) -> DataPipelineConfig:
 
 
 @pytest.fixture(scope="session")
-def report(spark: SparkSession, config: DataPipelineConfig) -> RunReport:
+def report(spark: SparkSession, config: DataPipelineConfig) -> RunRecord:
     return run_pipeline(config, spark)
 
 
 @pytest.fixture(scope="session")
-def db(report: RunReport) -> Iterator[duckdb.DuckDBPyConnection]:
+def db(report: RunRecord) -> Iterator[duckdb.DuckDBPyConnection]:
     """The tables of the run; those of bronze and quarantine are called `bronze_customers` and so on."""
     with open_tables(report.data_dir) as connection:
         yield connection

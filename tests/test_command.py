@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import data_pipeline
 from data_pipeline import TABLES
@@ -16,11 +18,13 @@ SMALL = ["--num-customers", "50", "--num-transactions", "300", "--num-products",
 LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d - (INFO|WARNING|ERROR) - ")
 
 
-def start(home: Path, *flags: str, **variables: str) -> subprocess.Popen[str]:
+def start(
+    home: Path, *flags: str, program: tuple[str, ...] = (data_pipeline.__file__,), **variables: str
+) -> subprocess.Popen[str]:
     """Starts the pipeline with `home` as the home folder."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PIPELINE_")}
     return subprocess.Popen(
-        [sys.executable, data_pipeline.__file__, *flags],
+        [sys.executable, *program, *flags],
         env=kept | {"HOME": str(home)} | variables,
         cwd=home,
         stdout=subprocess.PIPE,
@@ -29,9 +33,9 @@ def start(home: Path, *flags: str, **variables: str) -> subprocess.Popen[str]:
     )
 
 
-def run(home: Path, *flags: str, **variables: str) -> tuple[int, str]:
+def run(home: Path, *flags: str, **options: Any) -> tuple[int, str]:
     """Runs the pipeline and returns its exit code and its log."""
-    with start(home, *flags, **variables) as process:
+    with start(home, *flags, **options) as process:
         out, err = process.communicate(timeout=300)
     assert out == "", "the log goes to standard error"
     return process.returncode, err
@@ -59,14 +63,31 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
         assert message in log
 
 
+BROKEN = """
+import dataclasses, sys, data_pipeline
+tables = data_pipeline.TABLES
+broken = lambda products: products.select("no_such_column")
+data_pipeline.TABLES = tuple(
+    dataclasses.replace(table, build=broken) if table.name == "products_active" else table for table in tables
+)
+sys.exit(data_pipeline.main())
+"""
+
+
 def test_failure_in_the_middle(tmp_path: Path) -> None:
-    (tmp_path / "pipeline-data").mkdir()
-    (tmp_path / "pipeline-data" / "silver").write_text("in the way")
-    code, log = run(tmp_path, *SMALL)
+    code, log = run(tmp_path, *SMALL, program=("-c", BROKEN), PYTHONPATH=str(Path(data_pipeline.__file__).parent))
     assert code == 1
     assert "FAILED in silver.products_active" in log
     assert "Traceback (most recent call last):" in log
+    assert "no_such_column" in log
     assert "COMPLETED" not in log
+    assert not (tmp_path / "pipeline-data" / "silver").exists()
+    [record] = (tmp_path / "pipeline-data" / "runs").glob("*.json")
+    content = json.loads(record.read_text())
+    assert (content["result"], content["exit_code"], content["at"]) == ("failed", 1, "silver.products_active")
+    assert "no_such_column" in content["error"]["traceback"]
+    assert content["rows"]["bronze.customers"] == 50
+    assert list((tmp_path / "pipeline-data" / "snapshots").iterdir()) == [], "what it had written is removed"
 
 
 def test_interrupted_run(tmp_path: Path) -> None:
@@ -81,3 +102,5 @@ def test_interrupted_run(tmp_path: Path) -> None:
         assert process.wait(timeout=60) == 130
     assert "INTERRUPTED" in log
     assert "Traceback" not in log
+    [record] = (tmp_path / "pipeline-data" / "runs").glob("*.json")
+    assert json.loads(record.read_text())["exit_code"] in (130, 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import ConfigurationError, DataPipelineConfig, configure
+from data_pipeline import ConfigurationError, DataPipelineConfig, configure, parse_arguments
 
 
 def test_defaults() -> None:
@@ -90,7 +90,7 @@ def test_data_dir_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_flag_beats_variable_beats_attribute() -> None:
     config = DataPipelineConfig(num_customers=1, num_products=1, num_transactions=1)
     environment = {"PIPELINE_NUM_CUSTOMERS": "2", "PIPELINE_NUM_PRODUCTS": "2"}
-    result = configure(["--num-customers", "3"], environment, config)
+    result = configure(parse_arguments(["--num-customers", "3"]), environment, config)
     assert (result.num_customers, result.num_products, result.num_transactions) == (3, 2, 1)
 
 
@@ -99,12 +99,14 @@ def test_every_field_is_a_flag_and_a_variable() -> None:
         "app_name": "x", "data_dir": "/x", "num_customers": "1", "num_transactions": "2", "num_products": "3",
         "seed": "4", "as_of_date": "2024-01-31", "history_days": "5", "defect_rate": "0.25", "silver_above": "6.50",
         "gold_above": "7", "premium_above": "8", "shuffle_partitions": "9", "spark_master": "local[3]",
-        "log_level": "debug",
+        "log_level": "debug", "max_quarantine_rate": "0.1", "keep_snapshots": "2", "lock_timeout": "1.5",
     }  # fmt: skip
     assert set(given) == {field.name for field in dataclasses.fields(DataPipelineConfig)}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-    by_flag = configure(flags, {})
-    assert by_flag == configure([], {f"PIPELINE_{name.upper()}": value for name, value in given.items()})
+    by_flag = configure(parse_arguments(flags), {})
+    assert by_flag == configure(
+        parse_arguments([]), {f"PIPELINE_{name.upper()}": value for name, value in given.items()}
+    )
     assert by_flag.silver_above == Decimal("6.50")
     assert by_flag.log_level == "DEBUG"
 
@@ -122,7 +124,7 @@ def test_every_field_is_a_flag_and_a_variable() -> None:
 )
 def test_bad_command_line(flags: list[str], environment: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        configure(flags, environment)
+        configure(parse_arguments(flags), environment)
 
 
 def test_partitions_grow_with_the_rows() -> None:

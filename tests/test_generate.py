@@ -13,7 +13,7 @@ from pyspark.sql import functions as F
 from data_pipeline import (
     DEFECTS,
     DataPipelineConfig,
-    RunReport,
+    RunRecord,
     generate_customers,
     generate_products,
     generate_transactions,
@@ -80,7 +80,7 @@ def test_planted_kinds_are_as_many_as_said(
         assert max(planted.values()) - min(planted.values()) <= 1
 
 
-def test_every_planted_defect_is_found(config: DataPipelineConfig, report: RunReport) -> None:
+def test_every_planted_defect_is_found(config: DataPipelineConfig, report: RunRecord) -> None:
     customers = planted_defects("customers", config.num_customers, config.defect_rate)
     transactions = planted_defects("transactions", config.num_transactions, config.defect_rate)
     planted = {**customers, **transactions}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pyspark.sql import DataFrame
 
-from data_pipeline import ERROR, RULES, SCHEMAS, DataPipelineConfig, Split, Table, split, tables
+from data_pipeline import ERROR, GATE, RULES, SCHEMAS, WARN, DataPipelineConfig, Split, Table, split, tables
 
 Frame = Callable[..., DataFrame]
 
@@ -59,6 +59,7 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "quantity_not_positive": ([0, -1], [1]),
     "amount_not_positive": ([Decimal("0.00"), Decimal("-9.99")], [Decimal("0.01")]),
     "timestamp_in_future": ([datetime(2026, 3, 5)], [datetime(2026, 3, 4, 23, 59, 59)]),
+    "timestamp_near_epoch": ([datetime(1970, 1, 21, 12)], [datetime(1971, 1, 1)]),
     "payment_method_unknown": (["seashells", ""], ["paypal", " Credit  Card", "APPLE-PAY"]),
     "payment_method_untidy": ([" paypal", "PayPal", "credit card"], ["credit_card"]),
     "status_unknown": (["lost", "Completed"], ["pending", "refunded"]),
@@ -170,7 +171,6 @@ def test_reference_to_a_refused_customer_is_refused(frame: Frame, config: DataPi
     assert [row["_reasons"] for row in quarantined.collect()] == [["customer_id_unknown"]]
 
 
-def test_severities_are_used() -> None:
-    severities = {rule.severity for rules in RULES.values() for rule in rules}
-    assert ERROR in severities
-    assert all(rule.severity != ERROR for rules in RULES.values() for rule in rules if rule.clears)
+def test_only_warnings_clear_values() -> None:
+    assert {rule.severity for rules in RULES.values() for rule in rules} == {ERROR, WARN, GATE}
+    assert {rule.severity for rules in RULES.values() for rule in rules if rule.clears} == {WARN}

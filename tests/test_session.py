@@ -99,7 +99,7 @@ def test_java_that_has_to_be_asked(fake_java: Callable[[str], str], monkeypatch:
     home = Path(fake_java("8"))
     (home / "release").unlink()
     (home / "bin" / "java").write_text("#!/bin/sh\necho 'openjdk version \"1.8.0_392\"' >&2\n")
-    assert data_pipeline._java_version(home) == 8
+    assert data_pipeline._java_version(home) == "1.8.0_392"
 
 
 def test_data_dir_that_cannot_be_written(tmp_path: Path) -> None:

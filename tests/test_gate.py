@@ -1,0 +1,363 @@
+"""Runs whose data is refused, that fail, or that are killed: what was published stays."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from compare_runs import differences
+from conftest import one, open_tables
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from test_command import start
+
+import data_pipeline
+from data_pipeline import DataPipelineConfig, PipelineError, RefusedError, Store, run_pipeline, tables
+
+KILLS = int(os.environ.get("KILLS", "3"))
+SMALL = {"num_customers": 200, "num_transactions": 1_000, "num_products": 20}
+
+
+@pytest.fixture
+def published(spark: SparkSession, small: Callable[..., DataPipelineConfig]) -> DataPipelineConfig:
+    """The configuration of a run that is published; it can be changed for the next run."""
+    config = small(**SMALL)
+    run_pipeline(config, spark)
+    return config
+
+
+def record_of_last_run(config: DataPipelineConfig) -> dict[str, Any]:
+    *_, (_, record) = Store(config.root).records()
+    assert isinstance(record, dict)
+    return record
+
+
+def refused(config: DataPipelineConfig, spark: SparkSession, match: str) -> dict[str, Any]:
+    """A run that is refused: nothing is published, and its snapshot is kept for a look. Returns its record."""
+    store = Store(config.root)
+    before = store.published()
+    with pytest.raises(RefusedError, match=match) as failure:
+        run_pipeline(config, spark)
+    assert failure.value.exit_code == 3
+    assert store.published() == before
+    record = record_of_last_run(config)
+    assert (record["result"], record["exit_code"]) == ("refused", 3)
+    assert Path(store.path("snapshots", record["run_id"], "bronze", "transactions")).is_dir()
+    return record
+
+
+def receive(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[DataFrame], DataFrame]) -> None:
+    """Lets bronze receive a table with a change."""
+
+    def changed(table: data_pipeline.Table) -> data_pipeline.Table:
+        build = table.build
+        return dataclasses.replace(table, build=lambda spark, config: change(build(spark, config)))
+
+    replaced = tuple(changed(table) if table.name == name else table for table in data_pipeline.TABLES)
+    monkeypatch.setattr(data_pipeline, "TABLES", replaced)
+
+
+def test_too_many_refused_rows(
+    published: DataPipelineConfig, spark: SparkSession, caplog: pytest.LogCaptureFixture
+) -> None:
+    published.defect_rate = 0.2
+    record = refused(
+        published, spark, r"GATE MISSED, nothing is published: transactions.max_quarantine_rate; .*snapshots"
+    )
+    assert "transactions: 140 rows are quarantined, 14.00%: more than 5.00%" in caplog.text
+    [missed] = record["missed"]
+    assert (missed["table"], missed["rows"], len(missed["examples"])) == ("transactions", 140, 3)
+    for example in missed["examples"]:
+        assert json.loads(example)["_reasons"]
+        assert example in caplog.text
+    published.max_quarantine_rate = 0.14
+    assert run_pipeline(published, spark).result == "succeeded"
+
+
+def test_gate_rule_fails_at_once(
+    published: DataPipelineConfig, spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong_unit = F.timestamp_seconds(F.unix_timestamp("timestamp") / 1000)
+    chosen = F.col("transaction_id") == "TXN_0000007"
+    receive(
+        monkeypatch,
+        "transactions",
+        lambda rows: rows.withColumn("timestamp", F.when(chosen, wrong_unit).otherwise(F.col("timestamp"))),
+    )
+    record = refused(published, spark, "GATE MISSED, nothing is published: transactions.timestamp_near_epoch")
+    [missed] = record["missed"]
+    assert missed["rows"] == 1
+    assert [json.loads(example)["transaction_id"] for example in missed["examples"]] == ["TXN_0000007"]
+    assert "silver.transactions_clean" not in record["rows"]
+
+
+def test_empty_source(published: DataPipelineConfig, spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    receive(monkeypatch, "transactions", lambda rows: rows.limit(0))
+    refused(published, spark, "transactions.received")
+
+
+def test_unaccounted_row(published: DataPipelineConfig, spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two products of one key as parents would double their orders: planted as a join that loses a row."""
+    real = data_pipeline.split
+
+    def losing(received: DataFrame, table: data_pipeline.Table, *rest: Any) -> data_pipeline.Split:
+        kept, quarantined = real(received, table, *rest)
+        lost = F.lit(table.name == "transactions") & (F.col(table.key[0]).cast("string") == "TXN_0000003")
+        return data_pipeline.Split(kept.where(~lost), quarantined)
+
+    monkeypatch.setattr(data_pipeline, "split", losing)
+    refused(published, spark, "AUDIT FAILED.*transactions: 1 of 1,000 rows received are unaccounted for")
+
+
+def truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def double(file: Path) -> None:
+    shutil.copy(file, file.with_name(f"copy-{file.name}"))
+
+
+@pytest.mark.parametrize(
+    ("table", "damage", "message"),
+    [
+        ("silver/transactions_clean", Path.unlink, "silver.transactions_clean: .* rows were written, 0 are there"),
+        ("gold/device_analytics", truncate, "the snapshot cannot be read"),
+        ("bronze/products", double, "bronze.products: 20 rows were written, 40 are there"),
+        ("quarantine/transactions", Path.unlink, "quarantine.transactions: 14 rows were written, 0 are there"),
+    ],
+)
+def test_damage_is_found_at_the_audit(
+    table: str,
+    damage: Callable[[Path], None],
+    message: str,
+    published: DataPipelineConfig,
+    spark: SparkSession,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = data_pipeline._Run.gold
+
+    def gold(run: Any) -> None:
+        real(run)
+        for file in Path(run.store.path("snapshots", run.record.run_id, table)).glob("*.parquet"):
+            damage(file)
+
+    monkeypatch.setattr(data_pipeline._Run, "gold", gold)
+    refused(published, spark, f"AUDIT FAILED, nothing is published: .*{message}")
+
+
+@pytest.mark.parametrize(
+    ("table", "change", "message"),
+    [
+        ("customers_enriched", lambda rows: rows.union(rows.limit(1)), "silver.customers_enriched: 1 repeated keys"),
+        (
+            "payment_analytics",
+            lambda rows: rows.withColumn(
+                "total_amount", (F.col("total_amount") + F.lit("0.01").cast("decimal(3,2)")).cast("decimal(18,2)")
+            ),
+            "revenue differs: .*gold.payment_analytics",
+        ),
+    ],
+)
+def test_wrong_table_is_found_at_the_audit(
+    table: str,
+    change: Callable[[DataFrame], DataFrame],
+    message: str,
+    published: DataPipelineConfig,
+    spark: SparkSession,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = data_pipeline._Run.build
+    monkeypatch.setattr(
+        data_pipeline._Run,
+        "build",
+        lambda run, built: change(real(run, built)) if built.name == table else real(run, built),
+    )
+    refused(published, spark, f"AUDIT FAILED, nothing is published: .*{message}")
+
+
+def test_three_snapshots_are_kept_and_the_refused_one(published: DataPipelineConfig, spark: SparkSession) -> None:
+    store = Store(published.root)
+    published.keep_snapshots = 2
+    published.defect_rate = 0.2
+    refused(published, spark, "GATE")
+    refused_run = record_of_last_run(published)["run_id"]
+    published.defect_rate = 0.02
+    runs = [run_pipeline(published, spark).run_id for _ in range(2)]
+    assert store.snapshots() == sorted([refused_run, *runs])
+    assert store.published() == runs[-1]
+
+
+def test_reader_of_the_old_snapshot_goes_on(published: DataPipelineConfig, spark: SparkSession) -> None:
+    old = Path(published.root, "gold").resolve()
+    reading = spark.read.parquet(f"file://{old}/customer_analytics")
+    before = reading.collect()
+    published.seed = 7
+    run_pipeline(published, spark)
+    assert reading.collect() == before
+    new = spark.read.parquet(f"file://{published.root}/gold/customer_analytics").collect()
+    assert new != before
+
+
+def test_record_of_a_run(published: DataPipelineConfig) -> None:
+    record = record_of_last_run(published)
+    assert set(record) == {field.name for field in dataclasses.fields(data_pipeline.RunRecord)}
+    assert (record["schema_version"], record["result"], record["exit_code"], record["error"]) == (
+        1,
+        "succeeded",
+        0,
+        None,
+    )
+    assert record["config"]["as_of_date"] == "2026-03-04"
+    assert set(record["versions"]) == {"pipeline", "python", "spark", "java"}
+    assert record["versions"]["spark"][:2] in ("3.", "4.")
+    assert int(record["versions"]["java"].split(".")[0]) >= 8
+    for name, rows in record["rows"].items():
+        folder = Path(published.root, *name.split("."))
+        assert record["bytes"][name] == sum(file.stat().st_size for file in folder.glob("*.parquet")) > 0
+        assert record["seconds"][name] > 0
+        assert rows >= 0
+    assert sum(record["seconds"][layer] for layer in ("bronze", "silver", "gold", "audit")) < record["seconds"]["total"]
+    for table in tables("bronze"):
+        rules = {rule.name for rule in (*table.rules, *table.reference_rules)}
+        assert set(record["quality"][table.name]["failed"]) == rules
+
+
+def test_profile(published: DataPipelineConfig) -> None:
+    profile = record_of_last_run(published)["profile"]
+    with open_tables(published.root) as db:
+        for table in tables("bronze"):
+            columns = [name for name, _ in table.columns if not name.startswith("_")]
+            assert list(profile[table.name]) == columns
+            rows = one(db, f"SELECT count(*) FROM bronze_{table.name}")
+            for name in columns:
+                found = profile[table.name][name]
+                nulls, distinct = db.sql(
+                    f"SELECT count(*) - count({name}), count(DISTINCT {name}) FROM bronze_{table.name}"
+                ).fetchall()[0]
+                assert (found["rows"], found["nulls"]) == (rows, nulls)
+                assert found["completeness"] == pytest.approx(100 - 100 * nulls / rows)
+                assert found["distinct"] == pytest.approx(distinct, rel=0.15)
+        amount = db.sql("SELECT min(amount)::VARCHAR, max(amount)::VARCHAR FROM bronze_transactions").fetchall()[0]
+        assert (profile["transactions"]["amount"]["min"], profile["transactions"]["amount"]["max"]) == amount
+        repeated = "SELECT count(*) - count(DISTINCT transaction_id) FROM bronze_transactions"
+        assert profile["transactions"]["transaction_id"]["duplicates"] == one(db, repeated) > 0
+
+
+def test_storage_without_links(spark: SparkSession, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = DataPipelineConfig(data_dir=f"file://{tmp_path}/lake", as_of_date="2026-03-04", **SMALL)  # type: ignore[arg-type]
+    first, second = (run_pipeline(config, spark).run_id for _ in range(2))
+    assert "there is no link to publish by, and no lock" in caplog.text
+    assert [entry.name for entry in (tmp_path / "lake").iterdir()] == ["snapshots"]
+    folders = [tmp_path / "lake" / "snapshots" / run_id for run_id in (first, second)]
+    assert differences(*folders) == []
+    assert f"The data lies in {config.root}/snapshots/{second}" in caplog.text
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 24 MB of its own."""
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", tmp_path], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("no right to mount a disk here")
+    try:
+        yield tmp_path
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
+def test_disk_that_fills_up(small_disk: Path, spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = DataPipelineConfig(data_dir=str(small_disk / "data"), as_of_date="2026-03-04", **SMALL)  # type: ignore[arg-type]
+    first = run_pipeline(config, spark).run_id
+    real = data_pipeline._Run.silver
+
+    def silver(run: Any) -> None:
+        with pytest.raises(OSError, match="No space left"), open(small_disk / "ballast", "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        real(run)
+
+    monkeypatch.setattr(data_pipeline._Run, "silver", silver)
+    with pytest.raises(
+        PipelineError, match=r"the disk of .* is full \(No space left on device, in quarantine.customers\)"
+    ):
+        run_pipeline(config, spark)
+    store = Store(config.root)
+    assert store.published() == first
+    assert store.snapshots() == [first]
+    with open_tables(config.root) as db:
+        assert one(db, "SELECT sum(total_spent) FROM customers_enriched") > 0
+    (small_disk / "ballast").unlink()
+    monkeypatch.undo()
+    assert run_pipeline(config, spark).result == "succeeded"
+
+
+def test_disk_that_is_read_only(small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(PipelineError, match=r"cannot write to data_dir .*Read-only file system"):
+        data_pipeline.preflight(DataPipelineConfig(data_dir=str(small_disk / "data")))
+
+
+def check_whole(root: Path) -> None:
+    """What a reader of the published data relies on: all layers are of one run, and add up."""
+    snapshot = (root / "current").resolve()
+    assert {(root / layer).resolve().parent for layer in data_pipeline.LAYERS} == {snapshot}
+    with open_tables(snapshot) as db:
+        runs = {
+            one(db, f"SELECT any_value(_run_id) FROM {name}")
+            for name in ("bronze_customers", "bronze_products", "bronze_transactions", "quarantine_transactions")
+        }
+        assert runs == {snapshot.name}
+        revenues = {
+            one(db, f"SELECT sum({column}) FROM {table}")
+            for table, column in (
+                ("transactions_clean", "amount"),
+                ("customers_enriched", "total_spent"),
+                ("category_analytics", "total_revenue"),
+                ("payment_analytics", "total_amount"),
+                ("device_analytics", "total_revenue"),
+                ("customer_analytics", "segment_revenue"),
+            )
+        }
+        assert len(revenues) == 1
+
+
+def test_killed_at_any_moment(tmp_path: Path) -> None:
+    """SIGKILL at random moments of real runs: `KILLS=20 pytest tests/test_gate.py -k killed` is the full test."""
+    root = tmp_path / "pipeline-data"
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    started = time.monotonic()
+    with start(tmp_path, *flags) as process:
+        process.communicate()
+        assert process.returncode == 0
+    duration = time.monotonic() - started
+    check_whole(root)
+    for kill in range(KILLS):
+        # The later half more often: there the tables are written and published.
+        moment = duration * random.Random(kill).triangular(0.1, 1.05, 0.9)
+        with start(tmp_path, *flags, f"--seed={kill}") as process:
+            try:
+                process.communicate(timeout=moment)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                process.communicate()
+        check_whole(root)
+    with start(tmp_path, *flags, "--lock-timeout=30") as process:
+        process.communicate()
+        assert process.returncode == 0
+    check_whole(root)
+    store = Store(str(root))
+    audited = set(store.snapshots(data_pipeline.AUDITED))
+    assert set(store.snapshots()) == audited, "the leftovers of the killed runs are gone"
+    assert {record["result"] for _, record in store.records() if isinstance(record, dict)} <= {"succeeded", "killed"}

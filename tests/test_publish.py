@@ -1,0 +1,245 @@
+"""Publishing on real folders and processes, without Spark."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import data_pipeline
+from data_pipeline import (
+    AUDITED,
+    LAYERS,
+    REFUSED,
+    TABLES,
+    BusyError,
+    DataPipelineConfig,
+    PipelineError,
+    Store,
+    list_runs,
+    main,
+    preflight,
+    rollback,
+)
+
+IDS = [f"2026030{day}T120000Z-00a{day}" for day in range(1, 7)]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    for folder in ("runs", "snapshots"):
+        (tmp_path / folder).mkdir()
+    return Store(str(tmp_path))
+
+
+def add(store: Store, run_id: str, mark: str | None = AUDITED, result: str = "succeeded") -> None:
+    """A snapshot in which each table is a file that holds the run's id, and its record."""
+    for layer, name in [(table.layer, table.name) for table in TABLES] + [("quarantine", "customers")]:
+        folder = Path(store.path("snapshots", run_id, layer, name))
+        folder.mkdir(parents=True)
+        (folder / "part-0.parquet").write_text(run_id)
+    if mark:
+        store.mark(run_id, mark)
+    rows = {"bronze.customers": 1_000, "bronze.products": 200, "gold.customer_analytics": 9}
+    record = {"run_id": run_id, "result": result, "started_at": "2026-03-01T12:00:00+00:00", "rows": rows}
+    store.save_record(run_id, record | {"config": {"as_of_date": "2026-02-28"}})
+
+
+def seen(store: Store) -> set[str]:
+    """The run ids that a reader finds behind the layers."""
+    return {next(Path(store.path(layer)).glob("*/*.parquet")).read_text() for layer in LAYERS}
+
+
+def test_all_layers_switch_at_once(store: Store) -> None:
+    for run_id in IDS[:3]:
+        add(store, run_id)
+        store.publish(run_id)
+        assert seen(store) == {run_id}
+        assert store.published() == run_id
+
+
+PUBLISH_FOREVER = """
+import itertools, sys
+from data_pipeline import Store
+store = Store(sys.argv[1])
+for run_id in itertools.cycle(sys.argv[2:]):
+    store.publish(run_id)
+"""
+
+
+def test_publisher_killed_at_any_instant_leaves_a_whole_snapshot(store: Store) -> None:
+    for run_id in IDS[:2]:
+        add(store, run_id)
+    environment = os.environ | {"PYTHONPATH": str(Path(data_pipeline.__file__).parent)}
+    for seed in range(20):
+        command = [sys.executable, "-c", PUBLISH_FOREVER, store.root, *IDS[:2]]
+        with subprocess.Popen(command, env=environment) as process:
+            deadline = time.monotonic() + 30
+            while not store.published():
+                assert time.monotonic() < deadline
+            end = time.monotonic() + 0.3 + random.Random(seed).random() / 10
+            while time.monotonic() < end:
+                # A reader resolves the link once, and then reads one snapshot whatever happens.
+                current = Path(store.path("current")).resolve()
+                assert {file.read_text() for file in current.glob("*/*/*.parquet")} == {current.name}
+            process.kill()
+        assert len(seen(store)) == 1
+        assert seen(store) < set(IDS)
+
+
+def test_retention_keeps_the_newest_and_the_published(store: Store) -> None:
+    for run_id in IDS[:4]:
+        add(store, run_id)
+    add(store, IDS[4], REFUSED)
+    add(store, IDS[5], REFUSED)
+    store.publish(IDS[0])
+    store.retain(2)
+    assert store.snapshots() == [IDS[0], IDS[2], IDS[3], IDS[5]]
+
+
+def test_leftovers_of_a_dead_run_are_removed_and_said(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    add(store, IDS[0])
+    store.publish(IDS[0])
+    add(store, IDS[1], mark=None, result="running")
+    ours = Path(store.path("snapshots", "notes of the team"))
+    ours.mkdir()
+    store.clear_leftovers()
+    assert store.snapshots() == [IDS[0]]
+    assert ours.is_dir(), "what no run made is left alone"
+    assert dict(store.records())[IDS[1]]["result"] == "killed"  # type: ignore[index]
+    assert f"Run {IDS[1]} was killed" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"result": "succeeded"}', "[]", "\x00\xff"])
+def test_unreadable_record_is_named_and_passed_over(text: str, store: Store) -> None:
+    add(store, IDS[0])
+    Path(store.path("runs", f"{IDS[1]}.json")).write_text(text)
+    store.publish(IDS[0])
+    store.clear_leftovers()
+    lines = list(list_runs(store))
+    assert any(line.startswith(f"* {IDS[0]}") for line in lines)
+    assert any(line.startswith(f"  {IDS[1]} unreadable record") for line in lines)
+
+
+def test_list_of_runs(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    add(store, IDS[0])
+    add(store, IDS[1])
+    add(store, IDS[2], REFUSED, result="refused")
+    store.publish(IDS[1])
+    assert main(["--list-runs", "--data-dir", store.root]) == 0
+    _, first, second, third, _ = capsys.readouterr().out.splitlines()
+    assert first == f"+ {IDS[0]} 2026-03-01T12:00:00  2026-02-28           1,200  succeeded"
+    assert second.startswith(f"* {IDS[1]}")
+    assert third.startswith(f"  {IDS[2]}")
+    assert third.endswith("refused")
+
+
+def test_list_of_runs_where_there_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--list-runs", "--data-dir", str(tmp_path / "nothing")]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_rollback(store: Store) -> None:
+    for run_id in IDS[:3]:
+        add(store, run_id)
+    store.publish(IDS[2])
+    assert rollback(store, "", 0) == IDS[1]
+    assert seen(store) == {IDS[1]}
+    assert rollback(store, "", 0) == IDS[0]
+    assert rollback(store, IDS[2], 0) == IDS[2]
+    assert seen(store) == {IDS[2]}
+
+
+def test_rollback_that_cannot_be(store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    add(store, IDS[0])
+    add(store, IDS[1], REFUSED)
+    add(store, IDS[2])
+    store.publish(IDS[0])
+    for wanted, message in (
+        ("", f"no snapshot before the published one in {store.root}: kept are {IDS[0]}, {IDS[2]}"),
+        (IDS[1], f"no snapshot {IDS[1]}"),
+        ("../..", "no snapshot ../.."),
+    ):
+        with pytest.raises(PipelineError, match=message.replace(".", r"\.")):
+            rollback(store, wanted, 0)
+    for file in Path(store.path("snapshots", IDS[2], "gold", "device_analytics")).iterdir():
+        file.unlink()
+    assert main(["--rollback", IDS[2], "--data-dir", store.root]) == 2
+    assert f"snapshot {IDS[2]} is not whole: gold/device_analytics has no Parquet file" in caplog.text
+    assert main(["--rollback", "--data-dir", str(tmp_path / "nothing")]) == 2
+    assert seen(store) == {IDS[0]}
+
+
+@pytest.mark.parametrize("name", ["bronze", "quarantine", "current"])
+def test_folder_that_is_not_ours_is_refused_and_left_alone(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "precious.txt").write_text("years of work")
+    with pytest.raises(PipelineError, match=rf"{tmp_path}/{name} is not this pipeline's.*move it away"):
+        preflight(DataPipelineConfig(data_dir=str(tmp_path)))
+    assert (tmp_path / name / "precious.txt").read_text() == "years of work"
+
+
+def test_run_ids_rise_though_the_clock_is_set_back(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    first, second = store.next_run_id(), store.next_run_id()
+    assert "clock" not in caplog.text
+    future = "20991231T235959Z-abcd"
+    store.save_record(future, {})
+    third = store.next_run_id()
+    assert max(first, second) < future < third
+    assert third.startswith("21000101T000000Z-")
+    assert "The clock is behind the last run" in caplog.text
+
+
+def test_second_writer_is_refused_at_once_or_waits(store: Store) -> None:
+    with store.lock(0):
+        started = time.monotonic()
+        with pytest.raises(BusyError, match=rf"another run is writing to .*process {os.getpid()} on .*--lock-timeout"):
+            with Store(store.root).lock(0):
+                pass
+        assert time.monotonic() - started < 1
+        with pytest.raises(BusyError):
+            with Store(store.root).lock(0.3):
+                pass
+        assert time.monotonic() - started > 0.3
+        assert main(["--rollback", "--data-dir", store.root]) == BusyError.exit_code == 4
+    with store.lock(0):
+        pass
+
+
+HOLD = """
+import sys, time
+from data_pipeline import Store
+with Store(sys.argv[1]).lock(0):
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_lock_of_a_killed_process_does_not_block(store: Store) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(data_pipeline.__file__).parent)}
+    command = [sys.executable, "-c", HOLD, store.root]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        with pytest.raises(BusyError, match=f"process {process.pid}"):
+            with store.lock(0):
+                pass
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        with store.lock(5):
+            pass
+
+
+def test_record_is_replaced_whole(store: Store) -> None:
+    store.save_record(IDS[0], {"size": "x" * 100_000})
+    with pytest.raises(TypeError):
+        store.save_record(IDS[0], {("not", "a", "key"): 1})  # type: ignore[dict-item]
+    assert len(json.loads(Path(store.path("runs", f"{IDS[0]}.json")).read_text())["size"]) == 100_000
