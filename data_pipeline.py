@@ -166,6 +166,7 @@ QUANTITIES: Mapping[int, int] = {1: 60, 2: 22, 3: 10, 4: 5, 5: 3}
 WEEKDAY_WEIGHTS = (12, 11, 12, 13, 16, 20, 16)  # Monday to Sunday
 HOUR_WEIGHTS = (2, 1, 1, 1, 1, 1, 2, 3, 4, 5, 6, 6, 7, 6, 5, 5, 5, 6, 7, 8, 9, 8, 6, 4)  # midnight to 23:00
 
+SEGMENTS = ("Bronze", "Silver", "Gold", "Premium")  # by rising spending; the bounds are configuration
 # Each label holds up to and including its bound; above the last bound comes the label of None.
 AGE_GROUPS: Mapping[str, int | None] = {
     "Under 18": 17, "18-24": 24, "25-34": 34, "35-44": 44, "45-54": 54, "55-64": 64, "65+": None,
@@ -223,6 +224,11 @@ def vocabulary(seed: int) -> Vocabulary:
 # ── Configuration ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def is_uri(location: str) -> bool:
+    """Whether storage is named by a URI, such as s3a://bucket/shop, and not by a path."""
+    return bool(re.match(r"[A-Za-z][\w+.-]*:/", location))
+
+
 class PipelineError(Exception):
     """A failure that the user can mend: reported as one line, without a stack trace."""
 
@@ -254,6 +260,13 @@ def _whole_number(value: Any) -> int:
     return int(value)
 
 
+def _money(value: Any) -> Decimal:
+    amount = Decimal(str(value))
+    if amount != amount.quantize(Decimal("0.01")):
+        raise ValueError
+    return amount
+
+
 def _calendar_date(value: Any) -> date:
     if isinstance(value, date) and not isinstance(value, datetime):
         return value
@@ -261,17 +274,17 @@ def _calendar_date(value: Any) -> date:
 
 
 def _text(value: Any) -> str:
-    text = str(os.fspath(value)).strip()
-    if not text or not text.isprintable():
+    text = os.fspath(value)
+    if not isinstance(text, str) or not text.strip() or not text.isprintable():
         raise ValueError
-    return text
+    return text.strip()
 
 
 # How a value of each type is read, from an attribute, a flag or a variable alike, and what to call it in an error.
 READERS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "int": (_whole_number, "a whole number"),
     "float": (lambda value: float(str(value)), "a number"),
-    "Decimal": (lambda value: Decimal(str(value)), "an amount of money"),
+    "Decimal": (_money, "an amount in dollars and cents"),
     "date": (_calendar_date, "a date such as 2026-01-31"),
     "str": (_text, "a text"),
 }
@@ -317,14 +330,16 @@ class DataPipelineConfig:
         "INFO", "what to log; DEBUG adds Spark's own log", choices=("DEBUG", "INFO", "WARNING", "ERROR")
     )
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        field = self.__dataclass_fields__.get(name)
-        if field is None or name.isupper():
-            raise self._unknown(name)
-        object.__setattr__(self, name, self._checked(field, value))
+    if not TYPE_CHECKING:  # a type checker knows the attributes, and finds a mistyped one by itself
 
-    def __getattr__(self, name: str) -> NoReturn:
-        raise self._unknown(name)
+        def __setattr__(self, name: str, value: Any) -> None:
+            field = self.__dataclass_fields__.get(name)
+            if field is None or name.isupper():
+                raise self._unknown(name)
+            object.__setattr__(self, name, self._checked(field, value))
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise self._unknown(name)
 
     def _unknown(self, name: str) -> AttributeError:
         nearest = _nearest(name, [field.name for field in dataclasses.fields(self)])
@@ -359,7 +374,7 @@ class DataPipelineConfig:
         Raises:
             ConfigurationError: a user or variable that does not exist, or a character that Spark reads as a pattern.
         """
-        if "://" in self.data_dir:
+        if is_uri(self.data_dir):
             return self.data_dir.rstrip("/")
         path = os.path.expanduser(os.path.expandvars(self.data_dir))
         if unknown := re.match(r"~\w*|.*?(\$\w+|\$\{\w+\})", path):
@@ -372,12 +387,7 @@ class DataPipelineConfig:
     @property
     def segments(self) -> Mapping[str, Decimal | None]:
         """The customer segments, lowest first, each with the most that a customer in it has spent."""
-        return {
-            "Bronze": self.silver_above,
-            "Silver": self.gold_above,
-            "Gold": self.premium_above,
-            "Premium": None,
-        }
+        return dict(zip(SEGMENTS, (self.silver_above, self.gold_above, self.premium_above, None), strict=True))
 
     @property
     def first_day(self) -> date:
@@ -405,6 +415,10 @@ class DataPipelineConfig:
             raise ConfigurationError(
                 "the thresholds must rise: silver_above < gold_above < premium_above, not "
                 f"{self.silver_above}, {self.gold_above}, {self.premium_above}"
+            )
+        if self.spark_master and not re.match(r"local(\[|-|$)|yarn$|(spark|k8s|mesos)://", self.spark_master):
+            raise ConfigurationError(
+                f"spark_master must be local[*], yarn, or a URL such as spark://host:7077, not {self.spark_master!r}"
             )
         if self.as_of_date > _today():
             raise ConfigurationError(f"as_of_date {self.as_of_date} lies in the future: today is {_today()} in UTC")
@@ -445,8 +459,8 @@ def _java_home(spark: tuple[int, ...]) -> Path | None:
 def _java_version(home: Path) -> str:
     """The version, from the file that every JDK carries, else from Java itself, which takes 0.1 s."""
     java = home / "bin" / ("java.exe" if os.name == "nt" else "java")
-    if not java.is_file():
-        raise PipelineError(f"no Java in {home}: it has no bin/java; correct JAVA_HOME, or unset it")
+    if not os.access(java, os.X_OK) or java.is_dir():
+        raise PipelineError(f"no Java in {home}: it has no bin/java to run; correct JAVA_HOME, or unset it")
     release = home / "release"
     text = release.read_text(errors="replace") if release.is_file() else ""
     if "JAVA_VERSION=" not in text:
@@ -459,12 +473,19 @@ def _java_version(home: Path) -> str:
 
 def _check_java() -> None:
     """Finds a Java that this Spark runs on, and leads Spark to it."""
+    # Under spark-submit the JVM is there already, and a Spark Connect server has its own.
+    if {"PYSPARK_GATEWAY_PORT", "SPARK_REMOTE"} & set(os.environ):
+        return
     spark = _spark_version(_spark_home())
     oldest, newest = (8, 22) if spark < (4,) else (17, 999)
     name = f"Spark {'.'.join(map(str, spark))}"
     wanted = f"{name} needs Java {oldest} to {newest}" if newest < 99 else f"{name} needs Java {oldest} or newer"
     if spark < (3, 5):
         raise PipelineError(f"{name} in {_spark_home()} is too old: 3.5 or newer is needed; set SPARK_HOME to one")
+    if spark < (4,) and sys.version_info >= (3, 14):
+        logger.warning(
+            "%s is made for Python up to 3.11 and tested up to 3.13; this is %s", name, sys.version.split()[0]
+        )
     home = _java_home(spark)
     if home is None:
         raise PipelineError(f"no Java found: {wanted}; install one and set JAVA_HOME to it")
@@ -482,7 +503,7 @@ def _check_storage(config: DataPipelineConfig) -> None:
             "On %s there is no link to publish by, and no lock: each run leaves its snapshot there", store.root
         )
         return
-    if not re.match("local|$", config.spark_master or os.environ.get("SPARK_MASTER", "")):
+    if not _is_local(_master(config)):
         logger.warning("With a remote Spark master, %s has to be the same folder on every machine", store.root)
     # About what a run writes, rounded up: bytes per row of the two large tables in all layers.
     needed = 20 * MILLION + 150 * config.num_transactions + 150 * config.num_customers
@@ -514,9 +535,17 @@ def preflight(config: DataPipelineConfig, starts_spark: bool = True) -> None:
     """
     config.validate()
     _check_storage(config)
-    # Under spark-submit the JVM is there already, and a Spark Connect server has its own.
-    if starts_spark and not {"PYSPARK_GATEWAY_PORT", "SPARK_REMOTE"} & set(os.environ):
+    if starts_spark:
         _check_java()
+
+
+def _master(config: DataPipelineConfig) -> str:
+    """The master that is asked for; empty leaves it to spark-submit, spark-defaults.conf, or Spark: local[*]."""
+    return config.spark_master or os.environ.get("SPARK_MASTER", "")
+
+
+def _is_local(master: str) -> bool:
+    return not master or master.startswith("local")
 
 
 def _spark_settings(config: DataPipelineConfig) -> Mapping[str, str]:
@@ -545,23 +574,31 @@ def _standard_error_to(path: str) -> Iterator[None]:
 
 
 def create_spark_session(config: DataPipelineConfig, spark_log: str = os.devnull) -> SparkSession:
-    """Starts Spark, whose own log goes to the file `spark_log` unless the log level is DEBUG."""
+    """Starts Spark, whose own log goes to the file `spark_log` unless the log level is DEBUG.
+
+    Raises:
+        PipelineError: no Spark, or no Java that it runs on.
+    """
+    _check_java()
     if home := os.environ.get("SPARK_HOME"):
         import findspark
 
         findspark.init(home)
     from pyspark.sql import SparkSession
 
-    # Spark's workers would take the `python3` of the PATH.
-    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    debug = config.log_level == "DEBUG"
     builder = SparkSession.builder.appName(config.app_name)
-    builder = builder.config("spark.ui.showConsoleProgress", str(sys.stderr.isatty()).lower())
+    # Elsewhere the bar would go to the file, and be no bar there.
+    builder = builder.config("spark.ui.showConsoleProgress", str(debug and sys.stderr.isatty()).lower())
     for key, value in _spark_settings(config).items():
         builder = builder.config(key, value)
-    if master := config.spark_master or os.environ.get("SPARK_MASTER"):
+    if master := _master(config):
         builder = builder.master(master)
+    if _is_local(master):
+        # Spark's workers would take the `python3` of the PATH.
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     on_interrupt = signal.getsignal(signal.SIGINT)
-    with contextlib.nullcontext() if config.log_level == "DEBUG" else _standard_error_to(spark_log):
+    with contextlib.nullcontext() if debug else _standard_error_to(spark_log):
         spark = builder.getOrCreate()
     # Spark's own handler calls the JVM in the midst of whatever call was interrupted, and so fails now and then.
     if threading.current_thread() is threading.main_thread():
@@ -569,11 +606,18 @@ def create_spark_session(config: DataPipelineConfig, spark_log: str = os.devnull
     return spark
 
 
+def _running_session() -> SparkSession | None:
+    """The session of this process, where it has one already: Spark would give it to us instead of a new one."""
+    pyspark = sys.modules.get("pyspark")
+    if pyspark and pyspark.SparkContext._active_spark_context:
+        running: SparkSession = pyspark.sql.SparkSession.builder.getOrCreate()
+        return running
+    return None
+
+
 @contextlib.contextmanager
 def _session(config: DataPipelineConfig, given: SparkSession | None, spark_log: str) -> Iterator[SparkSession]:
-    """The session of a run: a new one, stopped at the end, or the given or active one, left as it was."""
-    if given is None and "pyspark.sql" in sys.modules:
-        given = sys.modules["pyspark.sql"].SparkSession.getActiveSession()
+    """The session of a run: a new one, stopped at the end, or the given one, left as it was."""
     if given is None:
         spark = create_spark_session(config, spark_log)
         try:
@@ -731,12 +775,15 @@ def generate_products(spark: SparkSession, config: DataPipelineConfig) -> DataFr
 
 
 def _transaction_days_ago(draw: Draw, config: DataPipelineConfig) -> Column:
-    """Days before the as-of date: more orders lately than long ago, with a weekly rhythm."""
+    """Days before the as-of date: more orders lately than long ago, with a weekly rhythm.
+
+    The days of a last, partial week that lie before the history are wrapped to its end.
+    """
     weeks = math.ceil(config.history_days / 7)
     weeks_ago = F.least(draw.below("week", weeks), draw.below("week too", weeks))
     weekdays = [(config.as_of_date.weekday() - days) % 7 for days in range(7)]
     in_week = draw.pick("weekday", {days: WEEKDAY_WEIGHTS[weekday] for days, weekday in enumerate(weekdays)})
-    return F.least(weeks_ago * 7 + in_week.cast("bigint"), F.lit(config.history_days - 1))
+    return F.pmod(weeks_ago * 7 + in_week.cast("bigint"), F.lit(config.history_days))
 
 
 def _transaction_customer(draw: Draw, config: DataPipelineConfig) -> Column:
@@ -842,25 +889,30 @@ def _required(*columns: str) -> tuple[Rule, ...]:
     return tuple(Rule(f"{column}_missing", column, f"{column} IS NULL") for column in columns)
 
 
+def _required_text(*columns: str) -> tuple[Rule, ...]:
+    return tuple(Rule(f"{column}_missing", column, f"{column} IS NULL OR trim({column}) = ''") for column in columns)
+
+
 # A customer is not refused for an optional attribute: the orders would go with the customer, and their revenue.
 RULES: Mapping[str, tuple[Rule, ...]] = {
     "customers": (
-        *_required("customer_id", "first_name", "last_name"),
+        *_required("customer_id"),
+        *_required_text("first_name", "last_name"),
         Rule("email_missing", "email", "email IS NULL", WARN),
-        Rule("email_malformed", "email", r"NOT email RLIKE '^[^@\\s]+@[^@\\s]+[.][^@\\s.]+$'", WARN, clears=True),
+        Rule("email_malformed", "email", r"NOT email RLIKE '^[^@\\s]+@[^@\\s]+[.][^@\\s.]+\\z'", WARN, clears=True),
         Rule("age_impossible", "age", "age NOT BETWEEN 0 AND 120", WARN, clears=True),
         Rule("signup_date_in_future", "signup_date", "signup_date > :as_of_date", WARN, clears=True),
     ),
     "products": (
-        *_required("product_id", "product_name", "category", "price", "stock_quantity", "supplier"),
-        *_required("created_date", "is_active"),
+        *_required_text("product_id", "product_name", "category", "supplier"),
+        *_required("price", "stock_quantity", "created_date", "is_active"),
         Rule("price_not_positive", "price", "price <= 0"),
         Rule("stock_quantity_negative", "stock_quantity", "stock_quantity < 0"),
-        Rule("weight_kg_not_positive", "weight_kg", "weight_kg <= 0", WARN, clears=True),
+        Rule("weight_kg_not_positive", "weight_kg", "weight_kg <= 0 OR isnan(weight_kg)", WARN, clears=True),
     ),
     "transactions": (
-        *_required("transaction_id", "customer_id", "product_id", "quantity", "amount", "timestamp"),
-        *_required("payment_method", "status"),
+        *_required_text("transaction_id", "product_id", "payment_method", "status"),
+        *_required("customer_id", "quantity", "amount", "timestamp"),
         Rule("quantity_not_positive", "quantity", "quantity <= 0"),
         Rule("amount_not_positive", "amount", "amount <= 0"),
         Rule("timestamp_in_future", "timestamp", "to_date(timestamp) > :as_of_date"),
@@ -1196,7 +1248,7 @@ class Table:
         )
 
 
-SEGMENT_RANK = "array_position(array('Bronze', 'Silver', 'Gold', 'Premium'), customer_segment)"
+SEGMENT_RANK = f"array_position(array{_one_of(SEGMENTS)}, customer_segment)"
 STATUS_RANK = f"array_position(array{_one_of(STATUSES)}, status)"
 
 # In the order in which they are built: each after those it is made of.
@@ -1286,7 +1338,7 @@ class Store:
     @property
     def is_local(self) -> bool:
         """Whether the data folder is a path, with links and locks."""
-        return "://" not in self.root
+        return not is_uri(self.root)
 
     def path(self, *names: str) -> str:
         """A path below the data folder."""
@@ -1450,15 +1502,15 @@ class Store:
 def list_runs(store: Store) -> Iterator[str]:
     """A line per run: whether it is the published one or can be returned to, its id, date, rows and result."""
     published, kept = store.published(), store.snapshots(AUDITED)
-    yield f"  {'run':<22} {'started (UTC)':<20} {'as of':<11} {'rows':>14}  result"
+    yield f"  {'run':<21} {'started (UTC)':<20} {'as of':<11} {'rows':>14}  result"
     for run_id, record in store.records():
         sign = "*" if run_id == published else "+" if run_id in kept else " "
         if isinstance(record, str):
-            yield f"{sign} {run_id:<22} {record}"
+            yield f"{sign} {run_id:<21} {record}"
             continue
         rows = sum(count for table, count in record["rows"].items() if table.startswith(BRONZE))
         started, as_of = str(record["started_at"])[:19], record["config"].get("as_of_date", "")
-        yield f"{sign} {run_id:<22} {started:<20} {as_of:<11} {rows:>14,}  {record['result']}"
+        yield f"{sign} {run_id:<21} {started:<20} {as_of:<11} {rows:>14,}  {record['result']}"
     yield "* published   + can be returned to with --rollback RUN"
 
 
@@ -1589,6 +1641,22 @@ def describe_profile(table: str, profile: Mapping[str, Mapping[str, Any]]) -> It
         yield (f"  {name:<26} {column['nulls']:>10,} {complete:>9} {distinct:>11} {repeated:>9}  {least} … {greatest}")
 
 
+@contextlib.contextmanager
+def _in_memory() -> Iterator[Callable[[DataFrame], DataFrame]]:
+    """Keeps what is used several times in memory, or on local disk, until the end of the block."""
+    kept: list[DataFrame] = []
+
+    def keep(rows: DataFrame) -> DataFrame:
+        kept.append(rows.persist())
+        return kept[-1]
+
+    try:
+        yield keep
+    finally:
+        for rows in kept:
+            rows.unpersist()
+
+
 class _Run:
     """One run: the layers in sequence, each a loop over its tables."""
 
@@ -1628,20 +1696,23 @@ class _Run:
 
     def silver(self) -> None:
         """Divides bronze into valid and refused rows, writes the refused ones, and enriches the valid ones."""
-        valid: dict[str, DataFrame] = {}
-        for table in tables(BRONZE):
-            parents = {key: valid[parent] for key, parent in table.references.items()}
-            received = self.read(BRONZE, table.name, table.schema)
-            valid[table.name], quarantined = split(received, table, parents, self.config)
-            broken = {rule.name: F.count_if(F.array_contains("_reasons", rule.name)) for rule in table.reference_rules}
-            counts = self.save(QUARANTINE, table.name, quarantined, **broken)
-            self.failed[table.name].update({name: counts[name] for name in broken})
-            self.account(table, received, valid[table.name])
-        self.gate()
-        self.inputs.update(valid)
-        for table in tables(SILVER):
-            self.save(SILVER, table.name, self.build(table))
-            self.inputs[table.name] = self.read(SILVER, table.name, table.schema)
+        with _in_memory() as keep:
+            for table in tables(BRONZE):
+                parents = {key: self.inputs[parent] for key, parent in table.references.items()}
+                received = self.read(BRONZE, table.name, table.schema)
+                valid, quarantined = split(received, table, parents, self.config)
+                # Used up to three times: to count, as what others refer to, and in silver.
+                self.inputs[table.name] = keep(valid)
+                reasons = {
+                    rule.name: F.count_if(F.array_contains("_reasons", rule.name)) for rule in table.reference_rules
+                }
+                counts = self.save(QUARANTINE, table.name, quarantined, **reasons)
+                self.failed[table.name].update({name: counts[name] for name in reasons})
+                self.account(table, received, valid)
+            self.gate()
+            for table in tables(SILVER):
+                self.save(SILVER, table.name, self.build(table))
+                self.inputs[table.name] = self.read(SILVER, table.name, table.schema)
 
     def account(self, table: Table, received: DataFrame, valid: DataFrame) -> None:
         """Notes what became of the rows received, each figure counted for itself; the audit adds them up."""
@@ -1696,12 +1767,10 @@ class _Run:
 
     def gold(self) -> None:
         """Writes the aggregates, three of them from one pass over the transactions."""
-        cube = self.inputs["sales"] = sales(self.inputs["transactions_clean"]).persist()
-        try:
+        with _in_memory() as keep:
+            self.inputs["sales"] = keep(sales(self.inputs["transactions_clean"]))
             for table in tables(GOLD):
                 self.save(GOLD, table.name, self.build(table))
-        finally:
-            cube.unpersist()
 
     def audit(self) -> None:
         """Reads the snapshot back and adds it up.
@@ -1835,7 +1904,7 @@ def run_pipeline(config: DataPipelineConfig | None = None, spark: SparkSession |
 
     Args:
         config: what to do; the defaults where not given.
-        spark: a session to use and leave running; a new one is started and stopped where not given.
+        spark: a session to use and leave running; where not given, that of this process, or else a new one.
 
     Raises:
         PipelineError: something that the user can mend.
@@ -1844,6 +1913,7 @@ def run_pipeline(config: DataPipelineConfig | None = None, spark: SparkSession |
         Exception: anything else, from Spark for example. Whatever is raised, what was published stays as it was.
     """
     config = config or DataPipelineConfig()
+    spark = spark or _running_session()
     preflight(config, starts_spark=spark is None)
     store = Store(config.root)
     with store.lock(config.lock_timeout):
@@ -1870,7 +1940,8 @@ def run_pipeline(config: DataPipelineConfig | None = None, spark: SparkSession |
                         f"the disk of {config.root} is full ({full[0]}, in {record.at}): "
                         "free some room, or choose another folder with --data-dir; what was published is as it was"
                     ) from error
-                logger.error("FAILED in %s; Spark's own log: %s", record.at, store.spark_log(record.run_id))
+                where = "" if spark else f"; Spark's own log: {store.spark_log(record.run_id)}"
+                logger.error("FAILED in %s%s", record.at, where)
                 raise
         logger.info("PIPELINE EXECUTION COMPLETED SUCCESSFULLY")
         for line in record.summary():

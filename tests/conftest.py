@@ -12,7 +12,7 @@ import duckdb
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 
-from data_pipeline import DataPipelineConfig, RunRecord, create_spark_session, preflight, run_pipeline
+from data_pipeline import LAYERS, DataPipelineConfig, RunRecord, create_spark_session, preflight, run_pipeline
 
 AS_OF = date(2026, 3, 4)
 
@@ -67,7 +67,7 @@ def db(report: RunRecord) -> Iterator[duckdb.DuckDBPyConnection]:
 def open_tables(root: str | Path) -> duckdb.DuckDBPyConnection:
     connection = duckdb.connect()
     connection.execute("SET TimeZone = 'UTC'")
-    for table in Path(root).glob("[bqsg]*/*"):
+    for table in (table for layer in LAYERS for table in Path(root, layer).iterdir()):
         layer = table.parent.name
         name = f"{layer}_{table.name}" if layer in ("bronze", "quarantine") else table.name
         connection.execute(f"CREATE VIEW {name} AS FROM read_parquet('{table}/*.parquet')")

@@ -30,9 +30,9 @@ def test_attributes_are_assigned_as_people_are_used_to() -> None:
 def test_mistyped_attribute_names_the_nearest() -> None:
     config = DataPipelineConfig()
     with pytest.raises(AttributeError, match="num_customer; did you mean num_customers"):
-        config.num_customer = 5
+        config.num_customer = 5  # type: ignore[attr-defined]
     with pytest.raises(AttributeError, match="did you mean shuffle_partitions"):
-        config.shufle_partitions  # noqa: B018
+        config.shufle_partitions  # type: ignore[attr-defined]  # noqa: B018
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,10 @@ def test_mistyped_attribute_names_the_nearest() -> None:
         ("as_of_date", "04.03.2026", "as_of_date must be a date such as 2026-01-31, not '04.03.2026'"),
         ("as_of_date", "1999-12-31", "from 2000-01-01"),
         ("history_days", 0, "from 1 to 3650"),
-        ("gold_above", "NaN", "an amount of money"),
+        ("gold_above", "NaN", "dollars and cents"),
+        ("gold_above", "Infinity", "dollars and cents"),
+        ("gold_above", "0.001", "dollars and cents"),
+        ("data_dir", b"/x", "a text"),
         ("log_level", "LOUD", "one of DEBUG, INFO, WARNING, ERROR"),
         ("data_dir", " ", "a text"),
         ("app_name", 7, "a text"),
@@ -66,10 +69,11 @@ def test_bad_value(field: str, value: object, message: str) -> None:
     [
         ({"num_customers": 0}, "num_customers is 0, but num_transactions is 50000"),
         ({"num_products": 0}, "num_products is 0"),
+        ({"spark_master": "foo"}, "spark_master must be"),
         ({"gold_above": 400}, "thresholds must rise"),
         ({"as_of_date": datetime.now(timezone.utc).date() + timedelta(days=2)}, "lies in the future"),
         ({"data_dir": "$NO_SUCH_VARIABLE/data"}, r"\$NO_SUCH_VARIABLE, which does not exist"),
-        ({"data_dir": "~no-such-user/data"}, "~no"),
+        ({"data_dir": "~no-such-user/data"}, r"data_dir names ~no.*, which does not exist"),
         ({"data_dir": "/data/{a,b}"}, "must not contain '{'"),
     ],
 )
@@ -85,6 +89,8 @@ def test_data_dir_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.root == os.path.expanduser("~/corner/data")
     config.data_dir = "s3a://bucket/shop/"
     assert config.root == "s3a://bucket/shop"
+    config.data_dir = "file:/srv/shop"
+    assert config.root == "file:/srv/shop"
 
 
 def test_flag_beats_variable_beats_attribute() -> None:

@@ -14,6 +14,8 @@ from data_pipeline import (
     DEFECTS,
     DataPipelineConfig,
     RunRecord,
+    _records,
+    _with_defect,
     generate_customers,
     generate_products,
     generate_transactions,
@@ -75,6 +77,8 @@ def test_planted_kinds_are_as_many_as_said(
     config = small(defect_rate=rate)
     for table, rows in (("customers", config.num_customers), ("transactions", config.num_transactions)):
         planted = planted_defects(table, rows, rate)
+        records = _with_defect(_records(spark, rows, config), table, config).where("defect IS NOT NULL")
+        assert {row["defect"]: row["count"] for row in records.groupBy("defect").count().collect()} == planted
         assert set(planted) == set(DEFECTS[table])
         assert sum(planted.values()) == int(rows * rate)
         assert max(planted.values()) - min(planted.values()) <= 1
@@ -125,12 +129,15 @@ def test_no_defects_when_none_are_asked_for(spark: SparkSession, small: Callable
     assert last == config.as_of_date
 
 
-@pytest.mark.parametrize("history_days", [1, 6, 30])
+@pytest.mark.parametrize("history_days", [1, 8, 30])
 def test_short_histories(history_days: int, spark: SparkSession, small: Callable[..., DataPipelineConfig]) -> None:
     config = small(history_days=history_days, defect_rate=0, num_customers=3)
     days = generate_transactions(spark, config).selectExpr("to_date(timestamp) AS day", "customer_id")
     assert days.where((F.col("day") < config.first_day) | (F.col("day") > config.as_of_date)).count() == 0
     assert days.where("customer_id NOT BETWEEN 1 AND 3").count() == 0
+    by_day = [row["count"] for row in days.groupBy("day").count().collect()]
+    assert len(by_day) == history_days
+    assert max(by_day) < 8 * config.num_transactions / history_days / 2 or history_days == 1
 
 
 def test_default_size_looks_real(spark: SparkSession) -> None:

@@ -50,12 +50,15 @@ GOOD: dict[str, dict[str, Any]] = {
 }
 # For each rule that is not about a missing value: values that break it, and values at the border that do not.
 VALUES: dict[str, tuple[list[Any], list[Any]]] = {
-    "email_malformed": (["ann", "ann@example", "a b@example.com", "ann@@example.com", ""], ["a.b+c@x-y.example.co"]),
+    "email_malformed": (
+        ["ann", "ann@example", "a b@example.com", "ann@@example.com", "ann@example.com\n", ""],
+        ["a.b+c@x-y.example.co"],
+    ),
     "age_impossible": ([-1, 121], [0, 120]),
     "signup_date_in_future": ([date(2026, 3, 5)], [date(2026, 3, 4)]),
     "price_not_positive": ([Decimal("0.00"), Decimal("-0.01")], [Decimal("0.01")]),
     "stock_quantity_negative": ([-1], [0]),
-    "weight_kg_not_positive": ([0.0, -1.0], [0.01]),
+    "weight_kg_not_positive": ([0.0, -1.0, float("nan")], [0.01]),
     "quantity_not_positive": ([0, -1], [1]),
     "amount_not_positive": ([Decimal("0.00"), Decimal("-9.99")], [Decimal("0.01")]),
     "timestamp_in_future": ([datetime(2026, 3, 5)], [datetime(2026, 3, 4, 23, 59, 59)]),
@@ -77,7 +80,8 @@ def received(frame: Frame, table: Table, *changes: dict[str, Any]) -> DataFrame:
 )
 def test_rule(table: str, rule: Any, frame: Frame, config: DataPipelineConfig) -> None:
     """Each rule with rows that break it, rows that do not, and one without the value."""
-    breaking, passing = VALUES.get(rule.name, ([None], [GOOD[table][rule.column]]))
+    blank = [" "] if dict(BY_NAME[table].columns)[rule.column] == "string" and rule.severity == ERROR else []
+    breaking, passing = VALUES.get(rule.name, ([None, *blank], [GOOD[table][rule.column]]))
     missing = [] if rule.name.endswith("_missing") else [None]
     rows = received(frame, BY_NAME[table], *({rule.column: value} for value in [*breaking, *passing, *missing]))
     verdicts = [row[0] for row in rows.select(rule.failed(config)).collect()]

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -138,9 +139,16 @@ def test_session_that_was_handed_in_is_left_as_it_was(spark: SparkSession, confi
         with data_pipeline._session(config, spark, os.devnull) as session:
             assert session is spark
             assert spark.conf.get("spark.sql.session.timeZone") == "UTC"
-        with data_pipeline._session(config, None, os.devnull) as session:
-            assert session.sparkContext is spark.sparkContext, "the active session is used, not another one started"
         assert spark.conf.get("spark.sql.session.timeZone") == "Asia/Tokyo"
         assert spark.range(3).count() == 3
     finally:
         spark.conf.set("spark.sql.session.timeZone", "UTC")
+
+
+def test_session_of_the_process_is_used_and_left_running(
+    spark: SparkSession, small: Callable[..., DataPipelineConfig]
+) -> None:
+    config = small(num_customers=5, num_transactions=10, num_products=2)
+    with ThreadPoolExecutor(1) as other_thread:  # where the session is not the active one
+        assert other_thread.submit(data_pipeline.run_pipeline, config).result().result == "succeeded"
+    assert spark.range(3).count() == 3
