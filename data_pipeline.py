@@ -534,6 +534,11 @@ def preflight(config: DataPipelineConfig, starts_spark: bool = True) -> None:
         PipelineError: Java, Spark or the data folder will not do; the message says what to do.
     """
     config.validate()
+    for module in ("faker", "findspark") if os.environ.get("SPARK_HOME") else ("faker",):
+        if importlib.util.find_spec(module) is None:
+            raise PipelineError(
+                f"{sys.executable} lacks {module}: run `{sys.executable} -m pip install -r requirements.txt`"
+            )
     _check_storage(config)
     if starts_spark:
         _check_java()
@@ -580,7 +585,8 @@ def create_spark_session(config: DataPipelineConfig, spark_log: str = os.devnull
         PipelineError: no Spark, or no Java that it runs on.
     """
     _check_java()
-    if home := os.environ.get("SPARK_HOME"):
+    # spark-submit has made its own Spark importable already.
+    if (home := os.environ.get("SPARK_HOME")) and "PYSPARK_GATEWAY_PORT" not in os.environ:
         import findspark
 
         findspark.init(home)
