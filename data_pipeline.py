@@ -1379,7 +1379,11 @@ class Store:
             yield
             return
         deadline = time.monotonic() + timeout
-        with open(self.path(".lock"), "a+") as file:
+        try:
+            file = open(self.path(".lock"), "a+")  # noqa: SIM115 - closed below, where errors are the run's own
+        except OSError as error:
+            raise PipelineError(f"cannot lock data_dir {self.root}: {error.strerror}; remove .lock there") from None
+        with file:
             while True:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1392,6 +1396,10 @@ class Store:
                             "wait for it, with --lock-timeout SECONDS for example, or choose another --data-dir"
                         ) from None
                     time.sleep(0.1)
+                except OSError as error:
+                    raise PipelineError(
+                        f"cannot lock data_dir {self.root}: {error.strerror}; choose a file system with locks"
+                    ) from None
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()} since {_now():%Y-%m-%d %H:%M:%S} UTC\n")
             file.flush()
@@ -1419,7 +1427,8 @@ class Store:
 
     def snapshots(self, mark: str | None = None) -> list[str]:
         """The run ids of the snapshots, oldest first: those with the mark, or all."""
-        names = [entry.name for entry in self._entries("snapshots")]
+        # The whole name: a copy called <run id>.backup is none of ours, and is never removed.
+        names = [entry.name for entry in self._entries("snapshots") if RUN_ID.fullmatch(entry.name)]
         return [name for name in names if mark is None or os.path.exists(self.path("snapshots", name, mark))]
 
     def published(self) -> str | None:
@@ -1474,8 +1483,8 @@ class Store:
         """The bytes of a table's files; None where only Spark can tell."""
         if not self.is_local:
             return None
-        with os.scandir(self.path("snapshots", run_id, layer, name)) as files:
-            return sum(file.stat().st_size for file in files if file.name.endswith(".parquet"))
+        folder = Path(self.path("snapshots", run_id, layer, name))
+        return sum(file.stat().st_size for file in folder.glob("*.parquet"))
 
     def save_record(self, run_id: str, record: Mapping[str, Any]) -> None:
         """Writes a run record whole or not at all."""
@@ -1496,9 +1505,13 @@ class Store:
                 try:
                     with open(entry.path, encoding="utf-8") as file:
                         record = json.load(file)
-                    yield run_id, {key: record[key] for key in ("result", "started_at", "config", "rows")} | record
+                    kinds = {"result": str, "started_at": str, "config": dict, "rows": dict}
+                    if not all(isinstance(record[name], kind) for name, kind in kinds.items()):
+                        raise TypeError("a field is of another type than it should be")
                 except (OSError, ValueError, KeyError, TypeError) as error:
                     yield run_id, f"unreadable record ({type(error).__name__}: {error})"
+                else:
+                    yield run_id, record
 
     def spark_log(self, run_id: str) -> str:
         """The file for Spark's own log of a run."""
@@ -1526,6 +1539,8 @@ def rollback(store: Store, run_id: str, timeout: float) -> str:
     Raises:
         PipelineError: there is no such snapshot, or it is not whole.
     """
+    if not store.is_local:
+        raise PipelineError(f"{store.root} has no link to switch: point its readers to another snapshot instead")
     store.check()
     if not os.path.isdir(store.root):
         raise PipelineError(f"nothing to return to: there is no data folder {store.root}")

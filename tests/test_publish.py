@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,16 +109,21 @@ def test_leftovers_of_a_dead_run_are_removed_and_said(store: Store, caplog: pyte
     add(store, IDS[0])
     store.publish(IDS[0])
     add(store, IDS[1], mark=None, result="running")
-    ours = Path(store.path("snapshots", "notes of the team"))
-    ours.mkdir()
+    others = [Path(store.path("snapshots", name)) for name in ("notes of the team", f"{IDS[2]}.backup")]
+    for other in others:
+        other.mkdir()
     store.clear_leftovers()
+    store.retain(1)
     assert store.snapshots() == [IDS[0]]
-    assert ours.is_dir(), "what no run made is left alone"
+    assert all(other.is_dir() for other in others), "what no run made is left alone"
     assert dict(store.records())[IDS[1]]["result"] == "killed"  # type: ignore[index]
     assert f"Run {IDS[1]} was killed" in caplog.text
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"result": "succeeded"}', "[]", "\x00\xff"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", '{"result": "succeeded"}', '{"result": "", "started_at": "", "config": {}, "rows": 5}', "[]", "\x00\xff"],
+)
 def test_unreadable_record_is_named_and_passed_over(text: str, store: Store) -> None:
     add(store, IDS[0])
     Path(store.path("runs", f"{IDS[1]}.json")).write_text(text)
@@ -175,6 +181,9 @@ def test_rollback_that_cannot_be(store: Store, tmp_path: Path, caplog: pytest.Lo
     assert main(["--rollback", IDS[2], "--data-dir", store.root]) == 2
     assert f"snapshot {IDS[2]} is not whole: gold/device_analytics has no Parquet file" in caplog.text
     assert main(["--rollback", "--data-dir", str(tmp_path / "nothing")]) == 2
+    assert main(["--rollback", "--data-dir", "s3a://bucket/shop"]) == 2
+    shutil.rmtree(store.path("snapshots", IDS[2], "gold"))
+    assert main(["--rollback", IDS[2], "--data-dir", store.root]) == 2
     assert seen(store) == {IDS[0]}
 
 
