@@ -1311,6 +1311,12 @@ TABLES: tuple[Table, ...] = (
 # ── Publish ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 LAYERS = (BRONZE, SILVER, GOLD, QUARANTINE)
+# The folders of a snapshot, in the order in which they are written.
+TABLE_FOLDERS = tuple(
+    (layer, table.name)
+    for table in TABLES
+    for layer in ((BRONZE, QUARANTINE) if table.layer == BRONZE else (table.layer,))
+)
 # What a snapshot without such a mark is: what a dead run left behind.
 AUDITED, REFUSED = "_AUDITED", "_REFUSED"
 RUN_ID = re.compile(r"(\d{8}T\d{6}Z)-[0-9a-f]{4}")
@@ -1411,7 +1417,10 @@ class Store:
         now = _now()
         newest = max((path.name[:16] for path in self._entries("runs", "snapshots")), default="")
         if newest >= f"{now:{RUN_TIME}}":
-            last = datetime.strptime(newest, RUN_TIME).replace(tzinfo=timezone.utc)
+            try:
+                last = datetime.strptime(newest, RUN_TIME).replace(tzinfo=timezone.utc)
+            except ValueError:
+                raise PipelineError(f"{self.root} holds a run of an impossible time, {newest}: remove it") from None
             if last > now:
                 logger.warning("The clock is behind the last run, of %s: run ids go on from there", last)
             now = last + timedelta(seconds=1)
@@ -1421,7 +1430,7 @@ class Store:
         """What lies in the folders and carries the id of a run, oldest first."""
         found: list[os.DirEntry[str]] = []
         for folder in folders if self.is_local else ():
-            with contextlib.suppress(FileNotFoundError), os.scandir(self.path(folder)) as entries:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.path(folder)) as entries:
                 found += [entry for entry in entries if RUN_ID.match(entry.name)]
         return sorted(found, key=lambda entry: entry.name)
 
@@ -1472,8 +1481,11 @@ class Store:
         self.remove(dead)
         for run_id, record in self.records():
             if isinstance(record, dict) and record["result"] == "running":
-                self.save_record(run_id, record | {"result": "killed"})
-                logger.warning("Run %s was killed: what it left behind is removed", run_id)
+                was_published = run_id == self.published()
+                self.save_record(run_id, record | {"result": "succeeded" if was_published else "killed"})
+                logger.warning(
+                    "Run %s was killed, %s its data was published", run_id, "after" if was_published else "before"
+                )
 
     def retain(self, keep: int) -> None:
         """Removes all but the newest audited snapshots, so many, and the newest refused one."""
@@ -1550,9 +1562,12 @@ def rollback(store: Store, run_id: str, timeout: float) -> str:
         if chosen not in known:
             kept = f"kept are {', '.join(known) or 'none'} (--list-runs shows them)"
             raise PipelineError(f"no snapshot {chosen or 'before the published one'} in {store.root}: {kept}")
-        for table in TABLES:
-            if not store.size(chosen, table.layer, table.name):
-                raise PipelineError(f"snapshot {chosen} is not whole: {table.layer}/{table.name} has no Parquet file")
+        record = dict(store.records()).get(chosen)
+        written = record.get("bytes", {}) if isinstance(record, dict) else {}
+        for layer, name in TABLE_FOLDERS:
+            size = store.size(chosen, layer, name)
+            if not size or size != written.get(f"{layer}.{name}", size):
+                raise PipelineError(f"snapshot {chosen} is not whole: {layer}/{name} is not as it was written")
         store.publish(chosen)
     return chosen
 
@@ -1809,6 +1824,8 @@ class _Run:
                 F.count(F.lit(1)),
                 (unknown if table.layer == BRONZE else F.count_distinct(*map(F.col, table.key))).cast("bigint"),
                 (F.sum(table.revenue) if table.revenue else unknown).cast("decimal(28,2)"),
+                # Reads every value: a count alone reads no more than the footers of the files.
+                F.max(F.xxhash64(*(name for name, _ in table.columns))),
             )
             for table in TABLES
             for layer in ((BRONZE, QUARANTINE) if table.layer == BRONZE else (table.layer,))
@@ -1823,13 +1840,13 @@ class _Run:
             for table, quality in self.record.quality.items()
             if quality.unaccounted
         ]
-        for name, rows, keys, _ in found:
+        for name, rows, keys, *_ in found:
             if rows != self.record.rows[name]:
                 wrong.append(f"{name}: {self.record.rows[name]:,} rows were written, {rows:,} are there")
             elif keys is not None and keys != rows:
                 wrong.append(f"{name}: {rows - keys:,} repeated keys")
         measured = {f"{table.layer}.{table.name}" for table in TABLES if table.revenue}
-        revenues = {name: revenue or Decimal(0) for name, _, _, revenue in found if name in measured}
+        revenues = {name: revenue or Decimal(0) for name, _, _, revenue, _ in found if name in measured}
         if len(set(revenues.values())) > 1:
             wrong.append("revenue differs: " + ", ".join(f"{name} {revenue:,}" for name, revenue in revenues.items()))
         if wrong:
@@ -1980,15 +1997,16 @@ def _run_layers(run: _Run) -> None:
         run.layer(SILVER, "Data Cleansing and Enrichment", run.silver)
         run.layer(GOLD, "Business Aggregations", run.gold)
         run.audit()
+        store.mark(run_id, AUDITED)
+        store.publish(run_id)
     except RefusedError:
         store.mark(run_id, REFUSED)
         raise
     except BaseException:
         store.remove([run_id])
         raise
-    store.mark(run_id, AUDITED)
-    store.publish(run_id)
-    store.retain(run.config.keep_snapshots)
+    finally:
+        store.retain(run.config.keep_snapshots)
 
 
 # ── Command line ─────────────────────────────────────────────────────────────────────────────────────────────────

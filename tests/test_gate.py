@@ -139,6 +139,14 @@ def double(file: Path) -> None:
     shutil.copy(file, file.with_name(f"copy-{file.name}"))
 
 
+def scramble(file: Path) -> None:
+    """Overwrites the first values; footer and size stay as they are."""
+    file.with_name(f".{file.name}.crc").unlink()
+    with file.open("r+b") as damaged:
+        damaged.seek(4)
+        damaged.write(b"\x7f" * (file.stat().st_size // 3))
+
+
 def folder(finished: Any, table: str) -> Path:
     return Path(finished.store.path("snapshots", finished.record.run_id, table))
 
@@ -148,6 +156,7 @@ def folder(finished: Any, table: str) -> Path:
     [
         ("silver/transactions_clean", Path.unlink, "silver.transactions_clean: .* rows were written, 0 are there"),
         ("gold/device_analytics", truncate, "the snapshot cannot be read"),
+        ("bronze/customers", scramble, "the snapshot cannot be read"),
         ("bronze/products", double, "bronze.products: 20 rows were written, 40 are there"),
         ("quarantine/transactions", Path.unlink, "quarantine.transactions: 14 rows were written, 0 are there"),
     ],

@@ -19,7 +19,7 @@ from data_pipeline import (
     AUDITED,
     LAYERS,
     REFUSED,
-    TABLES,
+    TABLE_FOLDERS,
     BusyError,
     DataPipelineConfig,
     PipelineError,
@@ -42,7 +42,7 @@ def store(tmp_path: Path) -> Store:
 
 def add(store: Store, run_id: str, mark: str | None = AUDITED, result: str = "succeeded") -> None:
     """A snapshot in which each table is a file that holds the run's id, and its record."""
-    for layer, name in [(table.layer, table.name) for table in TABLES] + [("quarantine", "customers")]:
+    for layer, name in TABLE_FOLDERS:
         folder = Path(store.path("snapshots", run_id, layer, name))
         folder.mkdir(parents=True)
         (folder / "part-0.parquet").write_text(run_id)
@@ -50,7 +50,8 @@ def add(store: Store, run_id: str, mark: str | None = AUDITED, result: str = "su
         store.mark(run_id, mark)
     rows = {"bronze.customers": 1_000, "bronze.products": 200, "gold.customer_analytics": 9}
     record = {"run_id": run_id, "result": result, "started_at": "2026-03-01T12:00:00+00:00", "rows": rows}
-    store.save_record(run_id, record | {"config": {"as_of_date": "2026-02-28"}})
+    written = {f"{layer}.{name}": len(run_id) for layer, name in TABLE_FOLDERS}
+    store.save_record(run_id, record | {"config": {"as_of_date": "2026-02-28"}, "bytes": written})
 
 
 def seen(store: Store) -> set[str]:
@@ -117,7 +118,21 @@ def test_leftovers_of_a_dead_run_are_removed_and_said(store: Store, caplog: pyte
     assert store.snapshots() == [IDS[0]]
     assert all(other.is_dir() for other in others), "what no run made is left alone"
     assert dict(store.records())[IDS[1]]["result"] == "killed"  # type: ignore[index]
-    assert f"Run {IDS[1]} was killed" in caplog.text
+    assert f"Run {IDS[1]} was killed, before its data was published" in caplog.text
+
+
+def test_run_killed_after_publishing_has_succeeded(store: Store) -> None:
+    add(store, IDS[0], result="running")
+    store.publish(IDS[0])
+    store.clear_leftovers()
+    assert dict(store.records())[IDS[0]]["result"] == "succeeded"  # type: ignore[index]
+    assert seen(store) == {IDS[0]}
+
+
+def test_run_of_an_impossible_time_is_one_line(store: Store) -> None:
+    Path(store.path("snapshots", "99999999T999999Z-aaaa")).mkdir()
+    with pytest.raises(PipelineError, match="impossible time, 99999999T999999Z: remove it"):
+        store.next_run_id()
 
 
 @pytest.mark.parametrize(
@@ -179,9 +194,11 @@ def test_rollback_that_cannot_be(store: Store, tmp_path: Path, caplog: pytest.Lo
     for file in Path(store.path("snapshots", IDS[2], "gold", "device_analytics")).iterdir():
         file.unlink()
     assert main(["--rollback", IDS[2], "--data-dir", store.root]) == 2
-    assert f"snapshot {IDS[2]} is not whole: gold/device_analytics has no Parquet file" in caplog.text
+    assert f"snapshot {IDS[2]} is not whole: gold/device_analytics is not as it was written" in caplog.text
     assert main(["--rollback", "--data-dir", str(tmp_path / "nothing")]) == 2
     assert main(["--rollback", "--data-dir", "s3a://bucket/shop"]) == 2
+    Path(store.path("snapshots", IDS[2], "gold", "device_analytics", "part-0.parquet")).write_text("bad")
+    assert main(["--rollback", IDS[2], "--data-dir", store.root]) == 2
     shutil.rmtree(store.path("snapshots", IDS[2], "gold"))
     assert main(["--rollback", IDS[2], "--data-dir", store.root]) == 2
     assert seen(store) == {IDS[0]}
