@@ -239,8 +239,12 @@ class ConfigurationError(PipelineError, ValueError):
     """A value of the configuration that cannot be used."""
 
 
+def _now() -> datetime:
+    return datetime.now(timezone.utc)
+
+
 def _today() -> date:
-    return datetime.now(timezone.utc).date()
+    return _now().date()
 
 
 def _option(default: Any, help: str, **limits: Any) -> Any:
@@ -1311,11 +1315,9 @@ TABLES: tuple[Table, ...] = (
 # ── Publish ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 LAYERS = (BRONZE, SILVER, GOLD, QUARANTINE)
-# The folders of a snapshot, in the order in which they are written.
-TABLE_FOLDERS = tuple(
-    (layer, table.name)
-    for table in TABLES
-    for layer in ((BRONZE, QUARANTINE) if table.layer == BRONZE else (table.layer,))
+# What a snapshot holds: the tables, and those of bronze a second time, with the rows that were refused.
+SNAPSHOT_TABLES = tuple(
+    (layer, table) for table in TABLES for layer in ((BRONZE, QUARANTINE) if table.layer == BRONZE else (table.layer,))
 )
 # What a snapshot without such a mark is: what a dead run left behind.
 AUDITED, REFUSED = "_AUDITED", "_REFUSED"
@@ -1564,19 +1566,15 @@ def rollback(store: Store, run_id: str, timeout: float) -> str:
             raise PipelineError(f"no snapshot {chosen or 'before the published one'} in {store.root}: {kept}")
         record = dict(store.records()).get(chosen)
         written = record.get("bytes", {}) if isinstance(record, dict) else {}
-        for layer, name in TABLE_FOLDERS:
-            size = store.size(chosen, layer, name)
-            if not size or size != written.get(f"{layer}.{name}", size):
-                raise PipelineError(f"snapshot {chosen} is not whole: {layer}/{name} is not as it was written")
+        for layer, table in SNAPSHOT_TABLES:
+            size = store.size(chosen, layer, table.name)
+            if not size or size != written.get(f"{layer}.{table.name}", size):
+                raise PipelineError(f"snapshot {chosen} is not whole: {layer}/{table.name} is not as it was written")
         store.publish(chosen)
     return chosen
 
 
 # ── Run ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _now() -> datetime:
-    return datetime.now(timezone.utc)
 
 
 @dataclass(slots=True)
@@ -1674,7 +1672,7 @@ def describe_profile(table: str, profile: Mapping[str, Mapping[str, Any]]) -> It
         repeated = f"{column['duplicates']:,}" if "duplicates" in column else ""
         least, greatest = (str(column[bound] if column[bound] is not None else "-")[:24] for bound in ("min", "max"))
         complete, distinct = f"{column['completeness']:.1f}%", f"~{column['distinct']:,}"
-        yield (f"  {name:<26} {column['nulls']:>10,} {complete:>9} {distinct:>11} {repeated:>9}  {least} … {greatest}")
+        yield f"  {name:<26} {column['nulls']:>10,} {complete:>9} {distinct:>11} {repeated:>9}  {least} … {greatest}"
 
 
 @contextlib.contextmanager
@@ -1827,8 +1825,7 @@ class _Run:
                 # Reads every value: a count alone reads no more than the footers of the files.
                 F.max(F.xxhash64(*(name for name, _ in table.columns))),
             )
-            for table in TABLES
-            for layer in ((BRONZE, QUARANTINE) if table.layer == BRONZE else (table.layer,))
+            for layer, table in SNAPSHOT_TABLES
         ]
         try:
             found = functools.reduce(lambda one, other: one.unionAll(other), checks).collect()

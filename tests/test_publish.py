@@ -19,7 +19,7 @@ from data_pipeline import (
     AUDITED,
     LAYERS,
     REFUSED,
-    TABLE_FOLDERS,
+    SNAPSHOT_TABLES,
     BusyError,
     DataPipelineConfig,
     PipelineError,
@@ -42,15 +42,15 @@ def store(tmp_path: Path) -> Store:
 
 def add(store: Store, run_id: str, mark: str | None = AUDITED, result: str = "succeeded") -> None:
     """A snapshot in which each table is a file that holds the run's id, and its record."""
-    for layer, name in TABLE_FOLDERS:
-        folder = Path(store.path("snapshots", run_id, layer, name))
+    for layer, table in SNAPSHOT_TABLES:
+        folder = Path(store.path("snapshots", run_id, layer, table.name))
         folder.mkdir(parents=True)
         (folder / "part-0.parquet").write_text(run_id)
     if mark:
         store.mark(run_id, mark)
     rows = {"bronze.customers": 1_000, "bronze.products": 200, "gold.customer_analytics": 9}
     record = {"run_id": run_id, "result": result, "started_at": "2026-03-01T12:00:00+00:00", "rows": rows}
-    written = {f"{layer}.{name}": len(run_id) for layer, name in TABLE_FOLDERS}
+    written = {f"{layer}.{table.name}": len(run_id) for layer, table in SNAPSHOT_TABLES}
     store.save_record(run_id, record | {"config": {"as_of_date": "2026-02-28"}, "bytes": written})
 
 
