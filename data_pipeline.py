@@ -233,6 +233,8 @@ class PipelineError(Exception):
     """A failure that the user can mend: reported as one line, without a stack trace."""
 
     exit_code = 2
+    # Whether the record of a run tells of it: not where no run could start.
+    recorded = False
 
 
 class ConfigurationError(PipelineError, ValueError):
@@ -1323,6 +1325,7 @@ SNAPSHOT_TABLES = tuple(
 AUDITED, REFUSED = "_AUDITED", "_REFUSED"
 RUN_ID = re.compile(r"(\d{8}T\d{6}Z)-[0-9a-f]{4}")
 RUN_TIME = "%Y%m%dT%H%M%SZ"
+HIGHLIGHTS = 10  # rows of each gold table that the run record holds
 
 
 class BusyError(PipelineError):
@@ -1593,12 +1596,15 @@ class Quality:
         """Rows received that are neither kept nor quarantined nor duplicates: 0, or something is wrong."""
         return self.received - self.kept - self.quarantined - self.duplicates
 
+    def broken(self) -> str:
+        """The rules that rows break, each with their number."""
+        return ", ".join(f"{name} {count:,}" for name, count in self.failed.items() if count)
+
     def describe(self, table: str) -> str:
         """One line for the log."""
-        failed = ", ".join(f"{name} {count:,}" for name, count in self.failed.items() if count)
         return (
             f"{table}: {self.received:,} received = {self.kept:,} kept + {self.quarantined:,} quarantined"
-            f" + {self.duplicates:,} duplicates removed; rules broken: {failed or 'none'}"
+            f" + {self.duplicates:,} duplicates removed; rules broken: {self.broken() or 'none'}"
         )
 
 
@@ -1626,6 +1632,9 @@ class RunRecord:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     quality: dict[str, Quality] = dataclasses.field(default_factory=dict)
     profile: dict[str, dict[str, dict[str, Any]]] = dataclasses.field(default_factory=dict)
+    # Of completed orders, in dollars; and the first rows of each gold table, in the order of its readers.
+    revenue: Decimal | None = None
+    highlights: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
     # What kept the run from being published: the table, the rule, the rows that broke it, examples of them.
     missed: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     error: dict[str, str] | None = None
@@ -1797,7 +1806,7 @@ class _Run:
         )
         logger.error("%s: %s", table.name, message)
         for example in examples:
-            logger.error("  for example %s", example)
+            logger.info("  for example %s", example)
 
     def gold(self) -> None:
         """Writes the aggregates, three of them from one pass over the transactions."""
@@ -1848,8 +1857,21 @@ class _Run:
             wrong.append("revenue differs: " + ", ".join(f"{name} {revenue:,}" for name, revenue in revenues.items()))
         if wrong:
             raise RefusedError("AUDIT FAILED, nothing is published: " + "; ".join(wrong))
+        [self.record.revenue] = set(revenues.values())
         self.record.seconds["audit"] = time.perf_counter() - started
         logger.info("AUDIT: rows, keys and revenue add up (%.1f s)", self.record.seconds["audit"])
+
+    def highlights(self) -> None:
+        """Notes the first rows of each gold table, for those who get to see the record and not the data."""
+        first = [
+            self.read(GOLD, table.name, table.schema)
+            .orderBy(*map(_sort_order, table.order))
+            .limit(HIGHLIGHTS)
+            .select(F.lit(table.name), F.to_json(F.struct("*")))
+            for table in tables(GOLD)
+        ]
+        for name, row in functools.reduce(lambda one, other: one.unionAll(other), first).collect():
+            self.record.highlights.setdefault(name, []).append(json.loads(row, parse_float=Decimal))
 
     def build(self, table: Table) -> DataFrame:
         """The table's rows, as declared."""
@@ -1920,6 +1942,8 @@ def _recorded(record: RunRecord, store: Store) -> Iterator[None]:
         refused, interrupted = isinstance(error, RefusedError), isinstance(error, KeyboardInterrupt)
         record.result = "refused" if refused else "interrupted" if interrupted else "failed"
         record.exit_code = getattr(error, "exit_code", 130 if interrupted else 1)
+        if isinstance(error, PipelineError):
+            error.recorded = True
         record.error = {
             "type": type(error).__name__,
             "message": str(error),
@@ -1932,6 +1956,7 @@ def _recorded(record: RunRecord, store: Store) -> Iterator[None]:
         # A full disk must not hide what filled it.
         with contextlib.suppress(OSError):
             store.save_record(record.run_id, dataclasses.asdict(record))
+            add_to_step_summary(run_page(record))
 
 
 def run_pipeline(config: DataPipelineConfig | None = None, spark: SparkSession | None = None) -> RunRecord:
@@ -1994,6 +2019,7 @@ def _run_layers(run: _Run) -> None:
         run.layer(SILVER, "Data Cleansing and Enrichment", run.silver)
         run.layer(GOLD, "Business Aggregations", run.gold)
         run.audit()
+        run.highlights()
         store.mark(run_id, AUDITED)
         store.publish(run_id)
     except RefusedError:
@@ -2004,6 +2030,97 @@ def _run_layers(run: _Run) -> None:
         raise
     finally:
         store.retain(run.config.keep_snapshots)
+
+
+# ── Report ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# What GitHub Actions shows of a run: a page of Markdown beside the job, and its warnings and errors as annotations.
+
+
+class Annotations(logging.Handler):
+    """Repeats warnings and errors as the workflow commands of GitHub Actions, which shows them beside the run."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes one command; the stack trace, which the log has, is left at its last line."""
+        kind = "error" if record.levelno >= logging.ERROR else "warning"
+        text = record.getMessage()
+        if record.exc_info and record.exc_info[1]:
+            text += ": " + "".join(traceback.format_exception_only(record.exc_info[1])).partition("\n")[0]
+        # As the runner wants it: a line is a command, and % begins an escape.
+        for character in "%\r\n":
+            text = text.replace(character, f"%{ord(character):02X}")
+        print(f"::{kind}::{text}", flush=True)
+
+
+def add_to_step_summary(markdown: str) -> None:
+    """Appends to the page that GitHub Actions shows of a job; does nothing elsewhere."""
+    if path := os.environ.get("GITHUB_STEP_SUMMARY"):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(markdown + "\n")
+
+
+def _markdown(value: Any) -> str:
+    """A value as text that Markdown leaves alone, whatever was in the data."""
+    text = f"{value:,}" if isinstance(value, int | Decimal) else f"{value:,.2f}" if isinstance(value, float) else value
+    return re.sub(r"([\\`*_\[\]<>|#~$@])", r"\\\1", " ".join(str(text).split()))
+
+
+def _markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:
+    """The first column to the left, the others, which are numbers, to the right."""
+    yield "| " + " | ".join(columns) + " |"
+    yield "|---|" + "---:|" * (len(columns) - 1)
+    for row in rows:
+        yield "| " + " | ".join(map(_markdown, row)) + " |"
+    yield ""
+
+
+def run_page(record: RunRecord) -> str:
+    """A page of Markdown on a run, good or bad, from its record alone."""
+    return "\n".join(_run_page(record))
+
+
+def _run_page(record: RunRecord) -> Iterator[str]:
+    sign = {"succeeded": "✅", "refused": "⛔"}.get(record.result, "❌")
+    received = sum(quality.received for quality in record.quality.values())
+    yield f"## {sign} Pipeline run {record.run_id}: {record.result}"
+    yield ""
+    yield (
+        f"As of {record.config['as_of_date']} · {received:,} rows received · {record.seconds['total']:.1f} s"
+        f" · Spark {record.versions['spark']} · `{record.data_dir}`"
+    )
+    yield ""
+    if record.error:
+        yield f"**{record.error['type']}** in {_markdown(record.at)}: {_markdown(record.error['message'][:1000])}"
+        yield ""
+    if record.missed:
+        yield from _markdown_table(
+            ("gate missed", "rule", "rows"), ((miss["table"], miss["rule"], miss["rows"]) for miss in record.missed)
+        )
+    if categories := record.highlights.get("category_analytics"):
+        first = categories[0]
+        figures = (
+            ("Revenue", f"{record.revenue:,} $"),
+            ("Completed orders", record.rows["silver.transactions_clean"]),
+            ("Customers", record.rows["silver.customers_enriched"]),
+            ("Leading category", f"{first['product_category']}, {first['revenue_share']:.1%} of the revenue"),
+        )
+        yield from _markdown_table(("top figures", ""), figures)
+        yield from ("```mermaid", "pie showData", "    title Revenue by category, in dollars")
+        for row in categories:
+            label = re.sub('["#;]', " ", row["product_category"])  # what ends a label or begins an entity there
+            yield f'    "{label}" : {row["total_revenue"]}'
+        yield from ("```", "")
+    if record.quality:
+        yield from _markdown_table(
+            ("quality", "received", "kept", "quarantined", "duplicates", "rules broken"),
+            (
+                (name, table.received, table.kept, table.quarantined, table.duplicates, table.broken() or "none")
+                for name, table in record.quality.items()
+            ),
+        )
+    if record.rows:
+        yield from _markdown_table(
+            ("table", "rows", "seconds"), ((name, rows, record.seconds[name]) for name, rows in record.rows.items())
+        )
 
 
 # ── Command line ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2101,6 +2218,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     line = "%(asctime)s - %(levelname)s - %(message)s"
     logging.basicConfig(format=line, datefmt="%Y-%m-%d %H:%M:%S", level=logging.CRITICAL)
     logger.setLevel(logging.INFO)
+    annotations = Annotations(logging.WARNING)
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        logger.addHandler(annotations)
     with _interrupts() as interrupted:
         try:
             flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
@@ -2114,6 +2234,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 run_pipeline(config)
         except PipelineError as error:
             logger.error("%s", error)
+            if not error.recorded:
+                add_to_step_summary(f"## ❌ No run could start\n\n{_markdown(error)}\n")
             return error.exit_code
         except (KeyboardInterrupt, Exception) as error:
             if interrupted() or isinstance(error, KeyboardInterrupt):
@@ -2121,6 +2243,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return 130
             logger.exception("PIPELINE EXECUTION FAILED")
             return 1
+        finally:
+            logger.removeHandler(annotations)
     return 0
 
 

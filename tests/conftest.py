@@ -37,7 +37,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., DataPipelin
 
 @pytest.fixture(scope="session")
 def spark(small: Callable[..., DataPipelineConfig]) -> Iterator[SparkSession]:
-    for variable in [name for name in os.environ if name.startswith("PIPELINE_")]:
+    for variable in [name for name in os.environ if name.startswith(("PIPELINE_", "GITHUB_"))]:
         del os.environ[variable]
     config = small(spark_master="local[2]")
     preflight(config)

@@ -22,7 +22,7 @@ def start(
     home: Path, *flags: str, program: tuple[str, ...] = (data_pipeline.__file__,), **variables: str
 ) -> subprocess.Popen[str]:
     """Starts the pipeline with `home` as the home folder."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PIPELINE_")}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIPELINE_", "GITHUB_"))}
     return subprocess.Popen(
         [sys.executable, *program, *flags],
         env=kept | {"HOME": str(home)} | variables,
@@ -115,3 +115,15 @@ def test_interrupted_run(tmp_path: Path) -> None:
     assert "Traceback" not in log
     [record] = (tmp_path / "pipeline-data" / "runs").glob("*.json")
     assert json.loads(record.read_text())["exit_code"] in (130, 1)
+
+
+def test_github_actions_is_told_what_is_wrong(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("what an earlier step wrote\n")
+    variables = {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(page)}
+    with start(tmp_path, "--spark-master", "50%\nspark", **variables) as process:
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    expected = "::error::--spark-master: spark_master must be a text, not '50%25\\\\nspark'\n"
+    assert out == expected.replace("\\\\", "\\"), "one command, of one line"
+    assert page.read_text().startswith("what an earlier step wrote\n## ❌ No run could start\n")

@@ -1,0 +1,236 @@
+"""The deployment workflow, run for real by act, on a VM that is a temporary home folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+pytestmark = pytest.mark.deploy
+
+PROJECT = Path(__file__).parent.parent
+WORKFLOW = ".github/workflows/deploy-and-run.yml"
+[UPLOAD] = re.findall(r"actions/upload-artifact@\w+", (PROJECT / WORKFLOW).read_text())
+# What the real action would upload is copied to a folder instead.
+STAND_IN = """
+name: stand-in for upload-artifact
+inputs: {name: {required: true}, path: {required: true}, retention-days: {required: true}}
+runs:
+  using: composite
+  steps:
+    - shell: bash
+      env: {FILES: "${{ inputs.path }}"}
+      run: cp "$FILES"/* "$ARTIFACT"
+"""
+
+
+class Outcome(NamedTuple):
+    code: int
+    output: str
+    artifact: Sequence[str]
+    record: Any
+
+
+@dataclass(frozen=True)
+class VM:
+    home: Path
+    repository: Path
+    artifact: Path
+    action: Path
+
+    def command(self, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        outer = ("PIPELINE_", "GITHUB_", "SPARK_", "JAVA_", "RUNNER_")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(outer)}
+        # Not downloaded anew for each home.
+        cache = subprocess.check_output([sys.executable, "-m", "pip", "cache", "dir"], text=True).strip()
+        own = {"HOME": str(self.home), "ARTIFACT": str(self.artifact), "PIP_CACHE_DIR": cache}
+        return subprocess.run(
+            command,
+            env=kept | own | variables,
+            cwd=self.repository,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=900,
+            check=False,
+        )
+
+    def commit(self, message: str) -> str:
+        self.command("git", "add", "--all").check_returncode()
+        self.command(
+            "git", "-c", "user.name=x", "-c", "user.email=x@example.com", "commit", "-qm", message
+        ).check_returncode()
+        return self.command("git", "rev-parse", "HEAD").stdout.strip()
+
+    def act(self, event: str, *flags: str, **variables: str) -> Outcome:
+        """Runs the workflow, as the runner does when the event happens."""
+        shutil.rmtree(self.artifact, ignore_errors=True)
+        self.artifact.mkdir()
+        done = self.command(
+            str(Path(sys.executable).with_name("act")),
+            event,
+            *("--workflows", WORKFLOW, "--platform", "self-hosted=-self-hosted"),
+            *("--action-offline-mode", "--local-repository", f"{UPLOAD}={self.action}"),
+            *flags,
+            **variables,
+        )
+        files = sorted(path.name for path in self.artifact.iterdir())
+        records = [json.loads((self.artifact / name).read_text()) for name in files if name.endswith(".json")]
+        return Outcome(done.returncode, done.stdout, files, records[-1] if records else None)
+
+    @property
+    def in_use(self) -> str:
+        return (self.home / "pipeline/current").readlink().name
+
+    @property
+    def published(self) -> str:
+        return (self.home / "pipeline-data/current").readlink().name
+
+
+@pytest.fixture(scope="module")
+def vm(tmp_path_factory: pytest.TempPathFactory) -> VM:
+    """A VM to which nothing was deployed yet, with small data."""
+    folder = tmp_path_factory.mktemp("vm")
+    vm = VM(folder / "home", folder / "repository", folder / "artifact", folder / "action")
+    for path in (vm.home, vm.repository, vm.action):
+        path.mkdir()
+    (vm.action / "action.yml").write_text(STAND_IN)
+    listed = subprocess.check_output(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=PROJECT, text=True
+    )
+    for name in filter(None, listed.split("\0")):
+        (vm.repository / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(PROJECT / name, vm.repository / name)
+    vm.command("git", "init", "--quiet", "--initial-branch", "main").check_returncode()
+    vm.commit("The project")
+    return vm
+
+
+# What the VM's team wrote into the runner's .env file.
+SMALL = {"PIPELINE_NUM_CUSTOMERS": "200", "PIPELINE_NUM_TRANSACTIONS": "1000", "PIPELINE_NUM_PRODUCTS": "20"}
+
+
+@pytest.fixture(scope="module")
+def first(vm: VM) -> Outcome:
+    return vm.act("push", **SMALL)
+
+
+def test_first_push_makes_everything(vm: VM, first: Outcome) -> None:
+    assert first.code == 0, first.output
+    assert "Created the environment" in first.output
+    assert (vm.home / "spark-env/bin/python").exists()
+    assert list((vm.home / "pipeline-data/gold/customer_analytics").glob("*.parquet"))
+    assert first.record["result"] == "succeeded"
+    assert first.record["versions"]["pipeline"] == vm.in_use, "the record names the commit that ran"
+    run_id = first.record["run_id"]
+    assert first.artifact == sorted(["pipeline.log", f"{run_id}.json", f"{run_id}.spark.log"]), "and no data"
+    assert f"## ✅ Pipeline run {run_id}: succeeded" in first.output, "the job summary"
+    assert "::error::" not in first.output
+
+
+def test_second_push_reuses_the_environment(vm: VM, first: Outcome) -> None:
+    before = (vm.home / "spark-env/bin").stat()
+    (vm.repository / "README.md").write_text("Another commit\n")
+    commit = vm.commit("Another")
+    second = vm.act("push", **SMALL)
+    assert second.code == 0, second.output
+    assert "Reused the environment" in second.output
+    assert (vm.home / "spark-env/bin").stat() == before
+    assert vm.in_use == commit
+    assert vm.published == second.record["run_id"] > first.record["run_id"]
+
+
+def test_broken_environment_is_recreated(vm: VM, first: Outcome) -> None:
+    package = next((vm.home / "spark-env/lib").glob("python*/site-packages/findspark.py"))
+    package.unlink()
+    outcome = vm.act("push", **SMALL)
+    assert outcome.code == 0, outcome.output
+    assert "Created the environment" in outcome.output
+    assert "it was broken" in outcome.output
+    assert package.exists()
+
+
+@pytest.mark.parametrize("failure", ["the gate", "the code"])
+def test_failing_run_leaves_release_and_data(vm: VM, first: Outcome, failure: str) -> None:
+    in_use, published = vm.in_use, vm.published
+    variables = SMALL
+    if failure == "the gate":
+        variables = SMALL | {"PIPELINE_MAX_QUARANTINE_RATE": "0"}
+    else:
+        module = vm.repository / "data_pipeline.py"
+        module.write_text(module.read_text().replace("def customer_analytics(", "def renamed("))
+        vm.commit("A mistake")
+    outcome = vm.act("push", **variables)
+    assert outcome.code == 1, outcome.output
+    assert (vm.in_use, vm.published) == (in_use, published)
+    assert "pipeline.log" in outcome.artifact
+    if failure == "the gate":
+        assert outcome.record["result"] == "refused"
+        assert "::error::transactions: 14 rows are quarantined, 1.40%25: more than 0.00%25" in outcome.output
+        assert f"## ⛔ Pipeline run {outcome.record['run_id']}: refused" in outcome.output
+    else:
+        assert "NameError: name 'customer_analytics' is not defined" in outcome.output
+        vm.command("git", "reset", "--quiet", "--hard", "HEAD~").check_returncode()
+
+
+def test_by_hand_with_inputs_and_as_a_dry_run(vm: VM, first: Outcome) -> None:
+    in_use, published = vm.in_use, vm.published
+    (vm.repository / "README.md").write_text("A commit to try\n")
+    vm.commit("To try")
+    inputs = {"num_customers": "40", "num_transactions": "90", "as_of_date": "2026-03-04", "dry_run": "true"}
+    flags = [part for name, value in inputs.items() for part in ("--input", f"{name}={value}")]
+    outcome = vm.act("workflow_dispatch", *flags, **SMALL)
+    assert outcome.code == 0, outcome.output
+    config = outcome.record["config"]
+    assert (config["num_customers"], config["num_transactions"], config["num_products"]) == (40, 90, 20)
+    assert config["as_of_date"] == "2026-03-04"
+    assert (vm.in_use, vm.published) == (in_use, published)
+
+
+def test_input_that_cannot_be_used(vm: VM, first: Outcome) -> None:
+    hostile = '1; touch "$HOME/taken"'
+    outcome = vm.act("workflow_dispatch", "--input", f"as_of_date={hostile}", **SMALL)
+    assert outcome.code == 1
+    assert "::error::--as-of-date: as_of_date must be a date such as 2026-01-31" in outcome.output
+    assert "## ❌ No run could start" in outcome.output
+    assert not (vm.home / "taken").exists()
+
+
+def test_only_main_is_deployed(vm: VM, first: Outcome) -> None:
+    vm.command("git", "switch", "--quiet", "--create", "feature").check_returncode()
+    (vm.repository / "README.md").write_text("Not merged\n")
+    vm.commit("Not merged")
+    outcome = vm.act("workflow_dispatch", **SMALL)
+    vm.command("git", "switch", "--quiet", "main").check_returncode()
+    assert "Environment setup" not in outcome.output
+    assert not outcome.artifact
+
+
+def test_last_releases_are_kept_and_can_be_returned_to(vm: VM, first: Outcome) -> None:
+    deploy = str(vm.repository / ".github/deploy.sh")
+    unused = vm.home / "pipeline/environments/0123456789abcdef"
+    unused.mkdir()
+    commits = []
+    for number in range(5):
+        (vm.repository / "README.md").write_text(f"Commit {number}\n")
+        commits.append(vm.commit(f"Commit {number}"))
+        vm.command(deploy, "release").check_returncode()
+        if number != 3:  # the run of the fourth has failed
+            vm.command(deploy, "switch").check_returncode()
+    kept = {path.name for path in (vm.home / "pipeline/releases").iterdir()}
+    assert kept == {commits[1], commits[2], commits[4]}
+    assert vm.in_use == commits[4]
+    assert not unused.exists()
+    vm.command(deploy, "switch", commits[1]).check_returncode()
+    assert vm.in_use == commits[1]
+    assert (vm.home / "spark-env/bin/python").exists()
+    assert vm.command(deploy, "switch", commits[0]).returncode == 2, "that one is gone"

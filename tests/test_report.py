@@ -1,0 +1,97 @@
+"""What GitHub Actions is told of a run: the page and the annotations."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
+
+import duckdb
+import pytest
+from conftest import one
+from pyspark.sql import SparkSession
+
+from data_pipeline import (
+    GOLD,
+    HIGHLIGHTS,
+    Annotations,
+    DataPipelineConfig,
+    RefusedError,
+    RunRecord,
+    logger,
+    run_page,
+    run_pipeline,
+    tables,
+)
+
+
+def test_record_holds_the_first_rows_of_gold(report: RunRecord, db: duckdb.DuckDBPyConnection) -> None:
+    assert report.revenue == one(db, "SELECT sum(amount) FROM transactions_clean")
+    for table in tables(GOLD):
+        expected = db.sql(f"FROM {table.name} LIMIT {HIGHLIGHTS}")
+        found = report.highlights[table.name]
+        assert [list(map(str, row.values())) for row in found] == [
+            [str(value) for value in row] for row in expected.fetchall()
+        ]
+        assert list(found[0]) == expected.columns
+
+
+def test_page_of_a_good_run(report: RunRecord, db: duckdb.DuckDBPyConnection) -> None:
+    page = run_page(report)
+    assert f"## ✅ Pipeline run {report.run_id}: succeeded" in page
+    assert f"| Revenue | {one(db, 'SELECT sum(amount) FROM transactions_clean'):,} \\$ |" in page
+    for category, revenue in db.sql("SELECT product_category, total_revenue FROM category_analytics").fetchall():
+        assert f'    "{category}" : {revenue}\n' in page
+    for name, rows in report.rows.items():
+        assert f"| {name.replace('_', chr(92) + '_')} | {rows:,} |" in page
+    quality = report.quality["transactions"]
+    assert f"| transactions | {quality.received:,} | {quality.kept:,} | {quality.quarantined:,} | " in page
+
+
+def test_page_of_a_refused_run(
+    small: Callable[..., DataPipelineConfig], spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "page.md"
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(page))
+    with pytest.raises(RefusedError):
+        run_pipeline(small(num_transactions=500, max_quarantine_rate=0), spark)
+    text = page.read_text()
+    assert text.startswith("## ⛔ Pipeline run ")
+    assert "| transactions | max\\_quarantine\\_rate | 7 |" in text
+    assert "**RefusedError** in gate: GATE MISSED" in text
+    assert "mermaid" not in text, "there is no gold to show"
+
+
+def test_page_of_a_run_that_failed_at_once(report: RunRecord) -> None:
+    failed = RunRecord(report.run_id, report.started_at, report.data_dir, report.config, report.versions)
+    failed = dataclasses.replace(failed, result="failed", seconds={"total": 1.0})
+    failed.error = {"type": "OSError", "message": "a | b\n<img src=x> @all", "traceback": ""}
+    page = run_page(failed)
+    assert f"## ❌ Pipeline run {report.run_id}: failed" in page
+    assert "a \\| b \\<img src=x\\> \\@all" in page, "no value can become markup"
+    assert "| table |" not in page
+
+
+def test_page_takes_any_category(report: RunRecord) -> None:
+    odd = {"product_category": 'Toys "R" #1; 50 % | <b>', "total_revenue": Decimal("1.00"), "revenue_share": 1.0}
+    page = run_page(dataclasses.replace(report, highlights={"category_analytics": [odd]}))
+    assert '    "Toys  R   1  50 % | <b>" : 1.00\n' in page
+    assert 'Toys "R" \\#1; 50 % \\| \\<b\\>, 100.0% of the revenue' in page
+
+
+def test_annotations(capsys: pytest.CaptureFixture[str]) -> None:
+    handler = Annotations(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        logger.info("nothing to see")
+        logger.warning("100 %\nof it")
+        try:
+            raise ValueError("first\nsecond")
+        except ValueError:
+            logger.error("It failed", exc_info=sys.exc_info())
+    finally:
+        logger.removeHandler(handler)
+    assert capsys.readouterr().out == "::warning::100 %25%0Aof it\n::error::It failed: ValueError: first\n"
