@@ -120,8 +120,8 @@ def test_interrupted_run(tmp_path: Path) -> None:
 def test_github_actions_is_told_what_is_wrong(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("what an earlier step wrote\n")
-    variables = {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(page)}
-    with start(tmp_path, "--spark-master", "50%\nspark", **variables) as process:
+    flags = ("--spark-master", "50%\nspark")
+    with start(tmp_path, *flags, GITHUB_ACTIONS="true", GITHUB_STEP_SUMMARY=str(page)) as process:
         out, _ = process.communicate(timeout=60)
     assert process.returncode == 2
     expected = "::error::--spark-master: spark_master must be a text, not '50%25\\\\nspark'\n"

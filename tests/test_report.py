@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import errno
 import logging
+import os
+import re
 import sys
 from collections.abc import Callable
 from decimal import Decimal
@@ -14,6 +18,7 @@ import pytest
 from conftest import one
 from pyspark.sql import SparkSession
 
+import data_pipeline
 from data_pipeline import (
     GOLD,
     HIGHLIGHTS,
@@ -95,3 +100,19 @@ def test_annotations(capsys: pytest.CaptureFixture[str]) -> None:
     finally:
         logger.removeHandler(handler)
     assert capsys.readouterr().out == "::warning::100 %25%0Aof it\n::error::It failed: ValueError: first\n"
+
+
+def test_readme_quotes_the_messages_that_there_are() -> None:
+    """Each message of the troubleshooting table is one of the pipeline's or of the deployment's."""
+    project = Path(data_pipeline.__file__).parent
+    code = ast.parse((project / "data_pipeline.py").read_text())
+    strings = [node.value for node in ast.walk(code) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    said = "\n".join(strings) + (project / ".github/deploy.sh").read_text() + os.strerror(errno.EACCES)
+    table = (
+        (project / "README.md").read_text().partition("| message | what to do |\n|---|---|\n")[2].partition("\n\n")[0]
+    )
+    messages = re.findall(r"^\| `(.+?)` \|", table, re.MULTILINE)
+    assert len(messages) > 15
+    for message in messages:
+        for part in message.split("…"):
+            assert part.strip(": ") in said, message
