@@ -1956,7 +1956,7 @@ def _recorded(record: RunRecord, store: Store) -> Iterator[None]:
         # A full disk must not hide what filled it.
         with contextlib.suppress(OSError):
             store.save_record(record.run_id, dataclasses.asdict(record))
-            add_to_step_summary(run_page(record))
+        add_to_step_summary(run_page(record))
 
 
 def run_pipeline(config: DataPipelineConfig | None = None, spark: SparkSession | None = None) -> RunRecord:
@@ -2054,8 +2054,11 @@ class Annotations(logging.Handler):
 def add_to_step_summary(markdown: str) -> None:
     """Appends to the page that GitHub Actions shows of a job; does nothing elsewhere."""
     if path := os.environ.get("GITHUB_STEP_SUMMARY"):
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(markdown + "\n")
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(markdown + "\n")
+        except OSError as error:
+            logger.warning("Cannot write the job summary: %s", error)
 
 
 def _markdown(value: Any) -> str:
@@ -2235,7 +2238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except PipelineError as error:
             logger.error("%s", error)
             if not error.recorded:
-                add_to_step_summary(f"## ❌ No run could start\n\n{_markdown(error)}\n")
+                add_to_step_summary(f"## ❌ Nothing was run\n\n{_markdown(error)}\n")
             return error.exit_code
         except (KeyboardInterrupt, Exception) as error:
             if interrupted() or isinstance(error, KeyboardInterrupt):

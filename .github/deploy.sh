@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Deploys a commit on a VM and runs it there: the steps of deploy-and-run.yml, one command each.
+# Deploys the commit that this script belongs to, on the VM on which it is called, and runs it there.
 #
 #   deploy.sh environment        makes the virtual environment of these requirements, or reuses it
 #   deploy.sh release            copies the commit into a release folder
@@ -12,27 +12,35 @@
 #   ~/pipeline/environments/<key>/     virtual environments, one for each set of requirements and Python
 #   ~/pipeline/current                 leads to the release in use
 #   ~/spark-env                        leads to the environment of the release in use
-set -euo pipefail
+set -Eeuo pipefail
+shopt -s inherit_errexit nullglob
+trap 'echo "::error::deploy.sh ${1:-} failed in line $LINENO" >&2' ERR
 
 KEEP_RELEASES=3
-home=~/pipeline
-commit=${GITHUB_SHA:-$(git rev-parse HEAD)}
+home=$(realpath -m ~/pipeline)
+checkout=$(dirname "$(dirname "$(realpath "$0")")")
 log=${RUNNER_TEMP:-/tmp}/pipeline.log
 
 fail() {
-    echo "::error::$*"
+    trap - ERR
+    echo "::error::$*" >&2
     exit 2
 }
 
+commit=$(git -C "$checkout" rev-parse HEAD)
+[[ ${GITHUB_SHA:-$commit} == "$commit" ]] || fail "the checkout is at commit $commit, not $GITHUB_SHA"
+release=$home/releases/$commit
+
 # A link is there at every moment, old or new.
 link() {
-    ln -sfn "$1" "$2.next"
+    ln -sfnT "$1" "$2.next"
     mv -T "$2.next" "$2"
 }
 
 find_python() {
-    local candidate
-    for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3}; do
+    local candidate candidates=(python3.11 python3.12 python3.13 python3)
+    [[ -z ${PYTHON:-} ]] || candidates=("$PYTHON")
+    for candidate in "${candidates[@]}"; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             command -v "$candidate"
             return
@@ -41,11 +49,12 @@ find_python() {
     fail "no Python 3.11 or newer found: install one, or name it as PYTHON in the runner's .env file"
 }
 
-# The environment of a folder's requirements, whichever release they came with.
-environment_of() {
-    local python key
+# Where the environment of these requirements lies, whichever commit they first came with.
+find_environment() {
+    local python version key
     python=$(find_python)
-    key=$({ "$python" -VV && cat "$1/requirements.txt"; } | sha256sum | cut -c 1-16)
+    version=$("$python" -VV)
+    key=$(cat - "$checkout/requirements.txt" <<<"$version" | sha256sum | cut -c 1-16)
     echo "$home/environments/$key"
 }
 
@@ -54,101 +63,116 @@ works() {
 }
 
 environment() {
-    local folder reason
-    folder=$(environment_of .)
+    local folder python reason="there was none for these requirements"
+    folder=$(find_environment)
     if works "$folder"; then
+        touch "$folder"
         echo "Reused the environment $folder"
-    else
-        reason=$([[ -e $folder ]] && echo "it was broken" || echo "there was none for these requirements")
-        rm -rf "$folder"
-        "$(find_python)" -m venv "$folder"
-        "$folder/bin/python" -m pip install --quiet --requirement requirements.txt
-        touch "$folder/complete"
-        echo "Created the environment $folder: $reason"
+        return
     fi
+    [[ ! -e $folder ]] || reason="it was broken"
+    python=$(find_python)
+    rm -rf "$folder"
+    "$python" -m venv "$folder"
+    "$folder/bin/python" -m pip install --quiet --requirement "$checkout/requirements.txt"
+    touch "$folder/complete"
+    echo "Created the environment $folder: $reason"
 }
 
 release() {
-    local release=$home/releases/$commit new=$home/releases/.new
+    local new=$home/releases/.new
     mkdir -p "$home/releases"
     if [[ ! -d $release ]]; then
         rm -rf "$new"
-        git clone --quiet --depth 1 "file://$PWD" "$new"
-        [[ $(git -C "$new" rev-parse HEAD) == "$commit" ]] || fail "the checkout is not at commit $commit"
+        git clone --quiet --depth 1 "file://$checkout" "$new"
         mv -T "$new" "$release"
     fi
-    link "$(environment_of "$release")" "$release/.venv"
+    # Whatever was changed there by hand is not this commit.
+    git -C "$release" reset --quiet --hard "$commit"
+    touch "$release"
     echo "Released $commit"
 }
 
 # A dry run publishes nothing: its data goes with the runner's temporary folder.
-data_dir() {
-    if [[ ${DRY_RUN:-} == true ]]; then
-        echo "$RUNNER_TEMP/dry-run"
-    else
-        "$(find_python)" -c 'import os, sys; print(os.path.expanduser(os.path.expandvars(sys.argv[1])))' \
-            "${PIPELINE_DATA_DIR:-~/pipeline-data}"
-    fi
-}
+if [[ ${DRY_RUN:-} == true ]]; then
+    export PIPELINE_DATA_DIR=$RUNNER_TEMP/dry-run
+fi
 
-# FLAG_NUM_CUSTOMERS=5 becomes --num-customers 5; an empty one leaves the default.
+# DEPLOY_FLAG_NUM_CUSTOMERS=5 becomes --num-customers 5; an empty one leaves the default.
 run() {
-    local variable flag flags=()
-    for variable in "${!FLAG_@}"; do
-        flag=${variable#FLAG_}
+    local variable flag flags=() folder sparks=(/opt/spark/jars/spark-core_*.jar)
+    for variable in "${!DEPLOY_FLAG_@}"; do
+        flag=${variable#DEPLOY_FLAG_}
         flag=${flag//_/-}
         [[ -z ${!variable} ]] || flags+=("--${flag,,}" "${!variable}")
     done
     for variable in SPARK_HOME JAVA_HOME; do
         if [[ -n ${!variable:-} && ! -d ${!variable} ]]; then
-            echo "::warning::$variable is ${!variable}, which is no folder here: the environment's own is used"
+            echo "::warning::$variable is ignored: there is no folder ${!variable}" >&2
             unset "$variable"
         fi
     done
-    [[ -n ${SPARK_HOME:-} || ! -d /opt/spark ]] || export SPARK_HOME=/opt/spark
+    [[ -n ${SPARK_HOME:-} || ${#sparks[@]} == 0 ]] || export SPARK_HOME=/opt/spark
+    folder=$(find_environment)
     touch "$log.started"
-    cd "$home/releases/$commit"
-    .venv/bin/python data_pipeline.py --data-dir "$(data_dir)" "${flags[@]}" 2>&1 | tee "$log"
+    cd ~
+    # In place of the shell, so that whoever stops this stops the pipeline.
+    exec "$folder/bin/python" "$release/data_pipeline.py" "${flags[@]}" > >(tee "$log") 2>&1
 }
 
 switch() {
-    local chosen=${1:-$commit}
-    local release=$home/releases/$chosen
-    [[ -x $release/.venv/bin/python ]] || fail "there is no release $chosen in $home/releases"
+    local chosen=${1:-$commit} environment
+    local folder=$home/releases/$chosen
+    if [[ $# == 0 ]]; then
+        [[ -d $folder ]] || fail "there is no release $chosen in $home/releases"
+        environment=$(find_environment)
+        link "$environment" "$folder/.venv"
+    elif [[ ! $chosen =~ ^[0-9a-f]{40}$ || ! -e $folder/.in-use ]]; then
+        fail "there is no release $chosen in $home/releases that was in use before"
+    fi
+    works "$folder/.venv" || fail "the environment of release $chosen does not work: deploy that commit again"
     link "releases/$chosen" "$home/current"
     if [[ -d ~/spark-env && ! -L ~/spark-env ]]; then
         mv -T ~/spark-env ~/"spark-env.before-$(date +%s)"
-        echo "::warning::~/spark-env was a folder of its own; it was moved aside, to ~/spark-env.before-*"
+        echo "::warning::$HOME/spark-env was a folder of its own; it was moved aside, to spark-env.before-*" >&2
     fi
     link "$home/current/.venv" ~/spark-env
-    touch "$release/.in-use"
+    touch "$folder/.in-use"
     remove_old
     echo "In use: $chosen"
 }
 
-# The releases last in use stay, and the environments that they lead to; those that failed were never in use.
+# The releases last in use stay, and the environments that they lead to. What is not in use yet may be about to be: it
+# stays for a day.
 remove_old() {
-    local kept old used
+    local kept used old
     # shellcheck disable=SC2012  # the names are commits
-    kept=$(ls -t "$home"/releases/*/.in-use | head -n "$KEEP_RELEASES" | xargs dirname)
+    kept=$(ls -t "$home"/releases/*/.in-use | head -n "$KEEP_RELEASES")
     for old in "$home"/releases/*; do
-        grep -qxF "$old" <<<"$kept" || rm -rf "$old"
+        [[ $kept == *"$old/.in-use"* || (! -e $old/.in-use && -n $(find "$old" -maxdepth 0 -mtime 0)) ]] || rm -rf "$old"
     done
     used=$(realpath "$home"/releases/*/.venv)
     for old in "$home"/environments/*; do
-        grep -qxF "$old" <<<"$used" || rm -rf "$old"
+        [[ $used == *"$old"* || -n $(find "$old" -maxdepth 0 -mtime 0) ]] || rm -rf "$old"
     done
 }
 
 collect() {
-    local data
-    data=$(data_dir)
-    mkdir -p "$1"
-    [[ -e $log ]] || { echo "No run was started"; return; }
-    cp "$log" "$1"
-    [[ -d $data ]] || return 0
-    find "$data" -maxdepth 2 -type f -newer "$log.started" \( -path "$data/runs/*" -o -path "$data/report.html" \) \
-        -exec cp -t "$1" {} +
+    local target folder data
+    target=$(realpath -m "$1")
+    mkdir -p "$target"
+    if [[ ! -e $log ]]; then
+        echo "No run was started"
+        return
+    fi
+    cp "$log" "$target"
+    folder=$(find_environment)
+    cd ~
+    data=$(PYTHONPATH=$release "$folder/bin/python" -c 'import os, data_pipeline as pipeline
+print(pipeline.configure(pipeline.parse_arguments([]), os.environ).root)')
+    for file in "$data"/runs/*.json "$data"/runs/*.log "$data"/report.html; do
+        [[ ! $file -nt $log.started ]] || cp "$file" "$target"
+    done
 }
 
 case ${1:-} in

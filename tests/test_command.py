@@ -126,4 +126,4 @@ def test_github_actions_is_told_what_is_wrong(tmp_path: Path) -> None:
     assert process.returncode == 2
     expected = "::error::--spark-master: spark_master must be a text, not '50%25\\\\nspark'\n"
     assert out == expected.replace("\\\\", "\\"), "one command, of one line"
-    assert page.read_text().startswith("what an earlier step wrote\n## ❌ No run could start\n")
+    assert page.read_text().startswith("what an earlier step wrote\n## ❌ Nothing was run\n")

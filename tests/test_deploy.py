@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,27 +160,15 @@ def test_broken_environment_is_recreated(vm: VM, first: Outcome) -> None:
     assert package.exists()
 
 
-@pytest.mark.parametrize("failure", ["the gate", "the code"])
-def test_failing_run_leaves_release_and_data(vm: VM, first: Outcome, failure: str) -> None:
+def test_refused_run_leaves_release_and_data(vm: VM, first: Outcome) -> None:
     in_use, published = vm.in_use, vm.published
-    variables = SMALL
-    if failure == "the gate":
-        variables = SMALL | {"PIPELINE_MAX_QUARANTINE_RATE": "0"}
-    else:
-        module = vm.repository / "data_pipeline.py"
-        module.write_text(module.read_text().replace("def customer_analytics(", "def renamed("))
-        vm.commit("A mistake")
-    outcome = vm.act("push", **variables)
+    outcome = vm.act("push", **SMALL, PIPELINE_MAX_QUARANTINE_RATE="0")
     assert outcome.code == 1, outcome.output
     assert (vm.in_use, vm.published) == (in_use, published)
+    assert outcome.record["result"] == "refused"
     assert "pipeline.log" in outcome.artifact
-    if failure == "the gate":
-        assert outcome.record["result"] == "refused"
-        assert "::error::transactions: 14 rows are quarantined, 1.40%25: more than 0.00%25" in outcome.output
-        assert f"## ⛔ Pipeline run {outcome.record['run_id']}: refused" in outcome.output
-    else:
-        assert "NameError: name 'customer_analytics' is not defined" in outcome.output
-        vm.command("git", "reset", "--quiet", "--hard", "HEAD~").check_returncode()
+    assert "::error::transactions: 14 rows are quarantined, 1.40%25: more than 0.00%25" in outcome.output
+    assert f"## ⛔ Pipeline run {outcome.record['run_id']}: refused" in outcome.output
 
 
 def test_by_hand_with_inputs_and_as_a_dry_run(vm: VM, first: Outcome) -> None:
@@ -201,7 +190,7 @@ def test_input_that_cannot_be_used(vm: VM, first: Outcome) -> None:
     outcome = vm.act("workflow_dispatch", "--input", f"as_of_date={hostile}", **SMALL)
     assert outcome.code == 1
     assert "::error::--as-of-date: as_of_date must be a date such as 2026-01-31" in outcome.output
-    assert "## ❌ No run could start" in outcome.output
+    assert "## ❌ Nothing was run" in outcome.output
     assert not (vm.home / "taken").exists()
 
 
@@ -215,22 +204,124 @@ def test_only_main_is_deployed(vm: VM, first: Outcome) -> None:
     assert not outcome.artifact
 
 
-def test_last_releases_are_kept_and_can_be_returned_to(vm: VM, first: Outcome) -> None:
-    deploy = str(vm.repository / ".github/deploy.sh")
-    unused = vm.home / "pipeline/environments/0123456789abcdef"
+# What follows needs no act: the script alone, with a stub for the pipeline and without its packages.
+
+STUB = """import os, pathlib, sys
+pathlib.Path("ran").write_text(" ".join([sys.executable, *sys.argv]))
+print("the log")
+sys.exit(int(os.environ.get("EXIT", "0")))
+"""
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> VM:
+    """A VM whose home has a space in its name and whose ~/pipeline lies on another disk."""
+    vm = VM(tmp_path / "a home", tmp_path / "repository", tmp_path / "artifact", tmp_path)
+    for path in (vm.home, vm.repository / ".github", tmp_path / "disk"):
+        path.mkdir(parents=True)
+    (vm.home / "pipeline").symlink_to(tmp_path / "disk")
+    shutil.copy(PROJECT / ".github/deploy.sh", vm.repository / ".github")
+    (vm.repository / "data_pipeline.py").write_text(STUB)
+    (vm.repository / "requirements.txt").write_text("# nothing to download\n")
+    vm.command("git", "init", "--quiet", "--initial-branch", "main").check_returncode()
+    vm.commit("The project")
+    return vm
+
+
+def deploy(vm: VM, *steps: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The steps of the workflow, until one fails."""
+    for step in steps or ("environment", "release", "run", "switch"):
+        done = vm.command(".github/deploy.sh", step, RUNNER_TEMP=str(vm.artifact.parent), **variables)
+        if done.returncode:
+            break
+        if step == "environment":  # the packages that pip would have installed
+            [packages] = (vm.home / "pipeline/environments").glob(
+                f"{done.stdout.split('/')[-1][:16]}/lib/*/site-packages"
+            )
+            (packages / "outer.pth").write_text(sysconfig.get_path("purelib"))
+    return done
+
+
+def test_script_from_nothing(bare: VM) -> None:
+    (bare.home / "spark-env").mkdir()  # made by hand, before
+    done = deploy(bare, DEPLOY_FLAG_NUM_CUSTOMERS="5", DEPLOY_FLAG_AS_OF_DATE="", SPARK_HOME="/nowhere")
+    assert done.returncode == 0, done.stdout
+    assert (bare.home / "ran").read_text().split(" ", 1)[1].endswith("/data_pipeline.py --num-customers 5")
+    assert (bare.home / "spark-env/bin/python").exists()
+    assert list(bare.home.glob("spark-env.before-*"))
+    assert "Reused" in deploy(bare, "environment").stdout
+
+
+def test_script_says_which_spark_is_missing(bare: VM) -> None:
+    done = deploy(bare, "environment", "release", "run", SPARK_HOME="/nowhere")
+    assert done.stdout.startswith("::warning::SPARK_HOME is ignored: there is no folder /nowhere\n")
+
+
+def test_failing_code_with_new_requirements_leaves_the_release_before(bare: VM) -> None:
+    deploy(bare).check_returncode()
+    in_use, python = bare.in_use, (bare.home / "spark-env/bin").resolve()
+    (bare.repository / "requirements.txt").write_text("# other ones\n")
+    bare.commit("A mistake")
+    assert deploy(bare, EXIT="3").returncode == 3
+    assert bare.in_use == in_use
+    assert (bare.home / "spark-env/bin").resolve() == python
+    assert len(list((bare.home / "pipeline/environments").iterdir())) == 2
+
+
+def test_last_releases_are_kept_and_can_be_returned_to(bare: VM) -> None:
+    deploy(bare).check_returncode()
+    unused = bare.home / "pipeline/environments/0123456789abcdef"
     unused.mkdir()
     commits = []
     for number in range(5):
-        (vm.repository / "README.md").write_text(f"Commit {number}\n")
-        commits.append(vm.commit(f"Commit {number}"))
-        vm.command(deploy, "release").check_returncode()
-        if number != 3:  # the run of the fourth has failed
-            vm.command(deploy, "switch").check_returncode()
-    kept = {path.name for path in (vm.home / "pipeline/releases").iterdir()}
-    assert kept == {commits[1], commits[2], commits[4]}
-    assert vm.in_use == commits[4]
+        (bare.repository / "README.md").write_text(f"Commit {number}\n")
+        commits.append(bare.commit(f"Commit {number}"))
+        # The run of the fourth has failed.
+        deploy(bare, "release", *(["switch"] if number != 3 else [])).check_returncode()
+    releases = bare.home / "pipeline/releases"
+    assert {path.name for path in releases.iterdir()} == {*commits[1:]}, "what failed may still be running"
+    assert unused.exists(), "so may this be about to be used"
+    for path in (releases / commits[3], unused):
+        os.utime(path, (0, 0))
+    deploy(bare, "switch").check_returncode()
+    assert {path.name for path in releases.iterdir()} == {commits[1], commits[2], commits[4]}
     assert not unused.exists()
-    vm.command(deploy, "switch", commits[1]).check_returncode()
-    assert vm.in_use == commits[1]
-    assert (vm.home / "spark-env/bin/python").exists()
-    assert vm.command(deploy, "switch", commits[0]).returncode == 2, "that one is gone"
+
+    def back(commit: str) -> subprocess.CompletedProcess[str]:
+        return bare.command("sh", "-c", f"cd; pipeline/current/.github/deploy.sh switch {commit}")
+
+    back(commits[1]).check_returncode()
+    assert bare.in_use == commits[1]
+    assert (bare.home / "spark-env/bin/python").exists()
+    for gone in (commits[0], commits[3], "../releases/" + commits[2]):
+        assert back(gone).returncode == 2
+        assert bare.in_use == commits[1]
+
+
+def test_same_commit_again_takes_back_what_was_changed_by_hand(bare: VM) -> None:
+    deploy(bare).check_returncode()
+    module = bare.home / "pipeline/current/data_pipeline.py"
+    module.write_text("a quick fix")
+    deploy(bare).check_returncode()
+    assert module.read_text() == STUB
+
+
+@pytest.mark.parametrize("step", ["environment", "run", "switch", "collect"])
+def test_no_python(bare: VM, step: str) -> None:
+    deploy(bare, "environment", "release").check_returncode()
+    (bare.artifact.parent / "pipeline.log").touch()
+    done = bare.command(".github/deploy.sh", step, "x", PYTHON="nopython", RUNNER_TEMP=str(bare.artifact.parent))
+    assert done.returncode == 2, done.stdout
+    if step != "switch":  # which refuses the commit x first
+        assert done.stdout.startswith("::error::no Python 3.11 or newer found")
+
+
+def test_checkout_of_another_commit(bare: VM) -> None:
+    done = deploy(bare, "release", GITHUB_SHA="0" * 40)
+    assert done.returncode == 2
+    assert done.stdout.startswith("::error::the checkout is at commit ")
+
+
+def test_collect_without_a_run(bare: VM) -> None:
+    done = bare.command(".github/deploy.sh", "collect", "x", RUNNER_TEMP=str(bare.artifact.parent))
+    assert (done.returncode, done.stdout) == (0, "No run was started\n")
