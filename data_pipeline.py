@@ -565,6 +565,8 @@ def _spark_settings(config: DataPipelineConfig) -> Mapping[str, str]:
     return {
         "spark.sql.adaptive.enabled": "true",
         "spark.sql.session.timeZone": "UTC",
+        # A larger method Java only interprets; above the limit Spark makes several of it.
+        "spark.sql.codegen.hugeMethodLimit": "8000",
         "spark.sql.shuffle.partitions": str(config.shuffle_partitions or config.partitions(rows, MILLION)),
         # The default, INT96, is deprecated and keeps readers from skipping by date.
         "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
@@ -870,12 +872,17 @@ def generate_transactions(spark: SparkSession, config: DataPipelineConfig) -> Da
 
 ERROR, WARN, GATE = "error", "warn", "gate"
 
-# Spark SQL, used both by a rule and by the transformation that mends what the rule finds.
-PAYMENT_METHOD = "regexp_replace(lower(trim(payment_method)), '[ _-]+', '_')"
-
 
 def _one_of(words: Iterable[str]) -> str:
     return "(" + ", ".join(f"'{word}'" for word in words) + ")"
+
+
+# Spark SQL, used both by a rule and by the transformation that mends what the rule finds. Most are tidy, and spared
+# the regular expression.
+PAYMENT_METHOD = (
+    f"CASE WHEN payment_method IN {_one_of(PAYMENT_METHODS)} THEN payment_method "
+    "ELSE regexp_replace(lower(trim(payment_method)), '[ _-]+', '_') END"
+)
 
 
 class Rule(NamedTuple):
@@ -937,62 +944,70 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
 }
 
 
-class Split(NamedTuple):
-    """The rows of a bronze table: those that silver works on, and those that it refuses."""
+class OddKeys(NamedTuple):
+    """The few keys of a bronze table about whose rows not the row alone decides."""
 
-    kept: DataFrame
-    quarantined: DataFrame
-
-
-def _mark(key: str) -> str:
-    return f"_{key}_known"
+    # One row per hash of a key that more than one row carries: `_key_hash`, and `count`, the number of rows.
+    repeated: DataFrame | None
+    # By foreign key: one row per value that the parent does not have.
+    unknown: Mapping[str, DataFrame]
 
 
-def with_references(received: DataFrame, parents: Mapping[str, DataFrame]) -> DataFrame:
-    """Marks the rows whose foreign key, which is the key of its parent, is known there."""
-    for key, parent in parents.items():
-        received = received.join(parent.select(key, F.lit(True).alias(_mark(key))), key, how="left")
-    return received
+def odd_keys(received: DataFrame, table: Table, parents: Mapping[str, DataFrame]) -> OddKeys:
+    """Finds them by shuffling nothing but keys; `parents` are the valid rows of the parent of each foreign key."""
+    return OddKeys(
+        received.groupBy(F.xxhash64(*table.key).alias("_key_hash")).count().where("count > 1"),
+        {
+            key: received.select(key).where(F.col(key).isNotNull()).distinct().join(parent, key, how="left_anti")
+            for key, parent in parents.items()
+        },
+    )
 
 
 def _any(conditions: Iterable[Column]) -> Column:
     return functools.reduce(lambda one, other: one | other, conditions)
 
 
-def split(
-    received: DataFrame,
-    table: Table,
-    parents: Mapping[str, DataFrame],
-    config: DataPipelineConfig,
-) -> Split:
-    """Divides the rows received for a bronze table.
+def errors(table: Table, unknown: Iterable[str] = ()) -> list[Rule]:
+    """The rules that refuse a row, those on the foreign keys of which some are unknown included."""
+    return [rule for rule in (*table.rules, *map(unknown_key, unknown)) if rule.severity != WARN]
 
-    `kept` has one row per key, with the column `_copies`: how many valid records of that key were received.
-    `quarantined` has the refused rows, whole, with `_reasons`: the names of the rules that they break.
 
-    Records of a key that occurs once need no shuffle: the few repeated keys are found on a hash of the key alone.
+def unknown_key(key: str) -> Rule:
+    """The rule on a foreign key, over the column that `mark` adds."""
+    return Rule(f"{key}_unknown", key, f"_{key}_unknown")
+
+
+def mark(received: DataFrame, table: Table, odd: OddKeys, config: DataPipelineConfig) -> DataFrame:
+    """The rows received for a bronze table, whole, with `_reasons` and `_repeated`.
+
+    `_reasons` are the names of the rules that refuse the row, null where there is none; `_repeated` says whether other
+    rows carry the key too.
     """
-    key_hash = F.xxhash64(*table.key)
-    repeated = received.groupBy(key_hash.alias("_key_hash")).count().where("count > 1").select("_key_hash")
-    referenced = with_references(received, parents)
-    errors = [rule for rule in (*table.rules, *table.reference_rules) if rule.severity != WARN]
-    failed = _any(rule.failed(config) for rule in errors)
-    reasons = F.array_compact(F.array(*(F.when(rule.failed(config), rule.name) for rule in errors)))
-    valid = (
-        referenced.where(~failed)
-        .select(*received.columns)
-        .withColumns(
-            {rule.column: F.when(~rule.failed(config), F.col(rule.column)) for rule in table.rules if rule.clears}
-        )
-        .withColumn("_key_hash", key_hash)
-    )
-    once = valid.join(repeated, "_key_hash", how="left_anti").withColumn("_copies", F.lit(1).cast("bigint"))
-    kept = once.unionByName(latest(valid.join(repeated, "_key_hash", how="left_semi"), table)).drop("_key_hash")
-    return Split(kept, referenced.where(failed).select(*received.columns, reasons.alias("_reasons")))
+    rows = received.withColumn("_repeated", F.lit(False))
+    if odd.repeated:
+        hashes = odd.repeated.select("_key_hash", F.lit(True).alias("_found"))
+        rows = received.withColumn("_key_hash", F.xxhash64(*table.key)).join(hashes, "_key_hash", how="left")
+        rows = rows.withColumn("_repeated", F.col("_found").isNotNull())
+    for key, values in odd.unknown.items():
+        rows = rows.join(values.select(key, F.lit(True).alias(f"_{key}_unknown")), key, how="left")
+    failed = [(rule.name, rule.failed(config)) for rule in errors(table, odd.unknown)]
+    reasons = F.array_compact(F.array(*(F.when(fails, name) for name, fails in failed)))
+    refused = _any(fails for _, fails in failed)
+    return rows.select(*received.columns, "_repeated", F.when(refused, reasons).alias("_reasons"))
+
+
+def valid(marked: DataFrame, table: Table, config: DataPipelineConfig) -> DataFrame:
+    """The rows that no rule refuses, without the values that a rule clears."""
+    cleared = {rule.column: F.when(~rule.failed(config), F.col(rule.column)) for rule in table.rules if rule.clears}
+    return marked.where("_reasons IS NULL").withColumns(cleared).drop("_reasons")
 
 
 def latest(records: DataFrame, table: Table) -> DataFrame:
-    """One row per key of the table: the greatest by `table.latest_by`, then by all columns in order."""
+    """One row per key of the table: the greatest by `table.latest_by`, then by all columns in order.
+
+    The column `_copies` says of how many records it is the latest.
+    """
     order = F.struct(*(F.expr(by).alias(f"_order_{n}") for n, by in enumerate(table.latest_by)), *records.columns)
     return (
         records.groupBy(*(F.col(column).alias(f"_{column}") for column in table.key))
@@ -1004,6 +1019,10 @@ def latest(records: DataFrame, table: Table) -> DataFrame:
 # ── Bronze, silver, gold ─────────────────────────────────────────────────────────────────────────────────────────
 # Silver and gold are pure functions of the tables that their parameters name. In silver, the name of a bronze table
 # stands for its valid rows, one per key.
+
+
+ON_SALE = "is_active AND stock_quantity > 0"
+COMPLETED = "status = 'completed'"
 
 
 def label(value: Column, bounds: Mapping[str, Any]) -> Column:
@@ -1032,7 +1051,7 @@ def share(column: str) -> Column:
 def products_active(products: DataFrame) -> DataFrame:
     """One row per active product in stock. `inventory_value` is price × stock in dollars."""
     return (
-        products.where("is_active AND stock_quantity > 0")
+        products.where(ON_SALE)
         .select(
             "product_id",
             "product_name",
@@ -1055,7 +1074,7 @@ def transactions_clean(transactions: DataFrame, products: DataFrame) -> DataFram
     categories = products.select("product_id", F.col("category").alias("product_category"))
     day_of_week = F.weekday("timestamp") + 1
     return (
-        transactions.where("status = 'completed'")
+        transactions.where(COMPLETED)
         .join(categories, "product_id", how="inner")
         .select(
             "transaction_id",
@@ -1232,6 +1251,8 @@ class Table:
     # Bronze: by what the latest record of a key is known, in Spark SQL; and where its foreign keys lead.
     latest_by: tuple[str, ...] = ()
     references: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    # Silver: the bronze table of whose valid rows it has one each, and of which of them, in Spark SQL.
+    of: tuple[str, str] = ("", "")
     # The column whose sum is the revenue, which is the same in all tables that have one.
     revenue: str | None = None
     # Gold: how a reader wants to see the rows, in Spark SQL; a leading minus puts the largest first.
@@ -1252,13 +1273,6 @@ class Table:
         """The rules of a bronze table that one row alone can break."""
         return RULES[self.name]
 
-    @property
-    def reference_rules(self) -> tuple[Rule, ...]:
-        """A rule per foreign key, over the marks that `with_references` adds."""
-        return tuple(
-            Rule(f"{key}_unknown", key, f"{key} IS NOT NULL AND {_mark(key)} IS NULL") for key in self.references
-        )
-
 
 SEGMENT_RANK = f"array_position(array{_one_of(SEGMENTS)}, customer_segment)"
 STATUS_RANK = f"array_position(array{_one_of(STATUSES)}, status)"
@@ -1275,9 +1289,23 @@ TABLES: tuple[Table, ...] = (
         latest_by=("timestamp", STATUS_RANK),
         references={"customer_id": "customers", "product_id": "products"},
     ),
-    Table(SILVER, "products_active", ("product_id",), products_active),
-    Table(SILVER, "transactions_clean", ("transaction_id",), transactions_clean, revenue="amount"),
-    Table(SILVER, "customers_enriched", ("customer_id",), customers_enriched, revenue="total_spent"),
+    Table(SILVER, "products_active", ("product_id",), products_active, of=("products", ON_SALE)),
+    Table(
+        SILVER,
+        "transactions_clean",
+        ("transaction_id",),
+        transactions_clean,
+        of=("transactions", COMPLETED),
+        revenue="amount",
+    ),
+    Table(
+        SILVER,
+        "customers_enriched",
+        ("customer_id",),
+        customers_enriched,
+        of=("customers", "true"),
+        revenue="total_spent",
+    ),
     Table(
         GOLD,
         "customer_analytics",
@@ -1312,6 +1340,8 @@ TABLES: tuple[Table, ...] = (
     ),
     Table(GOLD, "product_analytics", ("category", "supplier"), product_analytics, order=("category", "supplier")),
 )
+
+BY_NAME: Mapping[str, Table] = {table.name: table for table in TABLES}
 
 
 # ── Publish ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1651,10 +1681,10 @@ class RunRecord:
         yield f"  The data lies in {self.data_dir}"
 
 
-def observe(rows: DataFrame, /, **metrics: Column) -> tuple[DataFrame, Callable[[], Mapping[str, Any]]]:
+def observe(rows: DataFrame, metrics: Mapping[str, Column]) -> tuple[DataFrame, Callable[[], Mapping[str, Any]]]:
     """Counts metrics while the rows are written: no job of its own. They are known once the write has ended.
 
-    The rows have to be written as they are: below a filter or join, Spark may drop what counts.
+    No join may come after it: where the joined table turns out to be empty, Spark drops what counts.
     """
     from pyspark.sql import Observation
 
@@ -1711,6 +1741,8 @@ class _Run:
         # What the builders may ask for, by the names of their parameters.
         self.inputs: dict[str, Any] = {"config": config, "spark": spark}
         self.failed: dict[str, dict[str, int]] = {}
+        # The rows that silver has to have, counted where bronze is divided.
+        self.expected: dict[str, int] = {}
 
     def layer(self, layer: str, title: str, work: Callable[[], None]) -> None:
         """Does a layer's work and notes how long it took."""
@@ -1724,7 +1756,7 @@ class _Run:
         for table in tables(BRONZE):
             rules = {rule.name: F.count_if(rule.failed(self.config)) for rule in table.rules}
             columns = [name for name, _ in table.columns if not name.startswith("_")]
-            counts = self.save(BRONZE, table.name, self.build(table), **rules, **profile_metrics(columns))
+            counts = self.save(BRONZE, table.name, self.build(table), {**rules, **profile_metrics(columns)})
             self.failed[table.name] = {name: counts[name] for name in rules}
             rows = counts["rows"]
             self.record.profile[table.name] = {
@@ -1740,36 +1772,86 @@ class _Run:
     def silver(self) -> None:
         """Divides bronze into valid and refused rows, writes the refused ones, and enriches the valid ones."""
         with _in_memory() as keep:
+            received = {table.name: self.read(BRONZE, table.name, table.schema) for table in tables(BRONZE)}
+            odd = self.survey(received, keep)
             for table in tables(BRONZE):
-                parents = {key: self.inputs[parent] for key, parent in table.references.items()}
-                received = self.read(BRONZE, table.name, table.schema)
-                valid, quarantined = split(received, table, parents, self.config)
-                # Used up to three times: to count, as what others refer to, and in silver.
-                self.inputs[table.name] = keep(valid)
-                reasons = {
-                    rule.name: F.count_if(F.array_contains("_reasons", rule.name)) for rule in table.reference_rules
-                }
-                counts = self.save(QUARANTINE, table.name, quarantined, **reasons)
-                self.failed[table.name].update({name: counts[name] for name in reasons})
-                self.account(table, received, valid)
+                self.divide(table, received[table.name], odd[table.name], keep)
             self.gate()
             for table in tables(SILVER):
                 self.save(SILVER, table.name, self.build(table))
                 self.inputs[table.name] = self.read(SILVER, table.name, table.schema)
 
-    def account(self, table: Table, received: DataFrame, valid: DataFrame) -> None:
-        """Notes what became of the rows received, each figure counted for itself; the audit adds them up."""
-        keys = received.groupBy(*table.key).count().agg(F.coalesce(F.sum(F.col("count") - 1), F.lit(0)))
-        kept = valid.agg(F.count(F.lit(1)), F.coalesce(F.sum("_copies"), F.lit(0)))
-        [[repeated, rows, copies]] = keys.crossJoin(kept).collect()
+    def survey(
+        self, received: Mapping[str, DataFrame], keep: Callable[[DataFrame], DataFrame]
+    ) -> Mapping[str, OddKeys]:
+        """Finds the odd keys of all tables, in one job; what there is none of costs no join later."""
+        self.record.at = "survey of keys"
+        odd = {}
+        for table in tables(BRONZE):
+            parents = {}
+            for key, parent in table.references.items():
+                refused = _any(rule.failed(self.config) for rule in errors(BY_NAME[parent]))
+                parents[key] = received[parent].where(~refused).select(key)
+            odd[table.name] = odd_keys(received[table.name], table, parents)
+        found = {
+            (name, kind): keep(rows)
+            for name, keys in odd.items()
+            for kind, rows in (("repeated", keys.repeated), *keys.unknown.items())
+            if rows
+        }
+        sizes = [
+            rows.select(F.lit(name), F.lit(kind), F.col("count") if kind == "repeated" else F.lit(1).cast("bigint"))
+            .toDF("name", "kind", "rows")
+            .groupBy("name", "kind")
+            .agg(F.count(F.lit(1)), F.sum("rows"))
+            for (name, kind), rows in found.items()
+        ]
+        counted = {(name, kind): (keys, rows) for name, kind, keys, rows in _union(sizes).collect()}
+        for table in tables(BRONZE):
+            keys, rows = counted.get((table.name, "repeated"), (0, 0))
+            self.record.profile[table.name][table.key[0]]["duplicates"] = rows - keys
+        return {
+            name: OddKeys(
+                found[name, "repeated"] if (name, "repeated") in counted else None,
+                {key: found[name, key] for key in keys.unknown if (name, key) in counted},
+            )
+            for name, keys in odd.items()
+        }
+
+    def divide(self, table: Table, received: DataFrame, odd: OddKeys, keep: Callable[[DataFrame], DataFrame]) -> None:
+        """Writes the refused rows of a bronze table, makes the valid ones an input of silver, and accounts for both."""
+        marked = mark(received, table, odd, self.config)
+        rows = valid(marked, table, self.config)
+        once, again = rows.where("NOT _repeated").drop("_repeated"), None
+        rules = [unknown_key(key).name for key in table.references]
+        parts = {"kept": "true"} | {made.name: made.of[1] for made in tables(SILVER) if made.of[0] == table.name}
+        counts = self.save(
+            QUARANTINE,
+            table.name,
+            marked,
+            {
+                "rows": F.count_if(F.expr("_reasons IS NOT NULL")),
+                **{part: F.count_if(F.expr(f"_reasons IS NULL AND NOT _repeated AND {parts[part]}")) for part in parts},
+                **{rule: F.count_if(F.array_contains("_reasons", rule)) for rule in rules},
+            },
+            lambda rows: rows.where("_reasons IS NOT NULL").drop("_repeated"),
+        )
+        kept, copies = {part: counts[part] for part in parts}, counts["kept"]
+        if odd.repeated:
+            again = keep(latest(rows.where("_repeated").drop("_repeated"), table))
+            more = [F.count_if(F.expr(condition)) for condition in parts.values()]
+            [[more_copies, *more]] = again.agg(F.coalesce(F.sum("_copies"), F.lit(0)), *more).collect()
+            copies += more_copies
+            kept = {part: kept[part] + rows for part, rows in zip(parts, more, strict=True)}
+        self.inputs[table.name] = once.unionByName(again.drop("_copies")) if again else once
+        self.expected |= {f"{SILVER}.{part}": kept[part] for part in parts}
         self.record.quality[table.name] = quality = Quality(
             received=self.record.rows[f"{BRONZE}.{table.name}"],
-            kept=rows,
-            quarantined=self.record.rows[f"{QUARANTINE}.{table.name}"],
-            duplicates=copies - rows,
-            failed=self.failed[table.name],
+            kept=kept["kept"],
+            quarantined=counts["rows"],
+            duplicates=copies - kept["kept"],
+            failed=self.failed[table.name] | {rule: counts[rule] for rule in rules},
         )
-        self.record.profile[table.name][table.key[0]]["duplicates"] = repeated
         for line in describe_profile(table.name, self.record.profile[table.name]):
             logger.info("%s", line)
         logger.info("%s", quality.describe(table.name))
@@ -1824,20 +1906,20 @@ class _Run:
         """
         self.record.at = "audit"
         started = time.perf_counter()
-        unknown = F.lit(None)
-        checks = [
-            self.read(layer, table.name, table.schema).agg(
-                F.lit(f"{layer}.{table.name}"),
-                F.count(F.lit(1)),
-                (unknown if table.layer == BRONZE else F.count_distinct(*map(F.col, table.key))).cast("bigint"),
-                (F.sum(table.revenue) if table.revenue else unknown).cast("decimal(28,2)"),
-                # Reads every value: a count alone reads no more than the footers of the files.
-                F.max(F.xxhash64(*(name for name, _ in table.columns))),
-            )
-            for layer, table in SNAPSHOT_TABLES
-        ]
+        checks, keys = [], []
+        for layer, table in SNAPSHOT_TABLES:
+            rows = self.read(layer, table.name, table.schema)
+            name = F.lit(f"{layer}.{table.name}")
+            # A value of every column: a count of rows alone reads no more than the footers of the files.
+            values = F.greatest(*(F.count(column) for column, _ in table.columns), F.lit(0))
+            revenue = F.sum(table.revenue) if table.revenue else F.lit(None)
+            checks.append(rows.agg(name, F.count(F.lit(1)), revenue.cast("decimal(28,2)"), values))
+            if table.layer != BRONZE:
+                hashes = rows.select(F.xxhash64(*table.key)).distinct()
+                keys.append(hashes.agg(name, F.count(F.lit(1))))
         try:
-            found = functools.reduce(lambda one, other: one.unionAll(other), checks).collect()
+            found = _union(checks).collect()
+            distinct: dict[str, int] = dict(map(tuple, _union(keys).collect()))
         except Exception as error:
             cause = str(error).strip().splitlines()[0][:300]
             raise RefusedError(f"AUDIT FAILED, nothing is published: the snapshot cannot be read: {cause}") from error
@@ -1846,13 +1928,15 @@ class _Run:
             for table, quality in self.record.quality.items()
             if quality.unaccounted
         ]
-        for name, rows, keys, *_ in found:
+        for name, rows, *_ in found:
             if rows != self.record.rows[name]:
                 wrong.append(f"{name}: {self.record.rows[name]:,} rows were written, {rows:,} are there")
-            elif keys is not None and keys != rows:
-                wrong.append(f"{name}: {rows - keys:,} repeated keys")
+            elif rows != (expected := self.expected.get(name, rows)):
+                wrong.append(f"{name}: {rows:,} rows, but bronze holds {expected:,} for it")
+            elif distinct.get(name, rows) != rows and (repeated := rows - self.distinct_keys(name)):
+                wrong.append(f"{name}: {repeated:,} repeated keys")
         measured = {f"{table.layer}.{table.name}" for table in TABLES if table.revenue}
-        revenues = {name: revenue or Decimal(0) for name, _, _, revenue, _ in found if name in measured}
+        revenues = {name: revenue or Decimal(0) for name, _, revenue, _ in found if name in measured}
         if len(set(revenues.values())) > 1:
             wrong.append("revenue differs: " + ", ".join(f"{name} {revenue:,}" for name, revenue in revenues.items()))
         if wrong:
@@ -1860,6 +1944,12 @@ class _Run:
         [self.record.revenue] = set(revenues.values())
         self.record.seconds["audit"] = time.perf_counter() - started
         logger.info("AUDIT: rows, keys and revenue add up (%.1f s)", self.record.seconds["audit"])
+
+    def distinct_keys(self, name: str) -> int:
+        """The keys of a table, themselves: two keys may have one hash, if only among billions."""
+        layer, _, table = name.partition(".")
+        rows = self.read(layer, table, BY_NAME[table].schema)
+        return rows.select(*BY_NAME[table].key).distinct().count()
 
     def highlights(self) -> None:
         """Notes the first rows of each gold table, for those who get to see the record and not the data."""
@@ -1870,7 +1960,7 @@ class _Run:
             .select(F.lit(table.name), F.to_json(F.struct("*")))
             for table in tables(GOLD)
         ]
-        for name, row in functools.reduce(lambda one, other: one.unionAll(other), first).collect():
+        for name, row in _union(first).collect():
             self.record.highlights.setdefault(name, []).append(json.loads(row, parse_float=Decimal))
 
     def build(self, table: Table) -> DataFrame:
@@ -1888,13 +1978,23 @@ class _Run:
             rows = rows.coalesce(1).sortWithinPartitions(*map(_sort_order, table.order))
         return rows
 
-    def save(self, layer: str, name: str, rows: DataFrame, **metrics: Column) -> Mapping[str, Any]:
-        """Writes a table as Parquet and returns its number of `rows` and the metrics, counted while writing."""
+    def save(
+        self,
+        layer: str,
+        name: str,
+        rows: DataFrame,
+        metrics: Mapping[str, Column] | None = None,
+        choose: Callable[[DataFrame], DataFrame] = lambda rows: rows,
+    ) -> Mapping[str, Any]:
+        """Writes a table as Parquet, of the rows those that are chosen, and returns the metrics, counted on the way.
+
+        Among them are the `rows` that are written; all, where the metrics do not say which.
+        """
         self.record.at = at = f"{layer}.{name}"
         started = time.perf_counter()
         path = self.store.table(self.record.run_id, layer, name)
-        observed, count = observe(rows, rows=F.count(F.lit(1)), **metrics)
-        observed.write.mode("error").parquet(path)
+        observed, count = observe(rows, {"rows": F.count(F.lit(1)), **(metrics or {})})
+        choose(observed).write.mode("error").parquet(path)
         counts = count()
         seconds = time.perf_counter() - started
         self.record.rows[at], self.record.seconds[at] = counts["rows"], seconds
@@ -1911,6 +2011,10 @@ class _Run:
 def tables(layer: str) -> list[Table]:
     """The tables of a layer, in the order in which they are built."""
     return [table for table in TABLES if table.layer == layer]
+
+
+def _union(parts: Iterable[DataFrame]) -> DataFrame:
+    return functools.reduce(lambda one, other: one.unionAll(other), parts)
 
 
 def _sort_order(by: str) -> Column:

@@ -24,7 +24,16 @@ from pyspark.sql import functions as F
 from test_command import start
 
 import data_pipeline
-from data_pipeline import DataPipelineConfig, PipelineError, RefusedError, RunRecord, Store, run_pipeline, tables
+from data_pipeline import (
+    DataPipelineConfig,
+    PipelineError,
+    RefusedError,
+    RunRecord,
+    Store,
+    run_pipeline,
+    tables,
+    unknown_key,
+)
 
 KILLS = int(os.environ.get("KILLS", "2"))
 SMALL = {"num_customers": 200, "num_transactions": 1_000, "num_products": 20}
@@ -120,15 +129,22 @@ def test_empty_source(published: DataPipelineConfig, spark: SparkSession, monkey
 
 
 def test_unaccounted_row(published: DataPipelineConfig, spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = data_pipeline.split
+    real = data_pipeline.valid
 
-    def losing(received: DataFrame, table: data_pipeline.Table, *rest: Any) -> data_pipeline.Split:
-        kept, quarantined = real(received, table, *rest)
+    def losing(marked: DataFrame, table: data_pipeline.Table, *rest: Any) -> DataFrame:
         lost = F.lit(table.name == "transactions") & (F.col(table.key[0]).cast("string") == "TXN_0000003")
-        return data_pipeline.Split(kept.where(~lost), quarantined)
+        return real(marked, table, *rest).where(~lost)
 
-    monkeypatch.setattr(data_pipeline, "split", losing)
-    refused(published, spark, "AUDIT FAILED.*transactions: 1 of 1,000 rows received are unaccounted for")
+    monkeypatch.setattr(data_pipeline, "valid", losing)
+    refused(published, spark, "AUDIT FAILED.*silver.transactions_clean: 8[0-9]{2} rows, but bronze holds 8[0-9]{2}")
+
+
+def test_lost_duplicate(published: DataPipelineConfig, spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = data_pipeline.latest
+    monkeypatch.setattr(
+        data_pipeline, "latest", lambda records, table: real(records, table).withColumn("_copies", F.lit(1))
+    )
+    refused(published, spark, "AUDIT FAILED.*transactions: 4 of 1,000 rows received are unaccounted for")
 
 
 def truncate(file: Path) -> None:
@@ -226,7 +242,7 @@ def test_record_of_a_run(published: DataPipelineConfig) -> None:
         assert rows >= 0
     assert sum(record["seconds"][layer] for layer in ("bronze", "silver", "gold", "audit")) < record["seconds"]["total"]
     for table in tables("bronze"):
-        rules = {rule.name for rule in (*table.rules, *table.reference_rules)}
+        rules = {rule.name for rule in (*table.rules, *map(unknown_key, table.references))}
         assert set(record["quality"][table.name]["failed"]) == rules
 
 
