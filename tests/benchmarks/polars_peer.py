@@ -196,7 +196,7 @@ def products(config: DataPipelineConfig) -> pl.LazyFrame:
         price=cents / 100,
         stock_quantity=pl.when(in_stock).then(draw.below("product stock", 500) + 1).otherwise(0),
         supplier=draw.pick("product supplier", words.suppliers),
-        weight_kg=(draw.below("product weight", 2000) + 5) / 100,
+        weight_kg=((draw.below("product weight", 2000) + 5) / 100).round(2),
         created_date=config.first_day - pl.duration(days=draw.below("product age", 365) + 1),
         is_active=draw.below("product active", 100) < 92,
     )
@@ -276,7 +276,9 @@ def average(total: pl.Expr, count: str) -> pl.Expr:
 
 def share(column: str) -> pl.Expr:
     """The row's part of the column's total, from 0 to 1."""
-    return pl.col(column).cast(pl.Float64) / pl.col(column).sum().cast(pl.Float64)
+    value = pl.col(column).cast(pl.Float64)
+    # By a single number Polars divides as it multiplies by the inverse, which may be off by the last bit.
+    return value / pl.col(column).sum().over(pl.lit(1)).cast(pl.Float64)
 
 
 def products_active(products: pl.LazyFrame) -> pl.LazyFrame:
