@@ -486,7 +486,7 @@ class Polars(Peer):
 
         One pass sets aside the rows that are refused or repeated. The others are those whose key is not set aside.
         """
-        [key], names = table.key, [name for name, _ in table.columns]
+        [key] = table.key
         received = self.read(BRONZE, table)
         if table.references:
             received = received.with_columns(_tidy=tidy(received))
@@ -509,15 +509,14 @@ class Polars(Peer):
         set_aside, [once_rows] = collect(
             checked.filter("_apart").with_columns(_reasons=reasons), checked.select((~pl.col("_apart")).sum())
         )
-        refused = pl.col("_reasons").list.len() > 0
-        self.save(QUARANTINE, table, set_aside.lazy().filter(refused))
         cleared = {rule.column: pl.when(~fails[rule.name]).then(rule.column) for rule in clears(table)}
-        valid = set_aside.filter(~refused).with_columns(**cleared)
-        order = [*map(sql, table.latest_by), *names]
-        latest = valid.sort(order, descending=True, nulls_last=True).unique(key, keep="first", maintain_order=True)
-        counted = counts.row(0, named=True) | set_aside.select(
-            **{rule: fail.sum() for rule, fail in refusing.items()}
-        ).row(0, named=True)
+        once = received.filter(~is_any_of(key, set_aside.lazy())).with_columns(**cleared)
+        refused = pl.col("_reasons").list.len() > 0
+        valid = set_aside.filter(~refused).with_columns(**cleared).select(once.collect_schema().names())
+        latest = one_per_key(valid, table)
+        self.save(QUARANTINE, table, set_aside.lazy().filter(refused))
+        broken = set_aside.select(**{rule: fail.sum() for rule, fail in refusing.items()})
+        counted = counts.row(0, named=True) | broken.row(0, named=True)
         quality = Quality(
             received=counted["len"],
             kept=once_rows.item() + len(latest),
@@ -525,15 +524,9 @@ class Polars(Peer):
             duplicates=len(valid) - len(latest),
             failed={rule: counted[rule] for rule in fails},
         )
-        repetitions = set_aside.group_by(key).len().select(pl.col("len").sum() - pl.len()).item()
-        found = iter(profile.row(0))
-        profiles = {
-            name: ColumnProfile(next(found), next(found), text(next(found)), text(next(found)))
-            for name in profiled(table)
-        }
-        self.account(table, quality, profiles, repetitions)
-        once = received.filter(~is_any_of(key, set_aside.lazy())).with_columns(**cleared)
-        rows = pl.concat([once, latest.lazy().select(once.collect_schema().names())])
+        repetitions = len(set_aside) - set_aside[key].n_unique()
+        self.account(table, quality, profiles(profile, profiled(table)), repetitions)
+        rows = pl.concat([once, latest.lazy()])
         # Only what others refer to is worth its memory.
         return rows if table.references else rows.collect(engine="streaming").lazy()
 
@@ -565,6 +558,13 @@ def collect(*queries: pl.LazyFrame) -> list[pl.DataFrame]:
     return found
 
 
+def one_per_key(records: pl.DataFrame, table: Table) -> pl.DataFrame:
+    """The greatest row of each key by `table.latest_by`, then by all columns in order."""
+    order = [*map(sql, table.latest_by), *(name for name, _ in table.columns)]
+    ordered = records.sort(order, descending=True, nulls_last=True)
+    return ordered.unique(table.key, keep="first", maintain_order=True)
+
+
 def is_any_of(column: str, rows: pl.LazyFrame) -> pl.Expr:
     """Whether the value is in the column of that name of other rows; this takes a tenth of the time of a join."""
     [values] = rows.select(column).collect()
@@ -586,6 +586,14 @@ def figures(columns: Iterable[str]) -> Iterator[pl.Expr]:
         yield from (
             value.alias(f"{name} {figure}") for value, figure in zip(values, ColumnProfile._fields, strict=True)
         )
+
+
+def profiles(found: pl.DataFrame, columns: Iterable[str]) -> dict[str, ColumnProfile]:
+    """The figures of each column."""
+    figures = iter(found.row(0))
+    return {
+        name: ColumnProfile(next(figures), next(figures), text(next(figures)), text(next(figures))) for name in columns
+    }
 
 
 def text(value: Any) -> str | None:
