@@ -127,6 +127,7 @@ def padded(prefix: str, number: str, digits: int, largest: int) -> str:
 
 
 def customers(config: DataPipelineConfig) -> str:
+    """One row per customer record."""
     draw, words = Draw(config.seed, "id"), vocabulary(config.seed)
     return f"""
         WITH person AS (
@@ -151,6 +152,7 @@ def customers(config: DataPipelineConfig) -> str:
 
 
 def products(config: DataPipelineConfig) -> str:
+    """One row per product record."""
     draw, words = Draw(config.seed, "id"), vocabulary(config.seed)
     names = weighted({name: category.weight for name, category in CATEGORIES.items()})
     kinds = {name: {**kind._asdict(), "nouns": list(kind.nouns)} for name, kind in CATEGORIES.items()}
@@ -176,7 +178,7 @@ def products(config: DataPipelineConfig) -> str:
 
 
 def transactions(config: DataPipelineConfig) -> str:
-    """A price is looked up in the products of this run, by the product's number."""
+    """One row per transaction record; a product's id and price are looked up by its number."""
     draw, words, days = Draw(config.seed, "number"), vocabulary(config.seed), config.history_days
     weeks = math.ceil(days / 7)
     weekdays = {ago: WEEKDAY_WEIGHTS[(config.as_of_date.weekday() - ago) % 7] for ago in range(7)}
@@ -249,6 +251,7 @@ PRODUCTS_ACTIVE = f"""
 
 
 def customers_enriched(config: DataPipelineConfig) -> str:
+    """One row per customer."""
     return f"""
         WITH orders AS (
             SELECT customer_id, count(*) AS orders, sum(amount) AS spent,

@@ -143,6 +143,7 @@ def padded(prefix: str, number: pl.Expr, digits: int, largest: int) -> pl.Expr:
 
 
 def customers(config: DataPipelineConfig) -> pl.LazyFrame:
+    """One row per customer record."""
     draw, words = Draw(config.seed, pl.col("id")), vocabulary(config.seed)
     mailbox = pl.concat_str("first_name", "last_name", separator=".").str.to_lowercase()
     domain = draw.pick("customer domain", ("example.com", "example.org", "example.net"))
@@ -171,6 +172,7 @@ def customers(config: DataPipelineConfig) -> pl.LazyFrame:
 
 
 def products(config: DataPipelineConfig) -> pl.LazyFrame:
+    """One row per product record."""
     draw, words = Draw(config.seed, pl.col("id")), vocabulary(config.seed)
     kinds = weighted({name: category.weight for name, category in CATEGORIES.items()})
 
@@ -203,7 +205,7 @@ def products(config: DataPipelineConfig) -> pl.LazyFrame:
 
 
 def transactions(config: DataPipelineConfig, products: pl.LazyFrame) -> pl.LazyFrame:
-    """The ids and prices of the products are looked up by their numbers."""
+    """One row per transaction record; a product's id and price are looked up by its number."""
     product_ids, prices = products.select("product_id", "price").sort("product_id").collect()
     draw, words, days = Draw(config.seed, pl.col("number")), vocabulary(config.seed), config.history_days
     weeks = math.ceil(days / 7)
@@ -266,6 +268,7 @@ def transactions(config: DataPipelineConfig, products: pl.LazyFrame) -> pl.LazyF
 
 
 def cents(amount: str) -> pl.Expr:
+    """An amount in dollars as a whole number of cents."""
     return (pl.col(amount) * 100).cast(pl.Int64)
 
 
@@ -282,6 +285,7 @@ def share(column: str) -> pl.Expr:
 
 
 def products_active(products: pl.LazyFrame) -> pl.LazyFrame:
+    """One row per active product in stock."""
     return products.filter("is_active", pl.col("stock_quantity") > 0).with_columns(
         price_band=label(pl.col("price"), PRICE_BANDS),
         stock_status=label(pl.col("stock_quantity"), STOCK_STATUSES),
@@ -290,6 +294,7 @@ def products_active(products: pl.LazyFrame) -> pl.LazyFrame:
 
 
 def transactions_clean(transactions: pl.LazyFrame, products: pl.LazyFrame) -> pl.LazyFrame:
+    """One row per completed order."""
     time = pl.col("timestamp").dt
     return (
         transactions.filter(pl.col("status") == "completed")
@@ -317,6 +322,7 @@ def orders(transactions_clean: pl.LazyFrame) -> pl.LazyFrame:
 
 
 def customers_enriched(customers: pl.LazyFrame, orders: pl.LazyFrame, config: DataPipelineConfig) -> pl.LazyFrame:
+    """One row per customer."""
     return (
         customers.join(orders, on="customer_id", how="left")
         .with_columns(pl.col("total_orders", "total_spent").fill_null(0))
@@ -343,6 +349,7 @@ def sales(transactions_clean: pl.LazyFrame) -> pl.LazyFrame:
 
 
 def sales_by(sales: pl.LazyFrame, *keys: str) -> pl.LazyFrame:
+    """One row per value of the keys; `mean` is in dollars."""
     return (
         sales.group_by(keys)
         .agg(pl.col("orders", "revenue", "units").sum(), pl.col("least").min(), pl.col("most").max())
@@ -351,6 +358,7 @@ def sales_by(sales: pl.LazyFrame, *keys: str) -> pl.LazyFrame:
 
 
 def customer_analytics(customers_enriched: pl.LazyFrame) -> pl.LazyFrame:
+    """One row per segment and city."""
     return (
         customers_enriched.group_by("customer_segment", pl.col("city").fill_null("Unknown"))
         .agg(
@@ -369,6 +377,7 @@ def customer_analytics(customers_enriched: pl.LazyFrame) -> pl.LazyFrame:
 
 
 def category_analytics(sales: pl.LazyFrame) -> pl.LazyFrame:
+    """One row per product category."""
     return sales_by(sales, "product_category").select(
         "product_category",
         transaction_count="orders",
@@ -382,12 +391,14 @@ def category_analytics(sales: pl.LazyFrame) -> pl.LazyFrame:
 
 
 def payment_analytics(sales: pl.LazyFrame) -> pl.LazyFrame:
+    """One row per payment method."""
     return sales_by(sales, "payment_method").select(
         "payment_method", usage_count="orders", total_amount="revenue", avg_amount="mean", usage_share=share("orders")
     )
 
 
 def device_analytics(sales: pl.LazyFrame) -> pl.LazyFrame:
+    """One row per device and browser."""
     return sales_by(sales, "device", "browser").select(
         "device",
         "browser",
@@ -399,6 +410,7 @@ def device_analytics(sales: pl.LazyFrame) -> pl.LazyFrame:
 
 
 def product_analytics(products_active: pl.LazyFrame) -> pl.LazyFrame:
+    """One row per category and supplier."""
     return (
         products_active.group_by("category", "supplier")
         .agg(

@@ -147,14 +147,15 @@ class PeakMemory(threading.Thread):
                 # Any process may end before it is read; one that has not become another program yet is still ours.
                 with contextlib.suppress(OSError):
                     if (process / "cmdline").read_bytes() != own_command:
-                        self.sample((process / "status").read_text())
+                        self.sample(process)
 
-    def sample(self, status: str) -> None:
-        """Takes a process's status into account."""
-        fields = dict(line.split(":", 1) for line in status.splitlines())
-        # A process that has ended has no memory any more.
-        peak = int(fields.get("VmHWM", "0 kB").split()[0]) * 1024
-        if fields["Name"].strip() == "java":
+    def sample(self, process: Path) -> None:
+        """Takes a process into account."""
+        # Not its name: that of a thread goes on to the process that the thread starts.
+        program = (process / "exe").readlink().name
+        fields = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+        peak = int(fields["VmHWM"].split()[0]) * 1024
+        if program == "java":
             self.java = max(self.java, peak)
         else:
             self.others = max(self.others, peak)
@@ -175,12 +176,12 @@ def execute(program: Program, data_dir: Path, size: Size, *more: str) -> Measure
     Raises:
         BenchmarkError: the program failed.
     """
-    log = data_dir.with_suffix(".log")
+    log_file = data_dir.with_suffix(".log")
     # What an earlier program wrote is not to be written to disk at this one's expense.
     os.sync()
     memory, before, started = PeakMemory(), resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     memory.start()
-    with open(log, "wb") as output:
+    with open(log_file, "wb") as output:
         command, environment = program.command(data_dir, size, *more), {**os.environ, **program.environment}
         code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False).returncode
     seconds = time.perf_counter() - started
@@ -191,7 +192,7 @@ def execute(program: Program, data_dir: Path, size: Size, *more: str) -> Measure
     memory.ended.set()
     memory.join()
     if code:
-        last_lines = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+        last_lines = "\n".join(log_file.read_text(errors="replace").splitlines()[-20:])
         raise BenchmarkError(f"{program.script} ended with exit code {code}:\n{last_lines}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return Measured(
@@ -203,21 +204,20 @@ def execute(program: Program, data_dir: Path, size: Size, *more: str) -> Measure
     )
 
 
-def measure(size: str, rounds: int, scratch: Path) -> dict[str, Any]:
-    """Measures all programs that do a size; the first of `rounds` + 1 is to warm up, where there are several."""
+def measure(size: str, rounds: int, scratch: Path) -> dict[str, list[Measured]]:
+    """Measures all programs that do a size, in `rounds`; where there are several, after another one to warm up."""
     programs = {name: program for name, program in PROGRAMS.items() if size in program.sizes}
     found: dict[str, list[Measured]] = {name: [] for name in programs}
     scratch.mkdir()
-    for turn in range(rounds + (rounds > 1)):
+    for turn in range(0 if rounds > 1 else 1, rounds + 1):
         for name, program in programs.items():
             data_dir = scratch / name
             measured = execute(program, data_dir, SIZES[size])
             shutil.rmtree(data_dir, ignore_errors=True)
-            warm_up = rounds > 1 and turn == 0
-            log(f"{size}, {'warm-up' if warm_up else f'round {turn} of {rounds}'}: {name} {measured.seconds:.1f} s")
-            if not warm_up:
+            log(f"{size}, {f'round {turn} of {rounds}' if turn else 'warm-up'}: {name} {measured.seconds:.1f} s")
+            if turn:
                 found[name].append(measured)
-    return {name: [measured._asdict() for measured in runs] for name, runs in found.items()}
+    return found
 
 
 # ── Verify ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -326,7 +326,7 @@ def program_lines(results: Mapping[str, Any], size: str) -> Iterator[tuple[str, 
             statistics.median(run[field] for run in runs)
             for field in ("cpu_seconds", "java_memory", "other_memory", "written")
         )
-        megabytes = (f"{size / MILLION:,.0f}" if size else "" for size in (java, others))
+        megabytes = (f"{peak / MILLION:,.0f}" if peak else "" for peak in (java, others))
         yield (
             name,
             f"{statistics.median(times):.2f}",
@@ -344,7 +344,7 @@ def report(results: Mapping[str, Any]) -> Iterator[str]:
     yield "Written by `python tests/benchmarks/run.py`, whose first lines say what it measures and how.\n"
     yield "![The wall times of all programs, by size](results.svg)\n"
     yield "## Targets\n"
-    yield "Medians of the wall times, divided:\n"
+    yield "The medians of the wall times, divided:\n"
     yield from table(("", "target", "measured", ""), target_lines(results))
     for size in results:
         yield f"## {described(size)}\n"
@@ -361,7 +361,9 @@ def report(results: Mapping[str, Any]) -> Iterator[str]:
             ),
             program_lines(results, size),
         )
-        yield "; ".join(f"{name} {value}" for name, value in results[size]["surroundings"].items()) + ".\n"
+        rounds = max(map(len, results[size]["programs"].values()))
+        surroundings = "; ".join(f"{name} {value}" for name, value in results[size]["surroundings"].items())
+        yield f"Medians of {rounds} rounds; {surroundings}.\n"
 
 
 def described(size: str) -> str:
@@ -376,7 +378,7 @@ def picture(results: Mapping[str, Any]) -> Iterator[str]:
     lines = sum(2 + len(results[size]["programs"]) for size in results)
     yield f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {lines * line}" font-family="sans-serif">'
     # Grey and blue that can be read on white and on black: a picture is not told what page it is on.
-    yield "<style>text { fill: #757d87; font-size: 13px } line { stroke: #757d87 }"
+    yield "<style>text { fill: #757d87; font-size: 13px } line { stroke: #757d87; stroke-width: 2 }"
     yield "rect { fill: #9aa2ab } .ours { fill: #3b82f6 }</style>"
     y = 0
     for size in results:
@@ -423,7 +425,9 @@ def compare(sizes: Sequence[str], rounds: int, scratch: Path) -> None:
     verify([name for name, program in PROGRAMS.items() if {*sizes} & {*program.sizes}], scratch)
     for size in sizes:
         programs = measure(size, SIZES[size].rounds or rounds, scratch / size)
-        results = load() | {size: {"surroundings": surroundings(scratch), "programs": programs}}
+        runs = {name: [measured._asdict() for measured in found] for name, found in programs.items()}
+        measured = {"surroundings": surroundings(scratch), "programs": runs}
+        results = load() | {size: measured}
         RESULTS.write_text(json.dumps({name: results[name] for name in SIZES if name in results}, indent=1) + "\n")
         draw(load())
 

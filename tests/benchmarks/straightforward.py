@@ -59,6 +59,7 @@ def defect_of(table: str, number: int, config: DataPipelineConfig) -> str | None
 
 
 def make_customers(config: DataPipelineConfig) -> list[Row]:
+    """One row per customer record."""
     rng, words = random.Random(config.seed), vocabulary(config.seed)
     rows: list[Row] = []
     for number in range(1, config.num_customers + 1):
@@ -80,6 +81,7 @@ def make_customers(config: DataPipelineConfig) -> list[Row]:
 
 
 def make_products(config: DataPipelineConfig) -> list[Row]:
+    """One row per product record."""
     rng, words = random.Random(config.seed + 1), vocabulary(config.seed)
     digits = max(4, len(str(config.num_products)))
     rows: list[Row] = []
@@ -105,6 +107,7 @@ def make_products(config: DataPipelineConfig) -> list[Row]:
 
 
 def make_transactions(config: DataPipelineConfig, customers: list[Row], products: list[Row]) -> list[Row]:
+    """One row per transaction record."""
     rng, words = random.Random(config.seed + 2), vocabulary(config.seed)
     loyalty = [rng.random() for _ in customers]
     digits = max(7, len(str(config.num_transactions)))
@@ -186,10 +189,12 @@ def label(column: str, bounds: Mapping[str, Any]) -> Column:
 
 
 def average(total: str, count: str) -> Column:
+    """The total divided by the count; 0 where there is nothing to count."""
     return F.when(F.col(count) == 0, F.lit(0)).otherwise(F.col(total) / F.col(count))
 
 
 def products_active(products: DataFrame) -> DataFrame:
+    """One row per active product in stock."""
     return (
         products.filter("is_active AND stock_quantity > 0")
         .withColumn("price_band", label("price", PRICE_BANDS))
@@ -199,6 +204,7 @@ def products_active(products: DataFrame) -> DataFrame:
 
 
 def transactions_clean(transactions: DataFrame, products: DataFrame) -> DataFrame:
+    """One row per completed order."""
     return (
         transactions.filter(F.col("status") == "completed")
         .join(products.select("product_id", F.col("category").alias("product_category")), "product_id")
@@ -213,6 +219,7 @@ def transactions_clean(transactions: DataFrame, products: DataFrame) -> DataFram
 
 
 def customers_enriched(customers: DataFrame, transactions_clean: DataFrame, config: DataPipelineConfig) -> DataFrame:
+    """One row per customer."""
     orders = transactions_clean.groupBy("customer_id").agg(
         F.count("*").alias("total_orders"),
         F.sum("amount").alias("total_spent"),
@@ -233,6 +240,7 @@ def customers_enriched(customers: DataFrame, transactions_clean: DataFrame, conf
 
 
 def customer_analytics(customers_enriched: DataFrame) -> DataFrame:
+    """One row per segment and city."""
     return (
         customers_enriched.withColumn("city", F.coalesce("city", F.lit("Unknown")))
         .groupBy("customer_segment", "city")
@@ -250,6 +258,7 @@ def customer_analytics(customers_enriched: DataFrame) -> DataFrame:
 
 
 def category_analytics(transactions_clean: DataFrame) -> DataFrame:
+    """One row per product category."""
     total = transactions_clean.agg(F.sum("amount")).collect()[0][0]
     return (
         transactions_clean.groupBy("product_category")
@@ -266,6 +275,7 @@ def category_analytics(transactions_clean: DataFrame) -> DataFrame:
 
 
 def payment_analytics(transactions_clean: DataFrame) -> DataFrame:
+    """One row per payment method."""
     total = transactions_clean.count()
     return (
         transactions_clean.groupBy("payment_method")
@@ -276,6 +286,7 @@ def payment_analytics(transactions_clean: DataFrame) -> DataFrame:
 
 
 def device_analytics(transactions_clean: DataFrame) -> DataFrame:
+    """One row per device and browser."""
     return (
         transactions_clean.fillna("Unknown", ["device", "browser"])
         .groupBy("device", "browser")
@@ -289,6 +300,7 @@ def device_analytics(transactions_clean: DataFrame) -> DataFrame:
 
 
 def product_analytics(products_active: DataFrame) -> DataFrame:
+    """One row per category and supplier."""
     return (
         products_active.groupBy("category", "supplier")
         .agg(
