@@ -325,7 +325,9 @@ class DuckDB(Peer):
         folder = self.path(layer, table.name)
         folder.mkdir(parents=True)
         to = literal(folder / "part-0.parquet")
-        [rows] = self.one(f"COPY (SELECT {typed} FROM ({query}) {ordered}) TO {to} (FORMAT parquet)")
+        # The newer encodings take less time, to write and to read.
+        options = "FORMAT parquet, PARQUET_VERSION v2"
+        [rows] = self.one(f"COPY (SELECT {typed} FROM ({query}) {ordered}) TO {to} ({options})")
         self.wrote(layer, table.name, rows)
 
     def read(self, layer: str, table: Table) -> str:
@@ -359,6 +361,7 @@ class DuckDB(Peer):
         """Divides bronze into refused rows, which are written, and valid ones, one per key, called as the table.
 
         One pass sets aside the rows that are refused or repeated. The others are those whose key is not set aside.
+        A hash is grouped faster than a text; keys that share one are set aside too, which does no harm.
         """
         name, [key] = table.name, table.key
         fails = {rule.name: self.fails(rule) for rule in (*table.rules, *table.reference_rules)}
@@ -379,11 +382,11 @@ class DuckDB(Peer):
         self.db.execute(f"""
             CREATE VIEW {name}_received AS FROM {self.read(BRONZE, table)};
             CREATE TEMP TABLE {name}_repeated AS
-                SELECT {key}, count(*) AS _times FROM {name}_received GROUP BY {key} HAVING count(*) > 1;
+                SELECT hash({key}) FROM {name}_received GROUP BY ALL HAVING count(*) > 1;
             CREATE TEMP TABLE {name}_set_aside AS
                 SELECT *, list_filter([{reasons}], lambda reason: reason IS NOT NULL) AS _reasons
-                FROM {name}_received {parents} LEFT JOIN {name}_repeated USING ({key})
-                WHERE {" OR ".join(refusing.values())} OR _times IS NOT NULL;
+                FROM {name}_received {parents}
+                WHERE {" OR ".join(refusing.values())} OR hash({key}) IN (FROM {name}_repeated);
             CREATE TEMP VIEW {name}_once AS
                 FROM {name}_received ANTI JOIN {name}_set_aside USING ({key}) WHERE {key} IS NOT NULL;
             CREATE TEMP TABLE {name}_latest AS
@@ -403,7 +406,8 @@ class DuckDB(Peer):
         valid, *refused_rows = self.one(f"SELECT count(*) FILTER (_reasons = []), {refused} FROM {name}_set_aside")
         latest, kept, repeated = self.one(f"""
             SELECT (SELECT count(*) FROM {name}_latest), (SELECT count(*) FROM {name}),
-                (SELECT coalesce(sum(_times - 1), 0)::BIGINT FROM {name}_repeated)""")
+                (SELECT coalesce(sum(times - 1), 0)::BIGINT
+                    FROM (SELECT count(*) AS times FROM {name}_set_aside GROUP BY {table.key[0]}))""")
         counted = dict(zip((*warnings, *refusing), (*warned_rows, *refused_rows), strict=True))
         quality = Quality(
             received=received,
