@@ -363,7 +363,7 @@ def report(results: Mapping[str, Any]) -> Iterator[str]:
         )
         rounds = max(map(len, results[size]["programs"].values()))
         surroundings = "; ".join(f"{name} {value}" for name, value in results[size]["surroundings"].items())
-        yield f"Medians of {rounds} rounds; {surroundings}.\n"
+        yield f"Rounds {rounds}; {surroundings}.\n"
 
 
 def described(size: str) -> str:

@@ -377,8 +377,8 @@ class Straightforward(Peer):
         for column, parent in table.references.items():
             known = valid[parent].select(column, F.lit(True).alias(f"_{column}_known"))
             checked = checked.join(known, column, "left")
-        rules = (*table.rules, *table.reference_rules)
-        failed = {rule.name: checked.filter(rule.failed(self.config)).count() for rule in rules}
+        failed = {rule.name: received.filter(rule.failed(self.config)).count() for rule in table.rules}
+        failed |= {rule.name: checked.filter(rule.failed(self.config)).count() for rule in table.reference_rules}
         reasons = [F.when(rule.failed(self.config), rule.name) for rule in errors(table)]
         checked = checked.withColumn("_reasons", F.array_compact(F.array(*reasons)))
         quarantined = self.save(QUARANTINE, table, checked.filter(F.size("_reasons") > 0))
