@@ -306,7 +306,8 @@ class DuckDB(Peer):
 
     def __init__(self, config: DataPipelineConfig) -> None:
         super().__init__(config)
-        self.db = duckdb.connect()
+        # What does not fit in memory goes beside the data; the default is the working folder.
+        self.db = duckdb.connect(config={"temp_directory": str(self.root / ".tmp")})
         # Rows are in no order but in gold, whose queries say so.
         self.db.execute(f"SET TimeZone = 'UTC'; SET preserve_insertion_order = false; {MACROS}")
 
