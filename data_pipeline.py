@@ -32,6 +32,7 @@ if sys.version_info < (3, 11):  # before anything that an older Python stumbles 
     sys.exit(2)
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
@@ -667,7 +668,7 @@ def _jvm_options(config: DataPipelineConfig) -> Iterator[None]:
     options = archive.options() if archive else []
     if _is_small(config) and _is_local(_master(config)):
         # The quick compiler alone: the thorough one takes longer than it saves.
-        options.append("-XX:TieredStopAtLevel=1")
+        options += ["-XX:TieredStopAtLevel=1", "-XX:ReservedCodeCacheSize=240m"]
     before = os.environ.get("SPARK_SUBMIT_OPTS")
     os.environ["SPARK_SUBMIT_OPTS"] = f"{shlex.join(options)} {before or ''}"
     try:
@@ -1082,34 +1083,47 @@ def errors(table: Table, unknown: Iterable[str] = ()) -> list[Rule]:
     return [rule for rule in (*table.rules, *map(unknown_key, unknown)) if rule.severity != WARN]
 
 
+def unknown_name(key: str) -> str:
+    """The name of the rule on a foreign key."""
+    return f"{key}_unknown"
+
+
 def unknown_key(key: str) -> Rule:
     """The rule on a foreign key, over the column that `mark` adds."""
-    return Rule(f"{key}_unknown", key, f"_{key}_unknown")
+    return Rule(unknown_name(key), key, f"_{key}_unknown")
 
 
 def mark(received: DataFrame, table: Table, odd: OddKeys, config: DataPipelineConfig) -> DataFrame:
-    """The rows received for a bronze table, whole, with `_reasons` and `_repeated`.
+    """The rows received for a bronze table, whole, with what is to be known of them.
 
-    `_reasons` are the names of the rules that refuse the row, null where there is none; `_repeated` says whether other
-    rows carry the key too.
+    `_refused` says whether a rule refuses the row, `_repeated` whether other rows carry its key too, and
+    `_<foreign key>_unknown`, for those of which some are, whether that one is (null where it is not).
     """
-    rows = received.withColumn("_repeated", F.lit(False))
+    rows = received.withColumns({"_repeated": F.lit(False), "_key_hash": F.xxhash64(*table.key)})
     if odd.repeated:
         hashes = odd.repeated.select("_key_hash", F.lit(True).alias("_found"))
-        rows = received.withColumn("_key_hash", F.xxhash64(*table.key)).join(hashes, "_key_hash", how="left")
-        rows = rows.withColumn("_repeated", F.col("_found").isNotNull())
+        rows = rows.join(hashes, "_key_hash", how="left").withColumn("_repeated", F.col("_found").isNotNull())
     for key, values in odd.unknown.items():
         rows = rows.join(values.select(key, F.lit(True).alias(f"_{key}_unknown")), key, how="left")
-    failed = [(rule.name, rule.failed(config)) for rule in errors(table, odd.unknown)]
-    reasons = F.array_compact(F.array(*(F.when(fails, name) for name, fails in failed)))
-    refused = _any(fails for _, fails in failed)
-    return rows.select(*received.columns, "_repeated", F.when(refused, reasons).alias("_reasons"))
+    refused = _any(rule.failed(config) for rule in errors(table, odd.unknown))
+    unknown = [f"_{key}_unknown" for key in odd.unknown]
+    return rows.select(*received.columns, *unknown, "_repeated", refused.alias("_refused"))
+
+
+def quarantined(marked: DataFrame, table: Table, odd: OddKeys, config: DataPipelineConfig) -> DataFrame:
+    """The rows that are refused, whole, with `_reasons`: the names of the rules that refuse them."""
+    reasons = (F.when(rule.failed(config), rule.name) for rule in errors(table, odd.unknown))
+    received = [name for name, _ in table.columns if name in marked.columns]
+    return marked.where("_refused").select(*received, F.array_compact(F.array(*reasons)).alias("_reasons"))
 
 
 def valid(marked: DataFrame, table: Table, config: DataPipelineConfig) -> DataFrame:
-    """The rows that no rule refuses, without the values that a rule clears."""
+    """The rows that no rule refuses, without the values that a rule clears; and `_repeated`."""
     cleared = {rule.column: F.when(~rule.failed(config), F.col(rule.column)) for rule in table.rules if rule.clears}
-    return marked.where("_reasons IS NULL").withColumns(cleared).drop("_reasons")
+    received = [name for name, _ in table.columns if name in marked.columns]
+    return marked.where("NOT _refused").select(
+        *(cleared.get(name, F.col(name)).alias(name) for name in received), "_repeated"
+    )
 
 
 def latest(records: DataFrame, table: Table) -> DataFrame:
@@ -1860,9 +1874,32 @@ class _Run:
         work()
         self.record.seconds[layer] = time.perf_counter() - started
 
+    def together(self, work: Mapping[str, Callable[[], Any]]) -> None:
+        """Does work on several tables at once: Spark plans one while it runs another, and small ones are all plan."""
+        with concurrent.futures.ThreadPoolExecutor(max_workers=2 * (os.cpu_count() or 1)) as pool:
+            futures = {pool.submit(task): name for name, task in work.items()}
+            try:
+                for future in concurrent.futures.as_completed(futures):
+                    if future.exception():
+                        self.record.at = futures[future]
+                    future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                self.spark.sparkContext.cancelAllJobs()
+                raise
+        # As they are declared, and not as they were finished.
+        rank = {f"{layer}.{table.name}": place for place, (layer, table) in enumerate(SNAPSHOT_TABLES)}
+        for name in ("rows", "bytes", "quality", "highlights"):
+            found = getattr(self.record, name)
+            order = sorted(
+                found, key=lambda key: next(rank[n] for n in (key, f"{BRONZE}.{key}", f"{GOLD}.{key}") if n in rank)
+            )
+            setattr(self.record, name, {key: found[key] for key in order})
+
     def bronze(self) -> None:
         """Writes the tables as received; on the way, counts which rows break which rule, and profiles each column."""
-        for table in tables(BRONZE):
+
+        def receive(table: Table) -> None:
             rules = {rule.name: F.count_if(rule.failed(self.config)) for rule in table.rules}
             columns = [name for name, _ in table.columns if not name.startswith("_")]
             counts = self.save(BRONZE, table.name, self.build(table), {**rules, **profile_metrics(columns)})
@@ -1878,17 +1915,33 @@ class _Run:
                 for name in columns
             }
 
+        self.together({f"{BRONZE}.{table.name}": functools.partial(receive, table) for table in tables(BRONZE)})
+
     def silver(self) -> None:
         """Divides bronze into valid and refused rows, writes the refused ones, and enriches the valid ones."""
         with _in_memory() as keep:
             received = {table.name: self.read(BRONZE, table.name, table.schema) for table in tables(BRONZE)}
             odd = self.survey(received, keep)
-            for table in tables(BRONZE):
-                self.divide(table, received[table.name], odd[table.name], keep)
+            self.together(
+                {
+                    f"{QUARANTINE}.{name}": functools.partial(
+                        self.divide, BY_NAME[name], received[name], odd[name], keep
+                    )
+                    for name in received
+                }
+            )
             self.gate()
-            for table in tables(SILVER):
+
+            def enrich(table: Table) -> None:
                 self.save(SILVER, table.name, self.build(table))
                 self.inputs[table.name] = self.read(SILVER, table.name, table.schema)
+
+            waiting = tables(SILVER)
+            while waiting:
+                missing = {table.name for table in waiting}
+                ready = [table for table in waiting if missing.isdisjoint(inspect.signature(table.build).parameters)]
+                self.together({f"{SILVER}.{table.name}": functools.partial(enrich, table) for table in ready})
+                waiting = [table for table in waiting if table not in ready]
 
     def survey(
         self, received: Mapping[str, DataFrame], keep: Callable[[DataFrame], DataFrame]
@@ -1908,17 +1961,18 @@ class _Run:
             for kind, rows in (("repeated", keys.repeated), *keys.unknown.items())
             if rows
         }
-        sizes = [
-            rows.select(F.lit(name), F.lit(kind), F.col("count") if kind == "repeated" else F.lit(1).cast("bigint"))
-            .toDF("name", "kind", "rows")
-            .groupBy("name", "kind")
-            .agg(F.count(F.lit(1)), F.sum("rows"))
-            for (name, kind), rows in found.items()
-        ]
-        counted = {(name, kind): (keys, rows) for name, kind, keys, rows in _union(sizes).collect()}
+        counted: dict[tuple[str, str], tuple[int, int]] = {}
+
+        def count(name: str, kind: str) -> None:
+            extra = F.sum(F.col("count") - 1) if kind == "repeated" else F.lit(None)
+            [[keys, more]] = found[name, kind].agg(F.count(F.lit(1)), extra).collect()
+            if keys:
+                counted[name, kind] = keys, more
+
+        self.together({f"{BRONZE}.{name}.{kind}": functools.partial(count, name, kind) for name, kind in found})
         for table in tables(BRONZE):
-            keys, rows = counted.get((table.name, "repeated"), (0, 0))
-            self.record.profile[table.name][table.key[0]]["duplicates"] = rows - keys
+            _, more = counted.get((table.name, "repeated"), (0, 0))
+            self.record.profile[table.name][table.key[0]]["duplicates"] = more
         return {
             name: OddKeys(
                 found[name, "repeated"] if (name, "repeated") in counted else None,
@@ -1932,18 +1986,17 @@ class _Run:
         marked = mark(received, table, odd, self.config)
         rows = valid(marked, table, self.config)
         once, again = rows.where("NOT _repeated").drop("_repeated"), None
-        rules = [unknown_key(key).name for key in table.references]
         parts = {"kept": "true"} | {made.name: made.of[1] for made in tables(SILVER) if made.of[0] == table.name}
         counts = self.save(
             QUARANTINE,
             table.name,
             marked,
             {
-                "rows": F.count_if(F.expr("_reasons IS NOT NULL")),
-                **{part: F.count_if(F.expr(f"_reasons IS NULL AND NOT _repeated AND {parts[part]}")) for part in parts},
-                **{rule: F.count_if(F.array_contains("_reasons", rule)) for rule in rules},
+                "rows": F.count_if("_refused"),
+                **{part: F.count_if(F.expr(f"NOT _refused AND NOT _repeated AND {parts[part]}")) for part in parts},
+                **{unknown_name(key): F.count_if(f"_{key}_unknown") for key in odd.unknown},
             },
-            lambda rows: rows.where("_reasons IS NOT NULL").drop("_repeated"),
+            lambda rows: quarantined(rows, table, odd, self.config),
         )
         kept, copies = {part: counts[part] for part in parts}, counts["kept"]
         if odd.repeated:
@@ -1959,7 +2012,8 @@ class _Run:
             kept=kept["kept"],
             quarantined=counts["rows"],
             duplicates=copies - kept["kept"],
-            failed=self.failed[table.name] | {rule: counts[rule] for rule in rules},
+            failed=self.failed[table.name]
+            | {rule: counts.get(rule, 0) for rule in map(unknown_name, table.references)},
         )
         for line in describe_profile(table.name, self.record.profile[table.name]):
             logger.info("%s", line)
@@ -2003,8 +2057,11 @@ class _Run:
         """Writes the aggregates, three of them from one pass over the transactions."""
         with _in_memory() as keep:
             self.inputs["sales"] = keep(sales(self.inputs["transactions_clean"]))
-            for table in tables(GOLD):
+
+            def aggregate(table: Table) -> None:
                 self.save(GOLD, table.name, self.build(table))
+
+            self.together({f"{GOLD}.{table.name}": functools.partial(aggregate, table) for table in tables(GOLD)})
 
     def audit(self) -> None:
         """Reads the snapshot back and adds it up.
@@ -2015,62 +2072,48 @@ class _Run:
         """
         self.record.at = "audit"
         started = time.perf_counter()
-        checks, keys = [], []
-        for layer, table in SNAPSHOT_TABLES:
+        found: dict[str, Decimal | None] = {}
+        wrong: list[str] = []
+
+        def check(layer: str, table: Table) -> None:
+            name = f"{layer}.{table.name}"
             rows = self.read(layer, table.name, table.schema)
-            name = F.lit(f"{layer}.{table.name}")
             # A value of every column: a count of rows alone reads no more than the footers of the files.
             values = F.greatest(*(F.count(column) for column, _ in table.columns), F.lit(0))
-            revenue = F.sum(table.revenue) if table.revenue else F.lit(None)
-            checks.append(rows.agg(name, F.count(F.lit(1)), revenue.cast("decimal(28,2)"), values))
-            if table.layer != BRONZE:
-                hashes = rows.select(F.xxhash64(*table.key)).distinct()
-                keys.append(hashes.agg(name, F.count(F.lit(1))))
+            revenue = F.sum(table.revenue or F.lit(None)).cast("decimal(28,2)")
+            [[there, revenue, _]] = rows.agg(F.count(F.lit(1)), revenue, values).collect()
+            if there != self.record.rows[name]:
+                wrong.append(f"{name}: {self.record.rows[name]:,} rows were written, {there:,} are there")
+            elif there != (expected := self.expected.get(name, there)):
+                wrong.append(f"{name}: {there:,} rows, but bronze holds {expected:,} for it")
+            elif table.layer != BRONZE and (repeated := there - _distinct(rows, table.key, there)):
+                wrong.append(f"{name}: {repeated:,} repeated keys")
+            if table.revenue:
+                found[name] = revenue or Decimal(0)
+            if table.layer == GOLD:
+                first = rows.orderBy(*map(_sort_order, table.order)).limit(HIGHLIGHTS)
+                self.record.highlights[table.name] = [row.asDict() for row in first.collect()]
+
         try:
-            found = _union(checks).collect()
-            distinct: dict[str, int] = dict(map(tuple, _union(keys).collect()))
+            self.together(
+                {f"{layer}.{table.name}": functools.partial(check, layer, table) for layer, table in SNAPSHOT_TABLES}
+            )
         except Exception as error:
             cause = str(error).strip().splitlines()[0][:300]
             raise RefusedError(f"AUDIT FAILED, nothing is published: the snapshot cannot be read: {cause}") from error
-        wrong = [
+        self.record.at = "audit"
+        wrong += [
             f"{table}: {quality.unaccounted:,} of {quality.received:,} rows received are unaccounted for"
             for table, quality in self.record.quality.items()
             if quality.unaccounted
         ]
-        for name, rows, *_ in found:
-            if rows != self.record.rows[name]:
-                wrong.append(f"{name}: {self.record.rows[name]:,} rows were written, {rows:,} are there")
-            elif rows != (expected := self.expected.get(name, rows)):
-                wrong.append(f"{name}: {rows:,} rows, but bronze holds {expected:,} for it")
-            elif distinct.get(name, rows) != rows and (repeated := rows - self.distinct_keys(name)):
-                wrong.append(f"{name}: {repeated:,} repeated keys")
-        measured = {f"{table.layer}.{table.name}" for table in TABLES if table.revenue}
-        revenues = {name: revenue or Decimal(0) for name, _, revenue, _ in found if name in measured}
-        if len(set(revenues.values())) > 1:
-            wrong.append("revenue differs: " + ", ".join(f"{name} {revenue:,}" for name, revenue in revenues.items()))
+        if len(set(found.values())) > 1:
+            wrong.append("revenue differs: " + ", ".join(f"{name} {revenue:,}" for name, revenue in found.items()))
         if wrong:
             raise RefusedError("AUDIT FAILED, nothing is published: " + "; ".join(wrong))
-        [self.record.revenue] = set(revenues.values())
+        [self.record.revenue] = set(found.values())
         self.record.seconds["audit"] = time.perf_counter() - started
         logger.info("AUDIT: rows, keys and revenue add up (%.1f s)", self.record.seconds["audit"])
-
-    def distinct_keys(self, name: str) -> int:
-        """The keys of a table, themselves: two keys may have one hash, if only among billions."""
-        layer, _, table = name.partition(".")
-        rows = self.read(layer, table, BY_NAME[table].schema)
-        return rows.select(*BY_NAME[table].key).distinct().count()
-
-    def highlights(self) -> None:
-        """Notes the first rows of each gold table, for those who get to see the record and not the data."""
-        first = [
-            self.read(GOLD, table.name, table.schema)
-            .orderBy(*map(_sort_order, table.order))
-            .limit(HIGHLIGHTS)
-            .select(F.lit(table.name), F.to_json(F.struct("*")))
-            for table in tables(GOLD)
-        ]
-        for name, row in _union(first).collect():
-            self.record.highlights.setdefault(name, []).append(json.loads(row, parse_float=Decimal))
 
     def build(self, table: Table) -> DataFrame:
         """The table's rows, as declared."""
@@ -2122,8 +2165,10 @@ def tables(layer: str) -> list[Table]:
     return [table for table in TABLES if table.layer == layer]
 
 
-def _union(parts: Iterable[DataFrame]) -> DataFrame:
-    return functools.reduce(lambda one, other: one.unionAll(other), parts)
+def _distinct(rows: DataFrame, key: Sequence[str], expected: int) -> int:
+    """How many keys there are: by their hashes, and only where these are not as many as expected by themselves."""
+    hashes = rows.select(F.xxhash64(*key)).distinct().count()
+    return hashes if hashes == expected else rows.select(*key).distinct().count()
 
 
 def _sort_order(by: str) -> Column:
@@ -2232,7 +2277,6 @@ def _run_layers(run: _Run) -> None:
         run.layer(SILVER, "Data Cleansing and Enrichment", run.silver)
         run.layer(GOLD, "Business Aggregations", run.gold)
         run.audit()
-        run.highlights()
         store.mark(run_id, AUDITED)
         store.publish(run_id)
     except RefusedError:
@@ -2311,7 +2355,8 @@ def _run_page(record: RunRecord) -> Iterator[str]:
         yield from _markdown_table(
             ("gate missed", "rule", "rows"), ((miss["table"], miss["rule"], miss["rows"]) for miss in record.missed)
         )
-    if categories := record.highlights.get("category_analytics"):
+    categories = record.highlights.get("category_analytics")
+    if categories and record.revenue is not None:
         first = categories[0]
         figures = (
             ("Revenue", f"{record.revenue:,} $"),

@@ -29,6 +29,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., DataPipelin
             "num_products": 100,
             "as_of_date": AS_OF,
             "shuffle_partitions": 2,
+            "fast_start": False,
         }
         return DataPipelineConfig(**defaults | values)
 

@@ -25,7 +25,7 @@ def start(
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIPELINE_", "GITHUB_"))}
     return subprocess.Popen(
         [sys.executable, *program, *flags],
-        env=kept | {"HOME": str(home)} | variables,
+        env=kept | {"HOME": str(home), "PIPELINE_FAST_START": "no"} | variables,
         cwd=home,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

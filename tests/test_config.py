@@ -106,6 +106,7 @@ def test_every_field_is_a_flag_and_a_variable() -> None:
         "seed": "4", "as_of_date": "2024-01-31", "history_days": "5", "defect_rate": "0.25", "silver_above": "6.50",
         "gold_above": "7", "premium_above": "8", "shuffle_partitions": "9", "spark_master": "local[3]",
         "log_level": "debug", "max_quarantine_rate": "0.1", "keep_snapshots": "2", "lock_timeout": "1.5",
+        "fast_start": "No",
     }  # fmt: skip
     assert set(given) == {field.name for field in dataclasses.fields(DataPipelineConfig)}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
@@ -115,6 +116,7 @@ def test_every_field_is_a_flag_and_a_variable() -> None:
     )
     assert by_flag.silver_above == Decimal("6.50")
     assert by_flag.log_level == "DEBUG"
+    assert by_flag.fast_start is False
 
 
 @pytest.mark.parametrize(
@@ -125,6 +127,7 @@ def test_every_field_is_a_flag_and_a_variable() -> None:
         (["5"], {}, "unknown argument 5"),
         (["--seed", "x"], {}, "--seed: seed must be a whole number"),
         ([], {"PIPELINE_SEEED": "1"}, "unknown variable PIPELINE_SEEED; did you mean PIPELINE_SEED"),
+        ([], {"PIPELINE_FAST_START": "maybe"}, "PIPELINE_FAST_START: fast_start must be true or false, not 'maybe'"),
         ([], {"PIPELINE_SEED": ""}, "PIPELINE_SEED: seed must be a whole number"),
     ],
 )

@@ -95,6 +95,7 @@ def test_too_many_refused_rows(
     published: DataPipelineConfig, spark: SparkSession, caplog: pytest.LogCaptureFixture
 ) -> None:
     published.defect_rate = 0.2
+    caplog.set_level("INFO", logger="data_pipeline")
     record = refused(
         published, spark, r"GATE MISSED, nothing is published: transactions.max_quarantine_rate; .*snapshots"
     )

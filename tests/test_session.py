@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -152,3 +153,46 @@ def test_session_of_the_process_is_used_and_left_running(
     with ThreadPoolExecutor(1) as other_thread:  # where the session is not the active one
         assert other_thread.submit(data_pipeline.run_pipeline, config).result().result == "succeeded"
     assert spark.range(3).count() == 3
+
+
+START = """
+import os
+from pathlib import Path
+from data_pipeline import DataPipelineConfig, _class_archive, create_spark_session
+config = DataPipelineConfig()
+spark = create_spark_session(config)
+assert spark.range(3).count() == 3
+java = spark.sparkContext._gateway.proc.pid
+print(any("data_pipeline/" in line for line in Path(f"/proc/{java}/maps").read_text().splitlines()))
+spark.stop()
+_class_archive(config).make()
+"""
+
+
+def test_archive_of_classes(tmp_path: Path) -> None:
+    """The first start makes it, the second uses it, and one that is broken is no hindrance."""
+
+    def start(**variables: str) -> bool:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("PIPELINE_")}
+        done = subprocess.run(
+            [sys.executable, "-c", START],
+            env=kept | {"HOME": str(tmp_path), "PYTHONPATH": str(Path(data_pipeline.__file__).parent)} | variables,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+        return done.stdout.strip() == "True"
+
+    cache = tmp_path / ".cache/data_pipeline"
+    assert not start()
+    deadline = time.monotonic() + 240
+    while not (archives := list(cache.glob("*[0-9a-f].jsa"))) or len(list(cache.iterdir())) > 1:
+        assert time.monotonic() < deadline, list(cache.iterdir())
+        time.sleep(0.5)
+    assert start()
+    os.chmod(archives[0], 0o600)
+    archives[0].write_bytes(archives[0].read_bytes()[:1_000_000])
+    start()
+    assert not start(XDG_CACHE_HOME="/proc/nowhere"), "a cache that cannot be written is no hindrance either"

@@ -17,7 +17,7 @@ from datetime import date
 from typing import Any
 
 import duckdb
-from peer import Audited, ColumnProfile, Peer, clears, errors, main, profiled, salt, weighted
+from peer import Audited, ColumnProfile, Peer, clears, errors, main, profiled, reference_rules, salt, weighted
 
 from data_pipeline import (
     AGE_GROUPS,
@@ -365,7 +365,7 @@ class DuckDB(Peer):
         A hash is grouped faster than a text; keys that share one are set aside too, which does no harm.
         """
         name, [key] = table.name, table.key
-        fails = {rule.name: self.fails(rule) for rule in (*table.rules, *table.reference_rules)}
+        fails = {rule.name: self.fails(rule) for rule in (*table.rules, *reference_rules(table))}
         refusing = {rule.name: fails[rule.name] for rule in errors(table)}
         reasons = ", ".join(f"CASE WHEN {condition} THEN '{rule}' END" for rule, condition in refusing.items())
         parents = " ".join(

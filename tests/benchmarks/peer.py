@@ -148,9 +148,14 @@ def profiled(table: Table) -> list[str]:
     return [name for name, _ in table.columns if not name.startswith("_")]
 
 
+def reference_rules(table: Table) -> list[Rule]:
+    """A rule per foreign key, over a column `_<key>_known` that a peer joins."""
+    return [Rule(f"{key}_unknown", key, f"{key} IS NOT NULL AND _{key}_known IS NULL") for key in table.references]
+
+
 def errors(table: Table) -> list[Rule]:
     """The rules whose breach refuses a row."""
-    return [rule for rule in (*table.rules, *table.reference_rules) if rule.severity != WARN]
+    return [rule for rule in (*table.rules, *reference_rules(table)) if rule.severity != WARN]
 
 
 def clears(table: Table) -> list[Rule]:

@@ -17,7 +17,7 @@ from datetime import date, datetime
 from typing import Any
 
 import polars as pl
-from peer import Audited, ColumnProfile, Peer, clears, errors, main, profiled, salt, weighted
+from peer import Audited, ColumnProfile, Peer, clears, errors, main, profiled, reference_rules, salt, weighted
 
 from data_pipeline import (
     AGE_GROUPS,
@@ -502,7 +502,7 @@ class Polars(Peer):
         received = self.read(BRONZE, table)
         if table.references:
             received = received.with_columns(_tidy=tidy(received))
-        fails = {rule.name: self.fails(rule) for rule in (*table.rules, *table.reference_rules)}
+        fails = {rule.name: self.fails(rule) for rule in (*table.rules, *reference_rules(table))}
         refusing = {rule.name: fails[rule.name] for rule in errors(table)}
         # A hash is grouped faster than a text. Keys that share one are set aside too, which does no harm.
         key_hash = pl.col(key).hash()

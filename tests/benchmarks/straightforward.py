@@ -15,7 +15,7 @@ from datetime import datetime, time, timedelta, timezone
 from decimal import Decimal
 from typing import Any
 
-from peer import Audited, ColumnProfile, Peer, clears, errors, main, profiled
+from peer import Audited, ColumnProfile, Peer, clears, errors, main, profiled, reference_rules
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
@@ -378,7 +378,7 @@ class Straightforward(Peer):
             known = valid[parent].select(column, F.lit(True).alias(f"_{column}_known"))
             checked = checked.join(known, column, "left")
         failed = {rule.name: received.filter(rule.failed(self.config)).count() for rule in table.rules}
-        failed |= {rule.name: checked.filter(rule.failed(self.config)).count() for rule in table.reference_rules}
+        failed |= {rule.name: checked.filter(rule.failed(self.config)).count() for rule in reference_rules(table)}
         reasons = [F.when(rule.failed(self.config), rule.name) for rule in errors(table)]
         checked = checked.withColumn("_reasons", F.array_compact(F.array(*reasons)))
         quarantined = self.save(QUARANTINE, table, checked.filter(F.size("_reasons") > 0))
