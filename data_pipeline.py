@@ -322,6 +322,7 @@ class DataPipelineConfig:
     shuffle_partitions: int | None = _option(
         None, "partitions of a shuffle (default: by the size of the data and the cores)", min=1, max=100_000
     )
+    engine: str = _option("spark", "what computes; sail needs no Java", choices=("spark", "sail"))
     spark_master: str | None = _option(
         None, "Spark master (default: SPARK_MASTER, else spark-submit's or spark-defaults', else local[*])"
     )
@@ -358,16 +359,14 @@ class DataPipelineConfig:
         limits = field.metadata
         try:
             result = read(value)
-            if limits.get("choices"):
-                result = result.upper()
-                if result not in limits["choices"]:
-                    expected = "one of " + ", ".join(limits["choices"])
-                    raise ValueError
+            if choices := {choice.lower(): choice for choice in limits.get("choices", ())}:
+                expected = "one of " + ", ".join(choices.values())
+                result = choices[result.lower()]
             # Written so that NaN, which no comparison holds for, is refused.
             elif not limits.get("min", result) <= result <= limits.get("max", result):
                 expected += f" from {limits['min']}" + (f" to {limits['max']}" if "max" in limits else " up")
                 raise ValueError
-        except (ValueError, TypeError, ArithmeticError):
+        except (ValueError, TypeError, ArithmeticError, KeyError):
             raise ConfigurationError(f"{field.name} must be {expected}, not {value!r}") from None
         return result
 
@@ -544,7 +543,7 @@ def preflight(config: DataPipelineConfig, starts_spark: bool = True) -> None:
                 f"{sys.executable} lacks {module}: run `{sys.executable} -m pip install -r requirements.txt`"
             )
     _check_storage(config)
-    if starts_spark:
+    if starts_spark and config.engine == "spark":
         _check_java()
 
 
@@ -582,13 +581,25 @@ def _standard_error_to(path: str) -> Iterator[None]:
         os.close(saved)
 
 
+@functools.cache
+def _sail_server() -> Any:
+    """Sail in this process: it speaks Spark's protocol, and ends with the process."""
+    os.environ.setdefault("RUST_LOG", "error")
+    from pysail.spark import SparkConnectServer
+
+    server = SparkConnectServer()
+    server.start()
+    return server
+
+
 def create_spark_session(config: DataPipelineConfig, spark_log: str = os.devnull) -> SparkSession:
     """Starts Spark, whose own log goes to the file `spark_log` unless the log level is DEBUG.
 
     Raises:
         PipelineError: no Spark, or no Java that it runs on.
     """
-    _check_java()
+    if config.engine == "spark":
+        _check_java()
     # spark-submit has made its own Spark importable already.
     if (home := os.environ.get("SPARK_HOME")) and "PYSPARK_GATEWAY_PORT" not in os.environ:
         import findspark
@@ -598,6 +609,10 @@ def create_spark_session(config: DataPipelineConfig, spark_log: str = os.devnull
 
     debug = config.log_level == "DEBUG"
     builder = SparkSession.builder.appName(config.app_name)
+    if config.engine == "sail":
+        for key, value in _spark_settings(config).items():
+            builder = builder.config(key, value)
+        return builder.remote("sc://{}:{}".format(*_sail_server().listening_address)).getOrCreate()
     # Elsewhere the bar would go to the file, and be no bar there.
     builder = builder.config("spark.ui.showConsoleProgress", str(debug and sys.stderr.isatty()).lower())
     for key, value in _spark_settings(config).items():
@@ -845,7 +860,7 @@ def generate_transactions(spark: SparkSession, config: DataPipelineConfig) -> Da
             _padded("PROD_", product, 4, config.num_products).alias("product_id"),
             "quantity",
             F.when(_is("zero_amount"), F.lit(Decimal("0.00")))
-            .when(_is("negative_amount"), -amount)
+            .when(_is("negative_amount"), amount * -1)
             .when(~_is("missing_amount"), amount)
             .cast("decimal(8,2)")
             .alias("amount"),
@@ -981,8 +996,8 @@ def split(
         .select(*received.columns)
         .withColumns(
             {rule.column: F.when(~rule.failed(config), F.col(rule.column)) for rule in table.rules if rule.clears}
+            | {"_key_hash": key_hash}
         )
-        .withColumn("_key_hash", key_hash)
     )
     once = valid.join(repeated, "_key_hash", how="left_anti").withColumn("_copies", F.lit(1).cast("bigint"))
     kept = once.unionByName(latest(valid.join(repeated, "_key_hash", how="left_semi"), table)).drop("_key_hash")
@@ -1051,7 +1066,7 @@ def products_active(products: DataFrame) -> DataFrame:
 def transactions_clean(transactions: DataFrame, products: DataFrame) -> DataFrame:
     """One row per completed order. `amount` is in dollars; `day_of_week` runs from 1, Monday, to 7, Sunday."""
     categories = products.select("product_id", F.col("category").alias("product_category"))
-    day_of_week = F.weekday("timestamp") + 1
+    day_of_week = (F.dayofweek("timestamp") + 5) % 7 + 1
     return (
         transactions.where("status = 'completed'")
         .join(categories, "product_id", how="inner")
@@ -1102,7 +1117,7 @@ def customers_enriched(customers: DataFrame, transactions_clean: DataFrame, conf
         label(F.col("age"), AGE_GROUPS).alias("age_group"),
         label(total_spent, config.segments).alias("customer_segment"),
         "age",
-        F.date_diff(F.lit(config.as_of_date), "signup_date").alias("tenure_days"),
+        F.date_diff(F.lit(config.as_of_date), "signup_date").cast("int").alias("tenure_days"),
         total_orders.alias("total_orders"),
         total_spent.alias("total_spent"),
         average(total_spent, total_orders).alias("avg_order_value"),
@@ -1642,16 +1657,26 @@ class RunRecord:
         yield f"  The data lies in {self.data_dir}"
 
 
-def observe(rows: DataFrame, /, **metrics: Column) -> tuple[DataFrame, Callable[[], Mapping[str, Any]]]:
-    """Counts metrics while the rows are written: no job of its own. They are known once the write has ended.
-
-    The rows have to be written as they are: below a filter or join, Spark may drop what counts.
-    """
+def write(rows: DataFrame, path: str, /, **metrics: Column) -> Mapping[str, Any]:
+    """Writes the rows as Parquet, and counts metrics on the way: on Spark, no job of its own."""
     from pyspark.sql import Observation
+    from pyspark.sql.utils import is_remote
 
+    columns = [metric.alias(name) for name, metric in metrics.items()]
+    if is_remote():
+        schema = rows.schema
+        rows.write.mode("error").parquet(path)
+        [counts] = rows.sparkSession.read.schema(schema).parquet(path).agg(*columns).collect()
+        if not counts["rows"] and not os.path.exists(path.removeprefix("file://")):
+            import pyarrow.parquet
+            from pyspark.sql.pandas.types import to_arrow_schema
+            os.makedirs(path.removeprefix("file://"))
+            pyarrow.parquet.write_table(to_arrow_schema(schema).empty_table(), path.removeprefix("file://")+"/part-0.parquet")
+        return counts.asDict()
     observation = Observation()
-    observed = rows.observe(observation, *(metric.alias(name) for name, metric in metrics.items()))
-    return observed, lambda: observation.get
+    # The rows have to be written as they are: below a filter or join, Spark may drop what counts.
+    rows.observe(observation, *columns).write.mode("error").parquet(path)
+    return observation.get
 
 
 def profile_metrics(columns: Iterable[str]) -> Mapping[str, Column]:
@@ -1659,7 +1684,7 @@ def profile_metrics(columns: Iterable[str]) -> Mapping[str, Column]:
     metrics = {}
     for name in columns:
         metrics[f"{name}.count"] = F.count(name)
-        metrics[f"{name}.distinct"] = F.approx_count_distinct(name)
+        metrics[f"{name}.distinct"] = F.approx_count_distinct(F.when(F.col(name).isNotNull(), F.xxhash64(name)))
         metrics[f"{name}.min"] = F.min(name).cast("string")
         metrics[f"{name}.max"] = F.max(name).cast("string")
     return metrics
@@ -1871,9 +1896,7 @@ class _Run:
         self.record.at = at = f"{layer}.{name}"
         started = time.perf_counter()
         path = self.store.table(self.record.run_id, layer, name)
-        observed, count = observe(rows, rows=F.count(F.lit(1)), **metrics)
-        observed.write.mode("error").parquet(path)
-        counts = count()
+        counts = write(rows, path, rows=F.count(F.lit(1)), **metrics)
         seconds = time.perf_counter() - started
         self.record.rows[at], self.record.seconds[at] = counts["rows"], seconds
         self.record.bytes[at] = self.store.size(self.record.run_id, layer, name)
