@@ -633,7 +633,9 @@ def create_spark_session(config: DataPipelineConfig, spark_log: str = os.devnull
 
 def _running_session() -> SparkSession | None:
     """The session of this process, where it has one already: Spark would give it to us instead of a new one."""
-    pyspark = sys.modules.get("pyspark")
+    pyspark, connect = sys.modules.get("pyspark"), sys.modules.get("pyspark.sql.connect.session")
+    if connect and (remote := connect.SparkSession.getActiveSession() or connect.SparkSession._default_session):
+        return remote  # type: ignore[no-any-return]
     if pyspark and pyspark.SparkContext._active_spark_context:
         running: SparkSession = pyspark.sql.SparkSession.builder.getOrCreate()
         return running
