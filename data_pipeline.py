@@ -38,6 +38,7 @@ import difflib
 import fcntl
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
 import json
@@ -284,6 +285,13 @@ def _text(value: Any) -> str:
     return text.strip()
 
 
+# What computes the tables, and the modules that it needs besides pyspark.
+ENGINES: Mapping[str, tuple[str, ...]] = {
+    "spark": (),
+    # Sail speaks Spark's own protocol for clients, Spark Connect, whose modules these are.
+    "sail": ("pysail", "grpc_status", "pandas", "pyarrow"),
+}
+
 # How a value of each type is read, from an attribute, a flag or a variable alike, and what to call it in an error.
 READERS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "int": (_whole_number, "a whole number"),
@@ -322,7 +330,7 @@ class DataPipelineConfig:
     shuffle_partitions: int | None = _option(
         None, "partitions of a shuffle (default: by the size of the data and the cores)", min=1, max=100_000
     )
-    engine: str = _option("spark", "what computes; sail needs no Java", choices=("spark", "sail"))
+    engine: str = _option("spark", "what computes the tables: Spark, or Sail, which needs no Java", choices=ENGINES)
     spark_master: str | None = _option(
         None, "Spark master (default: SPARK_MASTER, else spark-submit's or spark-defaults', else local[*])"
     )
@@ -537,10 +545,12 @@ def preflight(config: DataPipelineConfig, starts_spark: bool = True) -> None:
         PipelineError: Java, Spark or the data folder will not do; the message says what to do.
     """
     config.validate()
-    for module in ("faker", "findspark") if os.environ.get("SPARK_HOME") else ("faker",):
+    needed = dict.fromkeys(("faker", "findspark") if os.environ.get("SPARK_HOME") else ("faker",), "requirements.txt")
+    needed |= dict.fromkeys(ENGINES[config.engine], f"requirements-{config.engine}.txt")
+    for module, requirements in needed.items():
         if importlib.util.find_spec(module) is None:
             raise PipelineError(
-                f"{sys.executable} lacks {module}: run `{sys.executable} -m pip install -r requirements.txt`"
+                f"{sys.executable} lacks {module}: run `{sys.executable} -m pip install -r {requirements}`"
             )
     _check_storage(config)
     if starts_spark and config.engine == "spark":
@@ -581,10 +591,10 @@ def _standard_error_to(path: str) -> Iterator[None]:
         os.close(saved)
 
 
-@functools.cache
-def _sail_server() -> Any:
-    """Sail in this process: it speaks Spark's protocol, and ends with the process."""
-    os.environ.setdefault("RUST_LOG", "error")
+def _start_sail(config: DataPipelineConfig) -> Any:
+    """Starts Sail in this process, as a server for Spark Connect at an address of its own."""
+    # Sail logs to standard error, where only our lines belong, and has no setting but this.
+    os.environ.setdefault("RUST_LOG", "info" if config.log_level == "DEBUG" else "error")
     from pysail.spark import SparkConnectServer
 
     server = SparkConnectServer()
@@ -593,39 +603,42 @@ def _sail_server() -> Any:
 
 
 def create_spark_session(config: DataPipelineConfig, spark_log: str = os.devnull) -> SparkSession:
-    """Starts Spark, whose own log goes to the file `spark_log` unless the log level is DEBUG.
+    """Starts the engine; Spark's own log goes to the file `spark_log` unless the log level is DEBUG.
 
     Raises:
         PipelineError: no Spark, or no Java that it runs on.
     """
     if config.engine == "spark":
         _check_java()
-    # spark-submit has made its own Spark importable already.
-    if (home := os.environ.get("SPARK_HOME")) and "PYSPARK_GATEWAY_PORT" not in os.environ:
-        import findspark
+        # spark-submit has made its own Spark importable already.
+        if (home := os.environ.get("SPARK_HOME")) and "PYSPARK_GATEWAY_PORT" not in os.environ:
+            import findspark
 
-        findspark.init(home)
+            findspark.init(home)
     from pyspark.sql import SparkSession
 
     debug = config.log_level == "DEBUG"
     builder = SparkSession.builder.appName(config.app_name)
-    if config.engine == "sail":
-        for key, value in _spark_settings(config).items():
-            builder = builder.config(key, value)
-        return builder.remote("sc://{}:{}".format(*_sail_server().listening_address)).getOrCreate()
-    # Elsewhere the bar would go to the file, and be no bar there.
-    builder = builder.config("spark.ui.showConsoleProgress", str(debug and sys.stderr.isatty()).lower())
     for key, value in _spark_settings(config).items():
         builder = builder.config(key, value)
-    if master := _master(config):
-        builder = builder.master(master)
-    if _is_local(master):
-        # Spark's workers would take the `python3` of the PATH.
-        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     on_interrupt = signal.getsignal(signal.SIGINT)
-    with contextlib.nullcontext() if debug else _standard_error_to(spark_log):
-        spark = builder.getOrCreate()
-    # Spark's own handler calls the JVM in the midst of whatever call was interrupted, and so fails now and then.
+    if config.engine == "sail":
+        server = _start_sail(config)
+        spark = builder.remote("sc://{}:{}".format(*server.listening_address)).getOrCreate()
+        # The server runs as long as somebody holds it.
+        spark.sail = server  # type: ignore[attr-defined]
+    else:
+        # Elsewhere the bar would go to the file, and be no bar there.
+        builder = builder.config("spark.ui.showConsoleProgress", str(debug and sys.stderr.isatty()).lower())
+        if master := _master(config):
+            builder = builder.master(master)
+        if _is_local(master):
+            # Spark's workers would take the `python3` of the PATH.
+            os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+        with contextlib.nullcontext() if debug else _standard_error_to(spark_log):
+            spark = builder.getOrCreate()
+    # Spark's own handler calls the JVM in the midst of whatever call was interrupted, and so fails now and then;
+    # Sail's ends the server, which has to see to the end of the run.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, on_interrupt)
     return spark
@@ -651,6 +664,10 @@ def _session(config: DataPipelineConfig, given: SparkSession | None, spark_log: 
             yield spark
         finally:
             spark.stop()
+            if config.engine == "sail":
+                spark.sail.stop()  # type: ignore[attr-defined]
+                # Else pyspark takes every later session of this process, and of its children, for a remote one.
+                os.environ.pop("SPARK_CONNECT_MODE_ENABLED", None)
         return
     settings = _spark_settings(config)
     before = {key: given.conf.get(key, None) for key in settings}
@@ -862,7 +879,7 @@ def generate_transactions(spark: SparkSession, config: DataPipelineConfig) -> Da
             _padded("PROD_", product, 4, config.num_products).alias("product_id"),
             "quantity",
             F.when(_is("zero_amount"), F.lit(Decimal("0.00")))
-            .when(_is("negative_amount"), amount * -1)
+            .when(_is("negative_amount"), amount * -1)  # Sail mistakes the type of -amount
             .when(~_is("missing_amount"), amount)
             .cast("decimal(8,2)")
             .alias("amount"),
@@ -1068,6 +1085,7 @@ def products_active(products: DataFrame) -> DataFrame:
 def transactions_clean(transactions: DataFrame, products: DataFrame) -> DataFrame:
     """One row per completed order. `amount` is in dollars; `day_of_week` runs from 1, Monday, to 7, Sunday."""
     categories = products.select("product_id", F.col("category").alias("product_category"))
+    # Not by F.weekday, by which Sail gives Sunday as -1.
     day_of_week = (F.dayofweek("timestamp") + 5) % 7 + 1
     return (
         transactions.where("status = 'completed'")
@@ -1517,6 +1535,18 @@ class Store:
         folder = Path(self.path("snapshots", run_id, layer, name))
         return sum(file.stat().st_size for file in folder.glob("*.parquet"))
 
+    def add_columns(self, run_id: str, layer: str, name: str, rows: DataFrame) -> None:
+        """Gives a table without rows the file that tells its columns, where the engine wrote none: Sail does not."""
+        folder = self.table(run_id, layer, name).removeprefix("file://")
+        if is_uri(folder) or os.path.exists(folder):
+            return
+        import pyarrow.parquet
+        from pyspark.sql.pandas.types import to_arrow_schema
+
+        os.makedirs(folder)
+        none = to_arrow_schema(rows.schema).empty_table()
+        pyarrow.parquet.write_table(none, f"{folder}/part-0.parquet", store_decimal_as_integer=True)
+
     def save_record(self, run_id: str, record: Mapping[str, Any]) -> None:
         """Writes a run record whole or not at all."""
         if not self.is_local:
@@ -1659,33 +1689,12 @@ class RunRecord:
         yield f"  The data lies in {self.data_dir}"
 
 
-def write(rows: DataFrame, path: str, /, **metrics: Column) -> Mapping[str, Any]:
-    """Writes the rows as Parquet, and counts metrics on the way: on Spark, no job of its own."""
-    from pyspark.sql import Observation
-    from pyspark.sql.utils import is_remote
-
-    columns = [metric.alias(name) for name, metric in metrics.items()]
-    if is_remote():
-        schema = rows.schema
-        rows.write.mode("error").parquet(path)
-        [counts] = rows.sparkSession.read.schema(schema).parquet(path).agg(*columns).collect()
-        if not counts["rows"] and not os.path.exists(path.removeprefix("file://")):
-            import pyarrow.parquet
-            from pyspark.sql.pandas.types import to_arrow_schema
-            os.makedirs(path.removeprefix("file://"))
-            pyarrow.parquet.write_table(to_arrow_schema(schema).empty_table(), path.removeprefix("file://")+"/part-0.parquet")
-        return counts.asDict()
-    observation = Observation()
-    # The rows have to be written as they are: below a filter or join, Spark may drop what counts.
-    rows.observe(observation, *columns).write.mode("error").parquet(path)
-    return observation.get
-
-
 def profile_metrics(columns: Iterable[str]) -> Mapping[str, Column]:
     """The profile of each column: values that are there, distinct values (to about 5 %), least and greatest."""
     metrics = {}
     for name in columns:
         metrics[f"{name}.count"] = F.count(name)
+        # Of the hashes, since Sail counts no numbers with a fraction.
         metrics[f"{name}.distinct"] = F.approx_count_distinct(F.when(F.col(name).isNotNull(), F.xxhash64(name)))
         metrics[f"{name}.min"] = F.min(name).cast("string")
         metrics[f"{name}.max"] = F.max(name).cast("string")
@@ -1742,7 +1751,7 @@ class _Run:
         for table in tables(BRONZE):
             rules = {rule.name: F.count_if(rule.failed(self.config)) for rule in table.rules}
             columns = [name for name, _ in table.columns if not name.startswith("_")]
-            counts = self.save(BRONZE, table.name, self.build(table), **rules, **profile_metrics(columns))
+            counts = self.save(BRONZE, table, self.build(table), **rules, **profile_metrics(columns))
             self.failed[table.name] = {name: counts[name] for name in rules}
             rows = counts["rows"]
             self.record.profile[table.name] = {
@@ -1760,20 +1769,20 @@ class _Run:
         with _in_memory() as keep:
             for table in tables(BRONZE):
                 parents = {key: self.inputs[parent] for key, parent in table.references.items()}
-                received = self.read(BRONZE, table.name, table.schema)
+                received = self.read(BRONZE, table)
                 valid, quarantined = split(received, table, parents, self.config)
                 # Used up to three times: to count, as what others refer to, and in silver.
                 self.inputs[table.name] = keep(valid)
                 reasons = {
                     rule.name: F.count_if(F.array_contains("_reasons", rule.name)) for rule in table.reference_rules
                 }
-                counts = self.save(QUARANTINE, table.name, quarantined, **reasons)
+                counts = self.save(QUARANTINE, table, quarantined, **reasons)
                 self.failed[table.name].update({name: counts[name] for name in reasons})
                 self.account(table, received, valid)
             self.gate()
             for table in tables(SILVER):
-                self.save(SILVER, table.name, self.build(table))
-                self.inputs[table.name] = self.read(SILVER, table.name, table.schema)
+                self.save(SILVER, table, self.build(table))
+                self.inputs[table.name] = self.read(SILVER, table)
 
     def account(self, table: Table, received: DataFrame, valid: DataFrame) -> None:
         """Notes what became of the rows received, each figure counted for itself; the audit adds them up."""
@@ -1815,7 +1824,7 @@ class _Run:
 
     def miss(self, table: Table, rule: str, rows: int, message: str, reason: str | None = None) -> None:
         """Notes and logs what misses the gate, with three of the rows."""
-        refused = self.read(QUARANTINE, table.name, f"{table.schema}, {REASONS}")
+        refused = self.read(QUARANTINE, table)
         if reason:
             refused = refused.where(F.array_contains("_reasons", reason))
         examples = [row[0] for row in refused.select(F.to_json(F.struct("*"))).limit(3).collect()]
@@ -1831,7 +1840,7 @@ class _Run:
         with _in_memory() as keep:
             self.inputs["sales"] = keep(sales(self.inputs["transactions_clean"]))
             for table in tables(GOLD):
-                self.save(GOLD, table.name, self.build(table))
+                self.save(GOLD, table, self.build(table))
 
     def audit(self) -> None:
         """Reads the snapshot back and adds it up.
@@ -1844,7 +1853,7 @@ class _Run:
         started = time.perf_counter()
         unknown = F.lit(None)
         checks = [
-            self.read(layer, table.name, table.schema).agg(
+            self.read(layer, table).agg(
                 F.lit(f"{layer}.{table.name}"),
                 F.count(F.lit(1)),
                 (unknown if table.layer == BRONZE else F.count_distinct(*map(F.col, table.key))).cast("bigint"),
@@ -1893,22 +1902,38 @@ class _Run:
             rows = rows.coalesce(1).sortWithinPartitions(*map(_sort_order, table.order))
         return rows
 
-    def save(self, layer: str, name: str, rows: DataFrame, **metrics: Column) -> Mapping[str, Any]:
-        """Writes a table as Parquet and returns its number of `rows` and the metrics, counted while writing."""
-        self.record.at = at = f"{layer}.{name}"
+    def save(self, layer: str, table: Table, rows: DataFrame, **metrics: Column) -> Mapping[str, Any]:
+        """Writes a table as Parquet and returns its number of `rows` and the metrics."""
+        from pyspark.sql import Observation
+        from pyspark.sql.utils import is_remote
+
+        self.record.at = at = f"{layer}.{table.name}"
         started = time.perf_counter()
-        path = self.store.table(self.record.run_id, layer, name)
-        counts = write(rows, path, rows=F.count(F.lit(1)), **metrics)
+        path = self.store.table(self.record.run_id, layer, table.name)
+        columns = [F.count(F.lit(1)).alias("rows"), *(metric.alias(name) for name, metric in metrics.items())]
+        if is_remote():
+            # Over Spark Connect nothing counts while it writes: Sail cannot, and Spark 3.5 does not tell.
+            rows.write.mode("error").parquet(path)
+            counts = self.read(layer, table).agg(*columns).collect()[0].asDict()
+        else:
+            # No job of its own. The rows have to be written as they are: below a filter or join, Spark may drop
+            # what counts.
+            observation = Observation()
+            rows.observe(observation, *columns).write.mode("error").parquet(path)
+            counts = observation.get
+        if not counts["rows"]:
+            self.store.add_columns(self.record.run_id, layer, table.name, rows)
         seconds = time.perf_counter() - started
         self.record.rows[at], self.record.seconds[at] = counts["rows"], seconds
-        self.record.bytes[at] = self.store.size(self.record.run_id, layer, name)
+        self.record.bytes[at] = self.store.size(self.record.run_id, layer, table.name)
         saved = path.removeprefix("file://")
-        logger.info("✓ Saved %s to: %s (%s rows, %.2f s)", name, saved, f"{counts['rows']:,}", seconds)
+        logger.info("✓ Saved %s to: %s (%s rows, %.2f s)", table.name, saved, f"{counts['rows']:,}", seconds)
         return counts
 
-    def read(self, layer: str, name: str, schema: str) -> DataFrame:
+    def read(self, layer: str, table: Table) -> DataFrame:
         """A table that this run has written; told the schema, Spark need not look for it."""
-        return self.spark.read.schema(schema).parquet(self.store.table(self.record.run_id, layer, name))
+        schema = f"{table.schema}, {REASONS}" if layer == QUARANTINE else table.schema
+        return self.spark.read.schema(schema).parquet(self.store.table(self.record.run_id, layer, table.name))
 
 
 def tables(layer: str) -> list[Table]:
@@ -1922,7 +1947,8 @@ def _sort_order(by: str) -> Column:
 
 def _versions() -> dict[str, str | None]:
     """What the run runs on; Spark's is added once it is there. None is what cannot be told."""
-    versions: dict[str, str | None] = {"pipeline": None, "python": sys.version.split()[0], "spark": None, "java": None}
+    versions: dict[str, str | None] = dict.fromkeys(("pipeline", "python", "spark", "java", "sail"))
+    versions["python"] = sys.version.split()[0]
     command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
     with contextlib.suppress(OSError):  # no git here
         versions["pipeline"] = (
@@ -2000,7 +2026,8 @@ def run_pipeline(config: DataPipelineConfig | None = None, spark: SparkSession |
                         f"the disk of {config.root} is full ({full[0]}, in {record.at}): "
                         "free some room, or choose another folder with --data-dir; what was published is as it was"
                     ) from error
-                where = "" if spark else f"; Spark's own log: {store.spark_log(record.run_id)}"
+                has_log = not spark and config.engine == "spark"
+                where = f"; Spark's own log: {store.spark_log(record.run_id)}" if has_log else ""
                 logger.error("FAILED in %s%s", record.at, where)
                 raise
         logger.info("PIPELINE EXECUTION COMPLETED SUCCESSFULLY")
@@ -2013,7 +2040,11 @@ def _run_layers(run: _Run) -> None:
     """From nothing to a published snapshot."""
     store, run_id = run.store, run.record.run_id
     run.record.versions["spark"] = run.spark.version
-    logger.info("Spark %s on Python %s", run.spark.version, sys.version.split()[0])
+    engine = f"Spark {run.spark.version}"
+    if run.config.engine == "sail":
+        run.record.versions["sail"] = importlib.metadata.version("pysail")
+        engine = f"Sail {run.record.versions['sail']}, as Spark {run.spark.version},"
+    logger.info("%s on Python %s", engine, sys.version.split()[0])
     try:
         run.layer(BRONZE, "Raw Data Ingestion", run.bronze)
         run.layer(SILVER, "Data Cleansing and Enrichment", run.silver)

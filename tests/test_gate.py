@@ -216,7 +216,7 @@ def test_record_of_a_run(published: DataPipelineConfig) -> None:
         None,
     )
     assert record["config"]["as_of_date"] == "2026-03-04"
-    assert set(record["versions"]) == {"pipeline", "python", "spark", "java"}
+    assert set(record["versions"]) == {"pipeline", "python", "spark", "java", "sail"}
     assert record["versions"]["spark"][:2] in ("3.", "4.")
     if ENGINE == "spark":
         assert int(record["versions"]["java"].split(".")[0]) >= 8
