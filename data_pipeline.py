@@ -854,6 +854,7 @@ def generate_transactions(spark: SparkSession, config: DataPipelineConfig) -> Da
     status = draw.pick("status", STATUSES)
     changed_status = F.when(status == "completed", "refunded").otherwise("completed")
     amount = (_product_price(Draw(config.seed, F.col("product"))) * F.col("quantity")).cast("decimal(8,2)")
+    times = F.when(_is("zero_amount"), 0).when(_is("negative_amount"), -1).when(~_is("missing_amount"), 1)
     payment_method = draw.pick("payment method", PAYMENT_METHODS)
     untidy = F.concat(F.lit("  "), F.initcap(F.translate(payment_method, "_", " ")), F.lit(" "))
     session = F.split(draw.pick("device and browser", DEVICES_AND_BROWSERS), "/")
@@ -878,11 +879,7 @@ def generate_transactions(spark: SparkSession, config: DataPipelineConfig) -> Da
             F.when(_is("unknown_customer"), stranger).otherwise(F.col("customer")).alias("customer_id"),
             _padded("PROD_", product, 4, config.num_products).alias("product_id"),
             "quantity",
-            F.when(_is("zero_amount"), F.lit(Decimal("0.00")))
-            .when(_is("negative_amount"), amount * -1)  # Sail mistakes the type of -amount
-            .when(~_is("missing_amount"), amount)
-            .cast("decimal(8,2)")
-            .alias("amount"),
+            (amount * times).cast("decimal(8,2)").alias("amount"),
             F.timestamp_seconds((midnight - days_ago) * 86_400 + second).alias("timestamp"),
             F.when(_is("untidy_payment_method"), untidy)
             .when(_is("unknown_payment_method"), "seashells")
