@@ -55,6 +55,7 @@ import tempfile
 import threading
 import time
 import traceback
+import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta, timezone
@@ -285,11 +286,12 @@ def _text(value: Any) -> str:
     return text.strip()
 
 
+# What pyspark's client for Spark Connect, the protocol of Sail and of Spark servers, needs besides pyspark.
+CONNECT = ("grpc_status", "pandas", "pyarrow")
 # What computes the tables, and the modules that it needs besides pyspark.
 ENGINES: Mapping[str, tuple[str, ...]] = {
     "spark": (),
-    # Sail speaks Spark's own protocol for clients, Spark Connect, whose modules these are.
-    "sail": ("pysail", "grpc_status", "pandas", "pyarrow"),
+    "sail": ("pysail", *CONNECT),
 }
 
 # How a value of each type is read, from an attribute, a flag or a variable alike, and what to call it in an error.
@@ -546,15 +548,30 @@ def preflight(config: DataPipelineConfig, starts_spark: bool = True) -> None:
     """
     config.validate()
     needed = dict.fromkeys(("faker", "findspark") if os.environ.get("SPARK_HOME") else ("faker",), "requirements.txt")
-    needed |= dict.fromkeys(ENGINES[config.engine], f"requirements-{config.engine}.txt")
+    remote = starts_spark and config.engine == "spark" and "SPARK_REMOTE" in os.environ
+    needed |= dict.fromkeys(CONNECT if remote else ENGINES[config.engine], "requirements-sail.txt")
     for module, requirements in needed.items():
         if importlib.util.find_spec(module) is None:
             raise PipelineError(
                 f"{sys.executable} lacks {module}: run `{sys.executable} -m pip install -r {requirements}`"
             )
     _check_storage(config)
-    if starts_spark and config.engine == "spark":
+    if remote:
+        _check_remote(os.environ["SPARK_REMOTE"])
+    elif starts_spark and config.engine == "spark":
         _check_java()
+
+
+def _check_remote(url: str) -> None:
+    """Knocks at a Spark Connect server; pyspark itself would go on trying for many minutes."""
+    server = urllib.parse.urlsplit(url)
+    if server.scheme == "sc":
+        try:
+            socket.create_connection((server.hostname or "", server.port or 15002), timeout=10).close()
+        except (OSError, ValueError) as error:
+            raise PipelineError(
+                f"no Spark Connect server at {server.netloc} ({error}): start it, or unset SPARK_REMOTE"
+            ) from None
 
 
 def _master(config: DataPipelineConfig) -> str:
@@ -1686,13 +1703,13 @@ class RunRecord:
         yield f"  The data lies in {self.data_dir}"
 
 
-def profile_metrics(columns: Iterable[str]) -> Mapping[str, Column]:
+def profile_metrics(columns: Mapping[str, str]) -> Mapping[str, Column]:
     """The profile of each column: values that are there, distinct values (to about 5 %), least and greatest."""
     metrics = {}
-    for name in columns:
+    for name, kind in columns.items():
         metrics[f"{name}.count"] = F.count(name)
-        # Of the hashes, since Sail counts no numbers with a fraction.
-        metrics[f"{name}.distinct"] = F.approx_count_distinct(F.when(F.col(name).isNotNull(), F.xxhash64(name)))
+        # As text, since Sail does not count the distinct values of a DOUBLE.
+        metrics[f"{name}.distinct"] = F.approx_count_distinct(F.col(name).cast("string" if kind == "double" else kind))
         metrics[f"{name}.min"] = F.min(name).cast("string")
         metrics[f"{name}.max"] = F.max(name).cast("string")
     return metrics
@@ -1747,7 +1764,7 @@ class _Run:
         """Writes the tables as received; on the way, counts which rows break which rule, and profiles each column."""
         for table in tables(BRONZE):
             rules = {rule.name: F.count_if(rule.failed(self.config)) for rule in table.rules}
-            columns = [name for name, _ in table.columns if not name.startswith("_")]
+            columns = {name: kind for name, kind in table.columns if not name.startswith("_")}
             counts = self.save(BRONZE, table, self.build(table), **rules, **profile_metrics(columns))
             self.failed[table.name] = {name: counts[name] for name in rules}
             rows = counts["rows"]
