@@ -40,6 +40,7 @@ import fcntl
 import functools
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
 import json
@@ -57,6 +58,7 @@ import tempfile
 import threading
 import time
 import traceback
+import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta, timezone
@@ -293,6 +295,14 @@ def _text(value: Any) -> str:
     return text.strip()
 
 
+# What pyspark's client for Spark Connect, the protocol of Sail and of Spark servers, needs besides pyspark.
+CONNECT = ("grpc_status", "pandas", "pyarrow")
+# What computes the tables, and the modules that it needs besides pyspark.
+ENGINES: Mapping[str, tuple[str, ...]] = {
+    "spark": (),
+    "sail": ("pysail", *CONNECT),
+}
+
 # How a value of each type is read, from an attribute, a flag or a variable alike, and what to call it in an error.
 READERS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "int": (_whole_number, "a whole number"),
@@ -332,6 +342,7 @@ class DataPipelineConfig:
     shuffle_partitions: int | None = _option(
         None, "partitions of a shuffle (default: by the size of the data and the cores)", min=1, max=100_000
     )
+    engine: str = _option("spark", "what computes the tables: Spark, or Sail, which needs no Java", choices=ENGINES)
     spark_master: str | None = _option(
         None, "Spark master (default: SPARK_MASTER, else spark-submit's or spark-defaults', else local[*])"
     )
@@ -371,11 +382,9 @@ class DataPipelineConfig:
         limits = field.metadata
         try:
             result = read(value)
-            if limits.get("choices"):
-                result = result.upper()
-                if result not in limits["choices"]:
-                    expected = "one of " + ", ".join(limits["choices"])
-                    raise ValueError
+            if choices := {choice.lower(): choice for choice in limits.get("choices", ())}:
+                expected = "one of " + ", ".join(choices.values())
+                result = choices[result.lower()]
             # Written so that NaN, which no comparison holds for, is refused.
             elif not limits.get("min", result) <= result <= limits.get("max", result):
                 expected += f" from {limits['min']}" + (f" to {limits['max']}" if "max" in limits else " up")
@@ -616,14 +625,31 @@ def preflight(config: DataPipelineConfig, starts_spark: bool = True) -> None:
         PipelineError: Java, Spark or the data folder will not do; the message says what to do.
     """
     config.validate()
-    for module in ("faker", "findspark") if os.environ.get("SPARK_HOME") else ("faker",):
+    needed = dict.fromkeys(("faker", "findspark") if os.environ.get("SPARK_HOME") else ("faker",), "requirements.txt")
+    remote = starts_spark and config.engine == "spark" and "SPARK_REMOTE" in os.environ
+    needed |= dict.fromkeys(CONNECT if remote else ENGINES[config.engine], "requirements-sail.txt")
+    for module, requirements in needed.items():
         if importlib.util.find_spec(module) is None:
             raise PipelineError(
-                f"{sys.executable} lacks {module}: run `{sys.executable} -m pip install -r requirements.txt`"
+                f"{sys.executable} lacks {module}: run `{sys.executable} -m pip install -r {requirements}`"
             )
     _check_storage(config)
-    if starts_spark:
+    if remote:
+        _check_remote(os.environ["SPARK_REMOTE"])
+    elif starts_spark and config.engine == "spark":
         _check_java()
+
+
+def _check_remote(url: str) -> None:
+    """Knocks at a Spark Connect server; pyspark itself would go on trying for many minutes."""
+    server = urllib.parse.urlsplit(url)
+    if server.scheme == "sc":
+        try:
+            socket.create_connection((server.hostname or "", server.port or 15002), timeout=10).close()
+        except (OSError, ValueError) as error:
+            raise PipelineError(
+                f"no Spark Connect server at {server.netloc} ({error}): start it, or unset SPARK_REMOTE"
+            ) from None
 
 
 def _master(config: DataPipelineConfig) -> str:
@@ -656,7 +682,7 @@ def _is_small(config: DataPipelineConfig) -> bool:
 
 def _class_archive(config: DataPipelineConfig) -> ClassArchive | None:
     """The archive for the JVM that this process starts, where it starts one."""
-    if not config.fast_start or not _is_local(_master(config)) or not _starts_jvm():
+    if config.engine != "spark" or not config.fast_start or not _is_local(_master(config)) or not _starts_jvm():
         return None
     return ClassArchive.of(Path(os.environ["JAVA_HOME"]), _spark_home())
 
@@ -693,38 +719,57 @@ def _standard_error_to(path: str) -> Iterator[None]:
         os.close(saved)
 
 
+def _start_sail(config: DataPipelineConfig) -> Any:
+    """Starts Sail in this process, as a server for Spark Connect at an address of its own."""
+    # Sail logs to standard error, where only our lines belong, and has no setting but this.
+    os.environ.setdefault("RUST_LOG", "info" if config.log_level == "DEBUG" else "error")
+    from pysail.spark import SparkConnectServer
+
+    server = SparkConnectServer()
+    server.start()
+    return server
+
+
 def create_spark_session(config: DataPipelineConfig, spark_log: str = os.devnull) -> SparkSession:
-    """Starts Spark, whose own log goes to the file `spark_log` unless the log level is DEBUG.
+    """Starts the engine; Spark's own log goes to the file `spark_log` unless the log level is DEBUG.
 
     Raises:
         PipelineError: no Spark, or no Java that it runs on.
     """
-    _check_java()
-    # spark-submit has made its own Spark importable already.
-    if (home := os.environ.get("SPARK_HOME")) and "PYSPARK_GATEWAY_PORT" not in os.environ:
-        import findspark
+    if config.engine == "spark":
+        _check_java()
+        # spark-submit has made its own Spark importable already.
+        if (home := os.environ.get("SPARK_HOME")) and "PYSPARK_GATEWAY_PORT" not in os.environ:
+            import findspark
 
-        findspark.init(home)
+            findspark.init(home)
     from pyspark.sql import SparkSession
 
     debug = config.log_level == "DEBUG"
     builder = SparkSession.builder.appName(config.app_name)
-    # Elsewhere the bar would go to the file, and be no bar there.
-    builder = builder.config("spark.ui.showConsoleProgress", str(debug and sys.stderr.isatty()).lower())
     for key, value in _spark_settings(config).items():
         builder = builder.config(key, value)
-    if master := _master(config):
-        builder = builder.master(master)
-    if _is_local(master):
-        # Spark's workers would take the `python3` of the PATH.
-        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    if _is_small(config):
-        # Nobody looks at a run of seconds.
-        builder = builder.config("spark.ui.enabled", "false")
     on_interrupt = signal.getsignal(signal.SIGINT)
-    with contextlib.nullcontext() if debug else _standard_error_to(spark_log), _jvm_options(config):
-        spark = builder.getOrCreate()
-    # Spark's own handler calls the JVM in the midst of whatever call was interrupted, and so fails now and then.
+    if config.engine == "sail":
+        server = _start_sail(config)
+        spark = builder.remote("sc://{}:{}".format(*server.listening_address)).getOrCreate()
+        # The server runs as long as somebody holds it.
+        spark.sail = server  # type: ignore[attr-defined]
+    else:
+        # Elsewhere the bar would go to the file, and be no bar there.
+        builder = builder.config("spark.ui.showConsoleProgress", str(debug and sys.stderr.isatty()).lower())
+        if master := _master(config):
+            builder = builder.master(master)
+        if _is_local(master):
+            # Spark's workers would take the `python3` of the PATH.
+            os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+        if _is_small(config):
+            # Nobody looks at a run of seconds.
+            builder = builder.config("spark.ui.enabled", "false")
+        with contextlib.nullcontext() if debug else _standard_error_to(spark_log), _jvm_options(config):
+            spark = builder.getOrCreate()
+    # Spark's own handler calls the JVM in the midst of whatever call was interrupted, and so fails now and then;
+    # Sail's ends the server, which has to see to the end of the run.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, on_interrupt)
     return spark
@@ -732,7 +777,9 @@ def create_spark_session(config: DataPipelineConfig, spark_log: str = os.devnull
 
 def _running_session() -> SparkSession | None:
     """The session of this process, where it has one already: Spark would give it to us instead of a new one."""
-    pyspark = sys.modules.get("pyspark")
+    pyspark, connect = sys.modules.get("pyspark"), sys.modules.get("pyspark.sql.connect.session")
+    if connect and (remote := connect.SparkSession.getActiveSession() or connect.SparkSession._default_session):
+        return remote  # type: ignore[no-any-return]
     if pyspark and pyspark.SparkContext._active_spark_context:
         running: SparkSession = pyspark.sql.SparkSession.builder.getOrCreate()
         return running
@@ -748,6 +795,10 @@ def _session(config: DataPipelineConfig, given: SparkSession | None, spark_log: 
             yield spark
         finally:
             spark.stop()
+            if config.engine == "sail":
+                spark.sail.stop()  # type: ignore[attr-defined]
+                # Else pyspark takes every later session of this process, and of its children, for a remote one.
+                os.environ.pop("SPARK_CONNECT_MODE_ENABLED", None)
         return
     settings = _spark_settings(config)
     before = {key: given.conf.get(key, None) for key in settings}
@@ -934,6 +985,7 @@ def generate_transactions(spark: SparkSession, config: DataPipelineConfig) -> Da
     status = draw.pick("status", STATUSES)
     changed_status = F.when(status == "completed", "refunded").otherwise("completed")
     amount = (_product_price(Draw(config.seed, F.col("product"))) * F.col("quantity")).cast("decimal(8,2)")
+    times = F.when(_is("zero_amount"), 0).when(_is("negative_amount"), -1).when(~_is("missing_amount"), 1)
     payment_method = draw.pick("payment method", PAYMENT_METHODS)
     untidy = F.concat(F.lit("  "), F.initcap(F.translate(payment_method, "_", " ")), F.lit(" "))
     session = F.split(draw.pick("device and browser", DEVICES_AND_BROWSERS), "/")
@@ -958,11 +1010,7 @@ def generate_transactions(spark: SparkSession, config: DataPipelineConfig) -> Da
             F.when(_is("unknown_customer"), stranger).otherwise(F.col("customer")).alias("customer_id"),
             _padded("PROD_", product, 4, config.num_products).alias("product_id"),
             "quantity",
-            F.when(_is("zero_amount"), F.lit(Decimal("0.00")))
-            .when(_is("negative_amount"), -amount)
-            .when(~_is("missing_amount"), amount)
-            .cast("decimal(8,2)")
-            .alias("amount"),
+            (amount * times).cast("decimal(8,2)").alias("amount"),
             F.timestamp_seconds((midnight - days_ago) * 86_400 + second).alias("timestamp"),
             F.when(_is("untidy_payment_method"), untidy)
             .when(_is("unknown_payment_method"), "seashells")
@@ -1195,7 +1243,8 @@ def products_active(products: DataFrame) -> DataFrame:
 def transactions_clean(transactions: DataFrame, products: DataFrame) -> DataFrame:
     """One row per completed order. `amount` is in dollars; `day_of_week` runs from 1, Monday, to 7, Sunday."""
     categories = products.select("product_id", F.col("category").alias("product_category"))
-    day_of_week = F.weekday("timestamp") + 1
+    # Not by F.weekday, by which Sail gives Sunday as -1.
+    day_of_week = (F.dayofweek("timestamp") + 5) % 7 + 1
     return (
         transactions.where(COMPLETED)
         .join(categories, "product_id", how="inner")
@@ -1246,7 +1295,7 @@ def customers_enriched(customers: DataFrame, transactions_clean: DataFrame, conf
         label(F.col("age"), AGE_GROUPS).alias("age_group"),
         label(total_spent, config.segments).alias("customer_segment"),
         "age",
-        F.date_diff(F.lit(config.as_of_date), "signup_date").alias("tenure_days"),
+        F.date_diff(F.lit(config.as_of_date), "signup_date").cast("int").alias("tenure_days"),
         total_orders.alias("total_orders"),
         total_spent.alias("total_spent"),
         average(total_spent, total_orders).alias("avg_order_value"),
@@ -1656,6 +1705,18 @@ class Store:
         folder = Path(self.path("snapshots", run_id, layer, name))
         return sum(file.stat().st_size for file in folder.glob("*.parquet"))
 
+    def add_columns(self, run_id: str, layer: str, name: str, rows: DataFrame) -> None:
+        """Gives a table without rows the file that tells its columns, where the engine wrote none: Sail does not."""
+        folder = self.table(run_id, layer, name).removeprefix("file://")
+        if is_uri(folder) or os.path.exists(folder):
+            return
+        import pyarrow.parquet
+        from pyspark.sql.pandas.types import to_arrow_schema
+
+        os.makedirs(folder)
+        none = to_arrow_schema(rows.schema).empty_table()
+        pyarrow.parquet.write_table(none, f"{folder}/part-0.parquet", store_decimal_as_integer=True)
+
     def save_record(self, run_id: str, record: Mapping[str, Any]) -> None:
         """Writes a run record whole or not at all."""
         if not self.is_local:
@@ -1804,24 +1865,13 @@ class RunRecord:
         yield f"  The data lies in {self.data_dir}"
 
 
-def observe(rows: DataFrame, metrics: Mapping[str, Column]) -> tuple[DataFrame, Callable[[], Mapping[str, Any]]]:
-    """Counts metrics while the rows are written: no job of its own. They are known once the write has ended.
-
-    No join may come after it: where the joined table turns out to be empty, Spark drops what counts.
-    """
-    from pyspark.sql import Observation
-
-    observation = Observation()
-    observed = rows.observe(observation, *(metric.alias(name) for name, metric in metrics.items()))
-    return observed, lambda: observation.get
-
-
-def profile_metrics(columns: Iterable[str]) -> Mapping[str, Column]:
+def profile_metrics(columns: Mapping[str, str]) -> Mapping[str, Column]:
     """The profile of each column: values that are there, distinct values (to about 5 %), least and greatest."""
     metrics = {}
-    for name in columns:
+    for name, kind in columns.items():
         metrics[f"{name}.count"] = F.count(name)
-        metrics[f"{name}.distinct"] = F.approx_count_distinct(name)
+        # As text, since Sail does not count the distinct values of a DOUBLE.
+        metrics[f"{name}.distinct"] = F.approx_count_distinct(F.col(name).cast("string" if kind == "double" else kind))
         metrics[f"{name}.min"] = F.min(name).cast("string")
         metrics[f"{name}.max"] = F.max(name).cast("string")
     return metrics
@@ -1876,17 +1926,22 @@ class _Run:
 
     def together(self, work: Mapping[str, Callable[[], Any]]) -> None:
         """Does work on several tables at once: Spark plans one while it runs another, and small ones are all plan."""
-        with concurrent.futures.ThreadPoolExecutor(max_workers=2 * (os.cpu_count() or 1)) as pool:
-            futures = {pool.submit(task): name for name, task in work.items()}
-            try:
-                for future in concurrent.futures.as_completed(futures):
-                    if future.exception():
-                        self.record.at = futures[future]
-                    future.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                self.spark.sparkContext.cancelAllJobs()
-                raise
+        failed = ""
+        try:
+            with concurrent.futures.ThreadPoolExecutor(max_workers=2 * (os.cpu_count() or 1)) as pool:
+                futures = {pool.submit(task): name for name, task in work.items()}
+                try:
+                    for future in concurrent.futures.as_completed(futures):
+                        failed = futures[future]
+                        future.result()
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    self.cancel()
+                    raise
+        except Exception:
+            # Only now that no other thread says what it is at.
+            self.record.at = failed
+            raise
         # As they are declared, and not as they were finished.
         rank = {f"{layer}.{table.name}": place for place, (layer, table) in enumerate(SNAPSHOT_TABLES)}
         for name in ("rows", "bytes", "quality", "highlights"):
@@ -1896,13 +1951,22 @@ class _Run:
             )
             setattr(self.record, name, {key: found[key] for key in order})
 
+    def cancel(self) -> None:
+        """Ends the work of the other threads: nobody needs it any more."""
+        from pyspark.sql.utils import is_remote
+
+        if is_remote():
+            self.spark.interruptAll()
+        else:
+            self.spark.sparkContext.cancelAllJobs()
+
     def bronze(self) -> None:
         """Writes the tables as received; on the way, counts which rows break which rule, and profiles each column."""
 
         def receive(table: Table) -> None:
             rules = {rule.name: F.count_if(rule.failed(self.config)) for rule in table.rules}
-            columns = [name for name, _ in table.columns if not name.startswith("_")]
-            counts = self.save(BRONZE, table.name, self.build(table), {**rules, **profile_metrics(columns)})
+            columns = {name: kind for name, kind in table.columns if not name.startswith("_")}
+            counts = self.save(BRONZE, table, self.build(table), {**rules, **profile_metrics(columns)})
             self.failed[table.name] = {name: counts[name] for name in rules}
             rows = counts["rows"]
             self.record.profile[table.name] = {
@@ -1920,7 +1984,7 @@ class _Run:
     def silver(self) -> None:
         """Divides bronze into valid and refused rows, writes the refused ones, and enriches the valid ones."""
         with _in_memory() as keep:
-            received = {table.name: self.read(BRONZE, table.name, table.schema) for table in tables(BRONZE)}
+            received = {table.name: self.read(BRONZE, table) for table in tables(BRONZE)}
             odd = self.survey(received, keep)
             self.together(
                 {
@@ -1933,8 +1997,8 @@ class _Run:
             self.gate()
 
             def enrich(table: Table) -> None:
-                self.save(SILVER, table.name, self.build(table))
-                self.inputs[table.name] = self.read(SILVER, table.name, table.schema)
+                self.save(SILVER, table, self.build(table))
+                self.inputs[table.name] = self.read(SILVER, table)
 
             waiting = tables(SILVER)
             while waiting:
@@ -1989,7 +2053,7 @@ class _Run:
         parts = {"kept": "true"} | {made.name: made.of[1] for made in tables(SILVER) if made.of[0] == table.name}
         counts = self.save(
             QUARANTINE,
-            table.name,
+            table,
             marked,
             {
                 "rows": F.count_if("_refused"),
@@ -2042,7 +2106,7 @@ class _Run:
 
     def miss(self, table: Table, rule: str, rows: int, message: str, reason: str | None = None) -> None:
         """Notes and logs what misses the gate, with three of the rows."""
-        refused = self.read(QUARANTINE, table.name, f"{table.schema}, {REASONS}")
+        refused = self.read(QUARANTINE, table)
         if reason:
             refused = refused.where(F.array_contains("_reasons", reason))
         examples = [row[0] for row in refused.select(F.to_json(F.struct("*"))).limit(3).collect()]
@@ -2059,7 +2123,7 @@ class _Run:
             self.inputs["sales"] = keep(sales(self.inputs["transactions_clean"]))
 
             def aggregate(table: Table) -> None:
-                self.save(GOLD, table.name, self.build(table))
+                self.save(GOLD, table, self.build(table))
 
             self.together({f"{GOLD}.{table.name}": functools.partial(aggregate, table) for table in tables(GOLD)})
 
@@ -2077,10 +2141,10 @@ class _Run:
 
         def check(layer: str, table: Table) -> None:
             name = f"{layer}.{table.name}"
-            rows = self.read(layer, table.name, table.schema)
-            # A value of every column: a count of rows alone reads no more than the footers of the files.
-            values = F.greatest(*(F.count(column) for column, _ in table.columns), F.lit(0))
-            revenue = F.sum(table.revenue or F.lit(None)).cast("decimal(28,2)")
+            rows = self.read(layer, table)
+            # Reads every value: a count alone reads no more than the footers of the files.
+            values = F.max(F.xxhash64(*(column for column, _ in table.columns)))
+            revenue = (F.sum(table.revenue) if table.revenue else F.lit(None)).cast("decimal(28,2)")
             [[there, revenue, _]] = rows.agg(F.count(F.lit(1)), revenue, values).collect()
             if there != self.record.rows[name]:
                 wrong.append(f"{name}: {self.record.rows[name]:,} rows were written, {there:,} are there")
@@ -2133,31 +2197,53 @@ class _Run:
     def save(
         self,
         layer: str,
-        name: str,
+        table: Table,
         rows: DataFrame,
         metrics: Mapping[str, Column] | None = None,
-        choose: Callable[[DataFrame], DataFrame] = lambda rows: rows,
+        choose: Callable[[DataFrame], DataFrame] | None = None,
     ) -> Mapping[str, Any]:
-        """Writes a table as Parquet, of the rows those that are chosen, and returns the metrics, counted on the way.
+        """Writes a table as Parquet, of the rows those that are chosen, and returns the metrics.
 
-        Among them are the `rows` that are written; all, where the metrics do not say which.
+        They are counted over all rows. Among them are the `rows` that are written; all, where the metrics do not say
+        which.
         """
-        self.record.at = at = f"{layer}.{name}"
+        from pyspark.sql import Observation
+        from pyspark.sql.utils import is_remote
+
+        self.record.at = at = f"{layer}.{table.name}"
         started = time.perf_counter()
-        path = self.store.table(self.record.run_id, layer, name)
-        observed, count = observe(rows, {"rows": F.count(F.lit(1)), **(metrics or {})})
-        choose(observed).write.mode("error").parquet(path)
-        counts = count()
+        path = self.path(layer, table)
+        named = {"rows": F.count(F.lit(1)), **(metrics or {})}
+        columns = [metric.alias(name) for name, metric in named.items()]
+        chosen = choose or (lambda all_rows: all_rows)
+        if is_remote():
+            # Over Spark Connect nothing counts while it writes: Sail cannot, and Spark 3.5 does not tell.
+            chosen(rows).write.mode("error").parquet(path)
+            counts = (rows if choose else self.read(layer, table)).agg(*columns).collect()[0].asDict()
+        else:
+            # No job of its own. No join may come after it: where the joined table turns out to be empty, Spark drops
+            # what counts.
+            observation = Observation()
+            chosen(rows.observe(observation, *columns)).write.mode("error").parquet(path)
+            counts = observation.get
+        if not counts["rows"]:
+            self.store.add_columns(self.record.run_id, layer, table.name, chosen(rows))
         seconds = time.perf_counter() - started
         self.record.rows[at], self.record.seconds[at] = counts["rows"], seconds
-        self.record.bytes[at] = self.store.size(self.record.run_id, layer, name)
+        self.record.bytes[at] = self.store.size(self.record.run_id, layer, table.name)
         saved = path.removeprefix("file://")
-        logger.info("✓ Saved %s to: %s (%s rows, %.2f s)", name, saved, f"{counts['rows']:,}", seconds)
+        logger.info("✓ Saved %s to: %s (%s rows, %.2f s)", table.name, saved, f"{counts['rows']:,}", seconds)
         return counts
 
-    def read(self, layer: str, name: str, schema: str) -> DataFrame:
+    def read(self, layer: str, table: Table) -> DataFrame:
         """A table that this run has written; told the schema, Spark need not look for it."""
-        return self.spark.read.schema(schema).parquet(self.store.table(self.record.run_id, layer, name))
+        schema = f"{table.schema}, {REASONS}" if layer == QUARANTINE else table.schema
+        return self.spark.read.schema(schema).parquet(self.path(layer, table))
+
+    def path(self, layer: str, table: Table) -> str:
+        """Where a table lies, as the engine is told; Sail would read the %41 of a folder's name as an A in a URI."""
+        path = self.store.table(self.record.run_id, layer, table.name)
+        return path.removeprefix("file://") if self.config.engine == "sail" else path
 
 
 def tables(layer: str) -> list[Table]:
@@ -2177,7 +2263,8 @@ def _sort_order(by: str) -> Column:
 
 def _versions() -> dict[str, str | None]:
     """What the run runs on; Spark's is added once it is there. None is what cannot be told."""
-    versions: dict[str, str | None] = {"pipeline": None, "python": sys.version.split()[0], "spark": None, "java": None}
+    versions: dict[str, str | None] = dict.fromkeys(("pipeline", "python", "spark", "java", "sail"))
+    versions["python"] = sys.version.split()[0]
     command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
     with contextlib.suppress(OSError):  # no git here
         versions["pipeline"] = (
@@ -2258,7 +2345,8 @@ def run_pipeline(config: DataPipelineConfig | None = None, spark: SparkSession |
                         f"the disk of {config.root} is full ({full[0]}, in {record.at}): "
                         "free some room, or choose another folder with --data-dir; what was published is as it was"
                     ) from error
-                where = "" if spark else f"; Spark's own log: {store.spark_log(record.run_id)}"
+                has_log = not spark and config.engine == "spark"
+                where = f"; Spark's own log: {store.spark_log(record.run_id)}" if has_log else ""
                 logger.error("FAILED in %s%s", record.at, where)
                 raise
         logger.info("PIPELINE EXECUTION COMPLETED SUCCESSFULLY")
@@ -2271,7 +2359,11 @@ def _run_layers(run: _Run) -> None:
     """From nothing to a published snapshot."""
     store, run_id = run.store, run.record.run_id
     run.record.versions["spark"] = run.spark.version
-    logger.info("Spark %s on Python %s", run.spark.version, sys.version.split()[0])
+    engine = f"Spark {run.spark.version}"
+    if run.config.engine == "sail":
+        run.record.versions["sail"] = importlib.metadata.version("pysail")
+        engine = f"Sail {run.record.versions['sail']}, as Spark {run.spark.version},"
+    logger.info("%s on Python %s", engine, sys.version.split()[0])
     try:
         run.layer(BRONZE, "Raw Data Ingestion", run.bronze)
         run.layer(SILVER, "Data Cleansing and Enrichment", run.silver)

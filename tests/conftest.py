@@ -15,6 +15,8 @@ from pyspark.sql import DataFrame, SparkSession
 from data_pipeline import LAYERS, DataPipelineConfig, RunRecord, create_spark_session, preflight, run_pipeline
 
 AS_OF = date(2026, 3, 4)
+# What the session of the tests runs on; `ENGINE=sail pytest` runs them on the other engine.
+ENGINE = os.environ.get("ENGINE", "spark")
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +30,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., DataPipelin
             "num_transactions": 10_000,
             "num_products": 100,
             "as_of_date": AS_OF,
+            "engine": ENGINE,
             "shuffle_partitions": 2,
             "fast_start": False,
         }

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from conftest import ENGINE
+
 import data_pipeline
 from data_pipeline import TABLES
 
@@ -25,7 +27,7 @@ def start(
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIPELINE_", "GITHUB_"))}
     return subprocess.Popen(
         [sys.executable, *program, *flags],
-        env=kept | {"HOME": str(home), "PIPELINE_FAST_START": "no"} | variables,
+        env=kept | {"HOME": str(home), "PIPELINE_FAST_START": "no", "PIPELINE_ENGINE": ENGINE} | variables,
         cwd=home,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -6,7 +6,7 @@ from decimal import Decimal
 
 import duckdb
 import pytest
-from conftest import one
+from conftest import ENGINE, one
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -49,7 +49,8 @@ def test_rows_do_not_depend_on_partitions(
     for partitions in (1, 2, 8):
         monkeypatch.setattr(DataPipelineConfig, "partitions", lambda *_, n=partitions: n)
         rows = generate(spark, config)
-        assert rows.select(F.spark_partition_id()).distinct().count() == partitions
+        if ENGINE == "spark":  # Sail deals a single partition out to its threads
+            assert rows.select(F.spark_partition_id()).distinct().count() == partitions
         found.append(sorted(map(str, rows.collect())))
     assert found[0] == found[1] == found[2]
     assert len(found[0]) > 0

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import ENGINE
 from pyspark.sql import SparkSession
 
 import data_pipeline
@@ -68,22 +70,22 @@ def test_java_has_to_fit_spark(
     monkeypatch.setenv("JAVA_HOME", fake_java(java))
     monkeypatch.delenv("PYSPARK_GATEWAY_PORT", raising=False)
     if accepted:
-        preflight(config)
+        preflight(dataclasses.replace(config, engine="spark"))
         return
     with pytest.raises(PipelineError, match=rf"Spark {spark}.*(Java|too old).*; set (JAVA|SPARK)_HOME"):
-        preflight(config)
+        preflight(dataclasses.replace(config, engine="spark"))
 
 
 def test_spark_home_without_spark(tmp_path: Path, config: DataPipelineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARK_HOME", str(tmp_path))
     with pytest.raises(PipelineError, match=rf"no Spark in {tmp_path}: .*; correct SPARK_HOME, or unset it"):
-        preflight(config)
+        preflight(dataclasses.replace(config, engine="spark"))
 
 
 def test_java_home_without_java(tmp_path: Path, config: DataPipelineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAVA_HOME", str(tmp_path))
     with pytest.raises(PipelineError, match=rf"no Java in {tmp_path}: .*; correct JAVA_HOME, or unset it"):
-        preflight(config)
+        preflight(dataclasses.replace(config, engine="spark"))
 
 
 def test_no_java_at_all(
@@ -94,7 +96,7 @@ def test_no_java_at_all(
     monkeypatch.delenv("JAVA_HOME", raising=False)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(PipelineError, match=r"no Java found: Spark 4\.3\.0 needs Java 17 or newer; install one"):
-        preflight(config)
+        preflight(dataclasses.replace(config, engine="spark"))
 
 
 def test_java_that_has_to_be_asked(fake_java: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +171,7 @@ _class_archive(config).make()
 """
 
 
+@pytest.mark.skipif(ENGINE != "spark", reason="Sail has no JVM")
 def test_archive_of_classes(tmp_path: Path) -> None:
     """The first start makes it, the second uses it, and one that is broken is no hindrance."""
 
