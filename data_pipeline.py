@@ -530,6 +530,9 @@ class ClassArchive:
         """What the JVM is started with: to use the archive, or to list the classes for one."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            for left in self.path.parent.glob("*.classes*"):  # by a run or a Java that was killed
+                if left.stat().st_mtime < time.time() - 86_400:
+                    left.unlink(missing_ok=True)
             if self.path.exists():
                 os.utime(self.path)
                 return [f"-XX:SharedArchiveFile={self.path}", "-Xlog:cds=off", "-Xlog:cds+dynamic=off"]

@@ -117,7 +117,12 @@ def vm(tmp_path_factory: pytest.TempPathFactory) -> VM:
 
 
 # What the VM's team wrote into the runner's .env file.
-SMALL = {"PIPELINE_NUM_CUSTOMERS": "200", "PIPELINE_NUM_TRANSACTIONS": "1000", "PIPELINE_NUM_PRODUCTS": "20"}
+SMALL = {
+    "PIPELINE_NUM_CUSTOMERS": "200",
+    "PIPELINE_NUM_TRANSACTIONS": "1000",
+    "PIPELINE_NUM_PRODUCTS": "20",
+    "PIPELINE_FAST_START": "no",
+}
 
 
 @pytest.fixture(scope="module")

@@ -310,9 +310,7 @@ def test_disk_that_fills_up(small_disk: Path, spark: SparkSession, monkeypatch: 
         real(run)
 
     monkeypatch.setattr(data_pipeline._Run, "silver", silver)
-    with pytest.raises(
-        PipelineError, match=r"the disk of .* is full \(No space left on device, in quarantine\.\w+\)"
-    ):
+    with pytest.raises(PipelineError, match=r"the disk of .* is full \(No space left on device, in quarantine\.\w+\)"):
         run_pipeline(config, spark)
     store = Store(config.root)
     assert store.published() == first

@@ -189,7 +189,11 @@ def test_archive_of_classes(tmp_path: Path) -> None:
         return done.stdout.strip() == "True"
 
     cache = tmp_path / ".cache/data_pipeline"
+    cache.mkdir(parents=True)
+    (left := cache / "x.1.classes.jsa").touch()
+    os.utime(left, (0, 0))
     assert not start()
+    assert not left.exists(), "what a killed Java left behind"
     deadline = time.monotonic() + 240
     while not (archives := list(cache.glob("*[0-9a-f].jsa"))) or len(list(cache.iterdir())) > 1:
         assert time.monotonic() < deadline, list(cache.iterdir())
