@@ -1151,7 +1151,7 @@ def mark(received: DataFrame, table: Table, odd: OddKeys, config: DataPipelineCo
     `_<foreign key>_unknown`, for those of which some are, whether that one is (null where it is not).
     """
     rows = received.withColumns({"_repeated": F.lit(False), "_key_hash": F.xxhash64(*table.key)})
-    if odd.repeated:
+    if odd.repeated is not None:
         hashes = odd.repeated.select("_key_hash", F.lit(True).alias("_found"))
         rows = rows.join(hashes, "_key_hash", how="left").withColumn("_repeated", F.col("_found").isNotNull())
     for key, values in odd.unknown.items():
@@ -1931,7 +1931,7 @@ class _Run:
         """Does work on several tables at once: Spark plans one while it runs another, and small ones are all plan."""
         failed = ""
         try:
-            with concurrent.futures.ThreadPoolExecutor(max_workers=2 * (os.cpu_count() or 1)) as pool:
+            with concurrent.futures.ThreadPoolExecutor(2 * (os.cpu_count() or 1), initializer=self.tag) as pool:
                 futures = {pool.submit(task): name for name, task in work.items()}
                 try:
                     for future in concurrent.futures.as_completed(futures):
@@ -1954,6 +1954,13 @@ class _Run:
             )
             setattr(self.record, name, {key: found[key] for key in order})
 
+    def tag(self) -> None:
+        """Marks the jobs of this thread as those of this run: a session that was handed in may have others."""
+        from pyspark.sql.utils import is_remote
+
+        if not is_remote():
+            self.spark.sparkContext.addJobTag(self.record.run_id)
+
     def cancel(self) -> None:
         """Ends the work of the other threads: nobody needs it any more."""
         from pyspark.sql.utils import is_remote
@@ -1961,7 +1968,7 @@ class _Run:
         if is_remote():
             self.spark.interruptAll()
         else:
-            self.spark.sparkContext.cancelAllJobs()
+            self.spark.sparkContext.cancelJobsWithTag(self.record.run_id)
 
     def bronze(self) -> None:
         """Writes the tables as received; on the way, counts which rows break which rule, and profiles each column."""
@@ -2013,7 +2020,7 @@ class _Run:
     def survey(
         self, received: Mapping[str, DataFrame], keep: Callable[[DataFrame], DataFrame]
     ) -> Mapping[str, OddKeys]:
-        """Finds the odd keys of all tables, in one job; what there is none of costs no join later."""
+        """Finds the odd keys of all tables; what there is none of costs no join later."""
         self.record.at = "survey of keys"
         odd = {}
         for table in tables(BRONZE):
@@ -2026,7 +2033,7 @@ class _Run:
             (name, kind): keep(rows)
             for name, keys in odd.items()
             for kind, rows in (("repeated", keys.repeated), *keys.unknown.items())
-            if rows
+            if rows is not None
         }
         counted: dict[tuple[str, str], tuple[int, int]] = {}
 
@@ -2063,16 +2070,16 @@ class _Run:
                 **{part: F.count_if(F.expr(f"NOT _refused AND NOT _repeated AND {parts[part]}")) for part in parts},
                 **{unknown_name(key): F.count_if(f"_{key}_unknown") for key in odd.unknown},
             },
-            lambda rows: quarantined(rows, table, odd, self.config),
+            functools.partial(quarantined, table=table, odd=odd, config=self.config),
         )
         kept, copies = {part: counts[part] for part in parts}, counts["kept"]
-        if odd.repeated:
+        if odd.repeated is not None:
             again = keep(latest(rows.where("_repeated").drop("_repeated"), table))
             more = [F.count_if(F.expr(condition)) for condition in parts.values()]
             [[more_copies, *more]] = again.agg(F.coalesce(F.sum("_copies"), F.lit(0)), *more).collect()
             copies += more_copies
-            kept = {part: kept[part] + rows for part, rows in zip(parts, more, strict=True)}
-        self.inputs[table.name] = once.unionByName(again.drop("_copies")) if again else once
+            kept = {part: kept[part] + count for part, count in zip(parts, more, strict=True)}
+        self.inputs[table.name] = once if again is None else once.unionByName(again.drop("_copies"))
         self.expected |= {f"{SILVER}.{part}": kept[part] for part in parts}
         self.record.quality[table.name] = quality = Quality(
             received=self.record.rows[f"{BRONZE}.{table.name}"],
