@@ -511,7 +511,7 @@ class ClassArchive:
 
     @classmethod
     def of(cls, java_home: Path, spark_home: Path) -> ClassArchive | None:
-        """The archive of these two; None where Java is too old, or another process must be expected to own Spark."""
+        """The archive of these two; None where Java is too old."""
         version = _java_version(java_home)
         if int(version.partition(".")[0]) < 17:
             return None
@@ -1134,14 +1134,19 @@ def errors(table: Table, unknown: Iterable[str] = ()) -> list[Rule]:
     return [rule for rule in (*table.rules, *map(unknown_key, unknown)) if rule.severity != WARN]
 
 
-def unknown_name(key: str) -> str:
-    """The name of the rule on a foreign key."""
-    return f"{key}_unknown"
-
-
 def unknown_key(key: str) -> Rule:
-    """The rule on a foreign key, over the column that `mark` adds."""
-    return Rule(unknown_name(key), key, f"_{key}_unknown")
+    """The rule on a foreign key; it fails where the column of that name is true, which `mark` adds."""
+    return Rule(f"{key}_unknown", key, f"_{key}_unknown")
+
+
+def is_refused(table: Table, config: DataPipelineConfig, unknown: Iterable[str] = ()) -> Column:
+    """Whether a rule refuses the row; never null."""
+    return _any(rule.failed(config) for rule in errors(table, unknown))
+
+
+def count_failing(rules: Iterable[Rule], config: DataPipelineConfig) -> dict[str, Column]:
+    """The rows that break each rule, by its name."""
+    return {rule.name: F.count_if(rule.failed(config)) for rule in rules}
 
 
 def mark(received: DataFrame, table: Table, odd: OddKeys, config: DataPipelineConfig) -> DataFrame:
@@ -1155,26 +1160,31 @@ def mark(received: DataFrame, table: Table, odd: OddKeys, config: DataPipelineCo
         hashes = odd.repeated.select("_key_hash", F.lit(True).alias("_found"))
         rows = rows.join(hashes, "_key_hash", how="left").withColumn("_repeated", F.col("_found").isNotNull())
     for key, values in odd.unknown.items():
-        rows = rows.join(values.select(key, F.lit(True).alias(f"_{key}_unknown")), key, how="left")
-    refused = _any(rule.failed(config) for rule in errors(table, odd.unknown))
-    unknown = [f"_{key}_unknown" for key in odd.unknown]
-    return rows.select(*received.columns, *unknown, "_repeated", refused.alias("_refused"))
+        rows = rows.join(values.select(key, F.lit(True).alias(unknown_key(key).fails)), key, how="left")
+    unknown = [unknown_key(key).fails for key in odd.unknown]
+    refused = is_refused(table, config, odd.unknown).alias("_refused")
+    return rows.select(*received.columns, *unknown, "_repeated", refused)
+
+
+def _received(marked: DataFrame, table: Table) -> list[str]:
+    """The columns that were received, without the marks."""
+    present = marked.columns
+    return [name for name, _ in table.columns if name in present]
 
 
 def quarantined(marked: DataFrame, table: Table, odd: OddKeys, config: DataPipelineConfig) -> DataFrame:
     """The rows that are refused, whole, with `_reasons`: the names of the rules that refuse them."""
     reasons = (F.when(rule.failed(config), rule.name) for rule in errors(table, odd.unknown))
-    received = [name for name, _ in table.columns if name in marked.columns]
-    return marked.where("_refused").select(*received, F.array_compact(F.array(*reasons)).alias("_reasons"))
+    return marked.where("_refused").select(
+        *_received(marked, table), F.array_compact(F.array(*reasons)).alias("_reasons")
+    )
 
 
 def valid(marked: DataFrame, table: Table, config: DataPipelineConfig) -> DataFrame:
     """The rows that no rule refuses, without the values that a rule clears; and `_repeated`."""
     cleared = {rule.column: F.when(~rule.failed(config), F.col(rule.column)) for rule in table.rules if rule.clears}
-    received = [name for name, _ in table.columns if name in marked.columns]
-    return marked.where("NOT _refused").select(
-        *(cleared.get(name, F.col(name)).alias(name) for name in received), "_repeated"
-    )
+    columns = (cleared.get(name, F.col(name)).alias(name) for name in _received(marked, table))
+    return marked.where("NOT _refused").select(*columns, "_repeated")
 
 
 def latest(records: DataFrame, table: Table) -> DataFrame:
@@ -1974,7 +1984,7 @@ class _Run:
         """Writes the tables as received; on the way, counts which rows break which rule, and profiles each column."""
 
         def receive(table: Table) -> None:
-            rules = {rule.name: F.count_if(rule.failed(self.config)) for rule in table.rules}
+            rules = count_failing(table.rules, self.config)
             columns = {name: kind for name, kind in table.columns if not name.startswith("_")}
             counts = self.save(BRONZE, table, self.build(table), {**rules, **profile_metrics(columns)})
             self.failed[table.name] = {name: counts[name] for name in rules}
@@ -2026,8 +2036,7 @@ class _Run:
         for table in tables(BRONZE):
             parents = {}
             for key, parent in table.references.items():
-                refused = _any(rule.failed(self.config) for rule in errors(BY_NAME[parent]))
-                parents[key] = received[parent].where(~refused).select(key)
+                parents[key] = received[parent].where(~is_refused(BY_NAME[parent], self.config)).select(key)
             odd[table.name] = odd_keys(received[table.name], table, parents)
         found = {
             (name, kind): keep(rows)
@@ -2068,7 +2077,7 @@ class _Run:
             {
                 "rows": F.count_if("_refused"),
                 **{part: F.count_if(F.expr(f"NOT _refused AND NOT _repeated AND {parts[part]}")) for part in parts},
-                **{unknown_name(key): F.count_if(f"_{key}_unknown") for key in odd.unknown},
+                **count_failing(map(unknown_key, odd.unknown), self.config),
             },
             functools.partial(quarantined, table=table, odd=odd, config=self.config),
         )
@@ -2087,7 +2096,7 @@ class _Run:
             quarantined=counts["rows"],
             duplicates=copies - kept["kept"],
             failed=self.failed[table.name]
-            | {rule: counts.get(rule, 0) for rule in map(unknown_name, table.references)},
+            | {rule.name: counts.get(rule.name, 0) for rule in map(unknown_key, table.references)},
         )
         for line in describe_profile(table.name, self.record.profile[table.name]):
             logger.info("%s", line)
