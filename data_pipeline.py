@@ -59,6 +59,7 @@ import threading
 import time
 import traceback
 import urllib.parse
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta, timezone
@@ -544,21 +545,45 @@ class ClassArchive:
 
     def make(self) -> None:
         """Makes the archive where there is none, in the background and after this process has ended."""
-        script = """
-            while kill -0 "$1"; do sleep 0.5; done; sleep 3
-            "$2" -Xshare:dump -Xlog:disable -XX:SharedClassListFile="$3" -XX:SharedArchiveFile="$3.jsa" -cp "$4" &&
-                mv "$3.jsa" "$5"
-            rm -f "$3" "$3.jsa"
-            find "${5%/*}" -type f -mtime +30 -delete"""
-        values = (os.getpid(), self.java, self.classes, self.jars, self.path)
         if self.classes.exists() and not self.path.exists():
+            home, module = os.path.split(os.path.abspath(__file__))
+            imports = f"from pathlib import *; from {module.removesuffix('.py')} import ClassArchive"
             subprocess.Popen(
-                ["nice", "-n", "19", "sh", "-c", script, "sh", *map(str, values)],
+                ["nice", "-n", "19", sys.executable, "-c", f"{imports}; {self}.dump({self.classes!r}, {os.getpid()})"],
+                cwd=home,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )
+
+    def dump(self, classes: Path, process: int) -> None:
+        """Makes the archive from a list of classes once the process that loaded them has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            while True:
+                os.kill(process, 0)
+                time.sleep(0.5)
+        time.sleep(3)  # Java ends, and writes its list, after Python
+        versioned = set()
+        for jar in Path(self.jars.partition(":")[2]).parent.glob("*.jar"):
+            with zipfile.ZipFile(jar) as entries:
+                versioned |= {
+                    name.split("/", 3)[3].removesuffix(".class")
+                    for name in entries.namelist()
+                    if name.startswith("META-INF/versions/") and name.endswith(".class")
+                }
+        # Of these two kinds Java does not find the original later, and crashes, when a flight recorder asks for it.
+        lines = classes.read_text().splitlines(keepends=True)
+        classes.write_text("".join(n for n in lines if n.split()[0] not in versioned and "[SPECIES_RESOLVE]" not in n))
+        made = classes.with_suffix(".classes.jsa")
+        options = (f"-XX:SharedClassListFile={classes}", f"-XX:SharedArchiveFile={made}", "-cp", self.jars)
+        if not subprocess.run([self.java, "-Xshare:dump", "-Xlog:disable", *options], check=False).returncode:
+            made.replace(self.path)
+        for left in (classes, made):
+            left.unlink(missing_ok=True)
+        for archive in self.path.parent.iterdir():
+            if archive.stat().st_mtime < time.time() - 30 * 86_400:
+                archive.unlink()
 
 
 def _starts_jvm() -> bool:
@@ -668,7 +693,8 @@ def _spark_settings(config: DataPipelineConfig) -> Mapping[str, str]:
     """What the tables depend on, or their speed; all of it can be set on a running session."""
     rows = config.num_customers + config.num_transactions
     return {
-        "spark.sql.adaptive.enabled": "true",
+        # To plan again what has one partition is all cost.
+        "spark.sql.adaptive.enabled": str(not _is_small(config)).lower(),
         "spark.sql.session.timeZone": "UTC",
         # A larger method Java only interprets; above the limit Spark makes several of it.
         "spark.sql.codegen.hugeMethodLimit": "8000",
@@ -733,6 +759,28 @@ def _start_sail(config: DataPipelineConfig) -> Any:
     return server
 
 
+class _Remembered:
+    """A Java package or class whose members are looked up once: Py4J would ask for them at each use.
+
+    Spark's functions are found only after some packages have been searched for them, in each of Spark's jars.
+    """
+
+    def __init__(self, java: Any) -> None:
+        self._java = java
+
+    def __getattr__(self, name: str) -> Any:
+        member = getattr(self._java, name)
+        found = _Remembered(member) if type(member).__name__ == "JavaPackage" else member
+        setattr(self, name, found)
+        return found
+
+    @classmethod
+    def in_jvm(cls, jvm: Any) -> None:
+        """Remembers what pyspark asks a JVM for again and again, by the names that its versions have for it."""
+        for name in ("functions", "org.apache.spark.sql.functions", "PythonUtils", "py4j"):
+            setattr(jvm, name, cls(getattr(jvm, name)))
+
+
 def create_spark_session(config: DataPipelineConfig, spark_log: str = os.devnull) -> SparkSession:
     """Starts the engine; Spark's own log goes to the file `spark_log` unless the log level is DEBUG.
 
@@ -771,6 +819,7 @@ def create_spark_session(config: DataPipelineConfig, spark_log: str = os.devnull
             builder = builder.config("spark.ui.enabled", "false")
         with contextlib.nullcontext() if debug else _standard_error_to(spark_log), _jvm_options(config):
             spark = builder.getOrCreate()
+        _Remembered.in_jvm(spark.sparkContext._jvm)
     # Spark's own handler calls the JVM in the midst of whatever call was interrupted, and so fails now and then;
     # Sail's ends the server, which has to see to the end of the run.
     if threading.current_thread() is threading.main_thread():
@@ -875,7 +924,8 @@ def _is(defect: str) -> Column:
 
 def _records(spark: SparkSession, rows: int, config: DataPipelineConfig) -> DataFrame:
     """One row per record to generate, numbered by `id` from 1."""
-    return spark.range(1, rows + 1, 1, config.partitions(rows))
+    # Not by `spark.range`, whose rows are typed, which takes Java a third of a second to prepare for.
+    return spark.sql(f"SELECT id FROM range(1, {rows + 1}, 1, {config.partitions(rows)})")  # noqa: S608 - whole numbers
 
 
 def _padded(prefix: str, number: Column, digits: int, largest: int) -> Column:
@@ -1526,7 +1576,10 @@ TABLES: tuple[Table, ...] = (
     Table(GOLD, "product_analytics", ("category", "supplier"), product_analytics, order=("category", "supplier")),
 )
 
-BY_NAME: Mapping[str, Table] = {table.name: table for table in TABLES}
+
+def tables(layer: str) -> list[Table]:
+    """The tables of a layer, in the order in which they are built."""
+    return [table for table in TABLES if table.layer == layer]
 
 
 # ── Publish ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1866,6 +1919,15 @@ class RunRecord:
     missed: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     error: dict[str, str] | None = None
 
+    def sort(self) -> None:
+        """Puts the tables in the order in which they are declared, instead of that in which they were finished."""
+        names = [name for layer, table in SNAPSHOT_TABLES for name in (f"{layer}.{table.name}", table.name)]
+        parts: tuple[dict[str, Any], ...] = (self.rows, self.bytes, self.quality, self.profile, self.highlights)
+        for found in parts:
+            ordered = {name: found[name] for name in names if name in found}
+            found.clear()
+            found.update(ordered)
+
     def summary(self) -> Iterator[str]:
         """The lines that close the log."""
         received = sum(quality.received for quality in self.quality.values())
@@ -1937,8 +1999,11 @@ class _Run:
         work()
         self.record.seconds[layer] = time.perf_counter() - started
 
-    def together(self, work: Mapping[str, Callable[[], Any]]) -> None:
-        """Does work on several tables at once: Spark plans one while it runs another, and small ones are all plan."""
+    def together(self, work: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+        """Does work on several tables at once: Spark plans one while it runs another, and small ones are all plan.
+
+        Returns the results by the names of the work.
+        """
         failed = ""
         try:
             with concurrent.futures.ThreadPoolExecutor(2 * (os.cpu_count() or 1), initializer=self.tag) as pool:
@@ -1951,18 +2016,11 @@ class _Run:
                     pool.shutdown(wait=False, cancel_futures=True)
                     self.cancel()
                     raise
+                return {name: future.result() for future, name in futures.items()}
         except Exception:
             # Only now that no other thread says what it is at.
             self.record.at = failed
             raise
-        # As they are declared, and not as they were finished.
-        rank = {f"{layer}.{table.name}": place for place, (layer, table) in enumerate(SNAPSHOT_TABLES)}
-        for name in ("rows", "bytes", "quality", "highlights"):
-            found = getattr(self.record, name)
-            order = sorted(
-                found, key=lambda key: next(rank[n] for n in (key, f"{BRONZE}.{key}", f"{GOLD}.{key}") if n in rank)
-            )
-            setattr(self.record, name, {key: found[key] for key in order})
 
     def tag(self) -> None:
         """Marks the jobs of this thread as those of this run: a session that was handed in may have others."""
@@ -2008,10 +2066,10 @@ class _Run:
             odd = self.survey(received, keep)
             self.together(
                 {
-                    f"{QUARANTINE}.{name}": functools.partial(
-                        self.divide, BY_NAME[name], received[name], odd[name], keep
+                    f"{QUARANTINE}.{table.name}": functools.partial(
+                        self.divide, table, received[table.name], odd[table.name], keep
                     )
-                    for name in received
+                    for table in tables(BRONZE)
                 }
             )
             self.gate()
@@ -2032,11 +2090,10 @@ class _Run:
     ) -> Mapping[str, OddKeys]:
         """Finds the odd keys of all tables; what there is none of costs no join later."""
         self.record.at = "survey of keys"
+        sound = {table.name: received[table.name].where(~is_refused(table, self.config)) for table in tables(BRONZE)}
         odd = {}
         for table in tables(BRONZE):
-            parents = {}
-            for key, parent in table.references.items():
-                parents[key] = received[parent].where(~is_refused(BY_NAME[parent], self.config)).select(key)
+            parents = {key: sound[parent].select(key) for key, parent in table.references.items()}
             odd[table.name] = odd_keys(received[table.name], table, parents)
         found = {
             (name, kind): keep(rows)
@@ -2044,57 +2101,55 @@ class _Run:
             for kind, rows in (("repeated", keys.repeated), *keys.unknown.items())
             if rows is not None
         }
-        counted: dict[tuple[str, str], tuple[int, int]] = {}
 
-        def count(name: str, kind: str) -> None:
+        def count(name: str, kind: str) -> tuple[int, int]:
             extra = F.sum(F.col("count") - 1) if kind == "repeated" else F.lit(None)
             [[keys, more]] = found[name, kind].agg(F.count(F.lit(1)), extra).collect()
-            if keys:
-                counted[name, kind] = keys, more
+            return keys, more or 0
 
-        self.together({f"{BRONZE}.{name}.{kind}": functools.partial(count, name, kind) for name, kind in found})
+        counts = self.together(
+            {f"{BRONZE}.{name}.{kind}": functools.partial(count, name, kind) for name, kind in found}
+        )
+        odd = {}
         for table in tables(BRONZE):
-            _, more = counted.get((table.name, "repeated"), (0, 0))
+            keys, more = counts[f"{BRONZE}.{table.name}.repeated"]
             self.record.profile[table.name][table.key[0]]["duplicates"] = more
-        return {
-            name: OddKeys(
-                found[name, "repeated"] if (name, "repeated") in counted else None,
-                {key: found[name, key] for key in keys.unknown if (name, key) in counted},
+            some = [key for key in table.references if counts[f"{BRONZE}.{table.name}.{key}"][0]]
+            odd[table.name] = OddKeys(
+                found[table.name, "repeated"] if keys else None, {key: found[table.name, key] for key in some}
             )
-            for name, keys in odd.items()
-        }
+        return odd
 
     def divide(self, table: Table, received: DataFrame, odd: OddKeys, keep: Callable[[DataFrame], DataFrame]) -> None:
         """Writes the refused rows of a bronze table, makes the valid ones an input of silver, and accounts for both."""
         marked = mark(received, table, odd, self.config)
         rows = valid(marked, table, self.config)
-        once, again = rows.where("NOT _repeated").drop("_repeated"), None
+        self.inputs[table.name] = rows.where("NOT _repeated").drop("_repeated")
         parts = {"kept": "true"} | {made.name: made.of[1] for made in tables(SILVER) if made.of[0] == table.name}
-        counts = self.save(
-            QUARANTINE,
-            table,
-            marked,
-            {
-                "rows": F.count_if("_refused"),
-                **{part: F.count_if(F.expr(f"NOT _refused AND NOT _repeated AND {parts[part]}")) for part in parts},
-                **count_failing(map(unknown_key, odd.unknown), self.config),
-            },
-            functools.partial(quarantined, table=table, odd=odd, config=self.config),
-        )
-        kept, copies = {part: counts[part] for part in parts}, counts["kept"]
+        metrics = {
+            "rows": F.count_if("_refused"),
+            **{part: F.count_if(F.expr(f"NOT _refused AND NOT _repeated AND {parts[part]}")) for part in parts},
+            **count_failing(map(unknown_key, odd.unknown), self.config),
+        }
+        refused = functools.partial(quarantined, table=table, odd=odd, config=self.config)
+        work: dict[str, Callable[[], Any]] = {
+            "counts": functools.partial(self.save, QUARANTINE, table, marked, metrics, refused)
+        }
         if odd.repeated is not None:
             again = keep(latest(rows.where("_repeated").drop("_repeated"), table))
-            more = [F.count_if(F.expr(condition)) for condition in parts.values()]
-            [[more_copies, *more]] = again.agg(F.coalesce(F.sum("_copies"), F.lit(0)), *more).collect()
-            copies += more_copies
-            kept = {part: kept[part] + count for part, count in zip(parts, more, strict=True)}
-        self.inputs[table.name] = once if again is None else once.unionByName(again.drop("_copies"))
+            self.inputs[table.name] = self.inputs[table.name].unionByName(again.drop("_copies"))
+            copies = F.coalesce(F.sum("_copies"), F.lit(0)).alias("copies")
+            some = (F.count_if(F.expr(condition)).alias(part) for part, condition in parts.items())
+            work["more"] = again.agg(copies, *some).first
+        done = self.together(work)
+        counts, more = done["counts"], done.get("more", dict.fromkeys(("copies", *parts), 0))
+        kept = {part: counts[part] + more[part] for part in parts}
         self.expected |= {f"{SILVER}.{part}": kept[part] for part in parts}
         self.record.quality[table.name] = quality = Quality(
             received=self.record.rows[f"{BRONZE}.{table.name}"],
             kept=kept["kept"],
             quarantined=counts["rows"],
-            duplicates=copies - kept["kept"],
+            duplicates=counts["kept"] + more["copies"] - kept["kept"],
             failed=self.failed[table.name]
             | {rule.name: counts.get(rule.name, 0) for rule in map(unknown_key, table.references)},
         )
@@ -2164,18 +2219,20 @@ class _Run:
             # Reads every value: a count alone reads no more than the footers of the files.
             values = F.max(F.xxhash64(*(column for column, _ in table.columns)))
             revenue = (F.sum(table.revenue) if table.revenue else F.lit(None)).cast("decimal(28,2)")
-            [[there, revenue, _]] = rows.agg(F.count(F.lit(1)), revenue, values).collect()
+            # Keys are counted by their hashes, and only where these are fewer than the rows by themselves.
+            hashes = F.lit(None) if table.layer == BRONZE else F.count_distinct(F.xxhash64(*table.key))
+            [[there, revenue, hashes, _]] = rows.agg(F.count(F.lit(1)), revenue, hashes, values).collect()
             if there != self.record.rows[name]:
                 wrong.append(f"{name}: {self.record.rows[name]:,} rows were written, {there:,} are there")
             elif there != (expected := self.expected.get(name, there)):
                 wrong.append(f"{name}: {there:,} rows, but bronze holds {expected:,} for it")
-            elif table.layer != BRONZE and (repeated := there - _distinct(rows, table.key, there)):
-                wrong.append(f"{name}: {repeated:,} repeated keys")
+            elif hashes not in (None, there) and (keys := rows.select(*table.key).distinct().count()) != there:
+                wrong.append(f"{name}: {there - keys:,} repeated keys")
             if table.revenue:
                 found[name] = revenue or Decimal(0)
             if table.layer == GOLD:
-                first = rows.orderBy(*map(_sort_order, table.order)).limit(HIGHLIGHTS)
-                self.record.highlights[table.name] = [row.asDict() for row in first.collect()]
+                # They lie in the order of their readers.
+                self.record.highlights[table.name] = [row.asDict() for row in rows.head(HIGHLIGHTS)]
 
         try:
             self.together(
@@ -2265,17 +2322,6 @@ class _Run:
         return path.removeprefix("file://") if self.config.engine == "sail" else path
 
 
-def tables(layer: str) -> list[Table]:
-    """The tables of a layer, in the order in which they are built."""
-    return [table for table in TABLES if table.layer == layer]
-
-
-def _distinct(rows: DataFrame, key: Sequence[str], expected: int) -> int:
-    """How many keys there are: by their hashes, and only where these are not as many as expected by themselves."""
-    hashes = rows.select(F.xxhash64(*key)).distinct().count()
-    return hashes if hashes == expected else rows.select(*key).distinct().count()
-
-
 def _sort_order(by: str) -> Column:
     return F.expr(by[1:]).desc() if by.startswith("-") else F.expr(by).asc()
 
@@ -2317,6 +2363,7 @@ def _recorded(record: RunRecord, store: Store) -> Iterator[None]:
     finally:
         record.finished_at = _now().isoformat(timespec="seconds")
         record.seconds["total"] = time.perf_counter() - started
+        record.sort()
         # A full disk must not hide what filled it.
         with contextlib.suppress(OSError):
             store.save_record(record.run_id, dataclasses.asdict(record))

@@ -10,11 +10,11 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from data_pipeline import (
-    BY_NAME,
     ERROR,
     GATE,
     RULES,
     SCHEMAS,
+    TABLES,
     WARN,
     DataPipelineConfig,
     OddKeys,
@@ -29,6 +29,7 @@ from data_pipeline import (
 
 Frame = Callable[..., DataFrame]
 
+BY_NAME = {table.name: table for table in TABLES}
 BRONZE = [table.name for table in tables("bronze")]
 GOOD: dict[str, dict[str, Any]] = {
     "customers": {
