@@ -422,9 +422,9 @@ class DataPipelineConfig:
         return self.as_of_date - timedelta(days=self.history_days - 1)
 
     def partitions(self, rows: int, rows_each: int = 2 * MILLION) -> int:
-        """How many partitions suit so many rows: one while they are few, then every core, then `rows_each`."""
+        """How many partitions suit so many rows: one while they are few, then as many as keep every core busy."""
         cores = 1 if rows < 250_000 else os.cpu_count() or 1
-        return max(1, cores, math.ceil(rows / rows_each))
+        return cores * max(1, math.ceil(rows / cores / rows_each))
 
     def validate(self) -> None:
         """Checks the values against each other.
@@ -516,7 +516,8 @@ class ClassArchive:
         version = _java_version(java_home)
         if int(version.partition(".")[0]) < 17:
             return None
-        parts = (java_home, spark_home, version, (spark_home / "jars").stat().st_mtime_ns)
+        # The 2 is to be raised when archives are made in another way.
+        parts = (2, java_home, spark_home, version, (spark_home / "jars").stat().st_mtime_ns)
         key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "data_pipeline")
         # As spark-class names them: Java compares the paths.
