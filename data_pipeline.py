@@ -53,6 +53,7 @@ import shlex
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import tempfile
 import threading
@@ -65,7 +66,7 @@ from dataclasses import dataclass
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeAlias
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
@@ -84,6 +85,7 @@ else:
     F = _ImportedAtFirstUse("pyspark.sql.functions")
 
 logger = logging.getLogger("data_pipeline")
+PROGRESS = logging.INFO - 1  # what only a terminal shows
 
 
 # ── Constants, table schemas, vocabularies ───────────────────────────────────────────────────────────────────────
@@ -189,6 +191,8 @@ DEFECTS: Mapping[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 MILLION = 1_000_000
+HISTORY = 30  # runs that the report and the search for anomalies look back on
+HIGHLIGHTS = 10  # rows of each gold table, and of each ranking, that the run record holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,9 +260,10 @@ def _today() -> date:
 
 
 def _option(default: Any, help: str, **limits: Any) -> Any:
-    """A field with its line of documentation; `limits` are `min`, `max` and `choices`."""
+    """A field with its line of documentation; `limits` are `min`, `max`, `choices`, and `secret`: never to be shown."""
     kind = "default_factory" if callable(default) else "default"
-    return dataclasses.field(**{kind: default}, metadata={"help": help, **limits})
+    metadata = {"help": help, **limits}
+    return dataclasses.field(**{kind: default}, repr="secret" not in limits, metadata=metadata)
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
@@ -296,6 +301,15 @@ def _text(value: Any) -> str:
     return text.strip()
 
 
+Url: TypeAlias = str
+
+
+def _url(value: Any) -> Url:
+    if not re.match(r"https?://[^/]", value):
+        raise ValueError
+    return _text(value)
+
+
 # What pyspark's client for Spark Connect, the protocol of Sail and of Spark servers, needs besides pyspark.
 CONNECT = ("grpc_status", "pandas", "pyarrow")
 # What computes the tables, and the modules that it needs besides pyspark.
@@ -312,6 +326,7 @@ READERS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "date": (_calendar_date, "a date such as 2026-01-31"),
     "bool": (_yes_or_no, "true or false"),
     "str": (_text, "a text"),
+    "Url": (_url, "a URL that begins with https:// or http://"),
 }
 
 
@@ -355,6 +370,16 @@ class DataPipelineConfig:
     fast_start: bool = _option(
         True, "start Spark from an archive of its classes, in ~/.cache, which the first run makes in the background"
     )
+    alert_webhook: Url | None = _option(
+        None,
+        'URL that is sent {"text": …} when a run fails, is refused, recovers or looks odd (Slack, Mattermost)',
+        secret=True,
+    )
+    anomaly_factor: float = _option(
+        3.0,
+        "warn when a table's rows or quarantine rate are further than this factor from the median of the last runs",
+        min=1.0,
+    )
     log_level: str = _option(
         "INFO", "what to log; DEBUG adds Spark's own log", choices=("DEBUG", "INFO", "WARNING", "ERROR")
     )
@@ -391,8 +416,14 @@ class DataPipelineConfig:
                 expected += f" from {limits['min']}" + (f" to {limits['max']}" if "max" in limits else " up")
                 raise ValueError
         except (ValueError, TypeError, LookupError, ArithmeticError):
-            raise ConfigurationError(f"{field.name} must be {expected}, not {value!r}") from None
+            shown = "" if "secret" in limits else f", not {value!r}"
+            raise ConfigurationError(f"{field.name} must be {expected}{shown}") from None
         return result
+
+    def shown(self) -> dict[str, Any]:
+        """The values by field; of a secret one no more than that it is set."""
+        secret = [field.name for field in dataclasses.fields(self) if "secret" in field.metadata]
+        return {name: "***" if name in secret and value else value for name, value in dataclasses.asdict(self).items()}
 
     @property
     def root(self) -> str:
@@ -654,7 +685,9 @@ def preflight(config: DataPipelineConfig, starts_spark: bool = True) -> None:
         PipelineError: Java, Spark or the data folder will not do; the message says what to do.
     """
     config.validate()
-    needed = dict.fromkeys(("faker", "findspark") if os.environ.get("SPARK_HOME") else ("faker",), "requirements.txt")
+    needed = dict.fromkeys(("faker", "jinja2", "prometheus_client"), "requirements.txt")
+    if os.environ.get("SPARK_HOME"):
+        needed["findspark"] = "requirements.txt"
     remote = starts_spark and config.engine == "spark" and "SPARK_REMOTE" in os.environ
     needed |= dict.fromkeys(CONNECT if remote else ENGINES[config.engine], "requirements-sail.txt")
     for module, requirements in needed.items():
@@ -1283,6 +1316,10 @@ def share(column: str) -> Column:
     return F.expr(f"CAST({column} AS DOUBLE) / CAST(sum({column}) OVER () AS DOUBLE)")
 
 
+def _sort_order(by: str) -> Column:
+    return F.expr(by[1:]).desc() if by.startswith("-") else F.expr(by).asc()
+
+
 def products_active(products: DataFrame) -> DataFrame:
     """One row per active product in stock. `inventory_value` is price × stock in dollars."""
     return (
@@ -1476,6 +1513,60 @@ def product_analytics(products_active: DataFrame) -> DataFrame:
     )
 
 
+def revenue_by_week(transactions_clean: DataFrame) -> DataFrame:
+    """One row per week of the history with orders, by its Monday; revenue in dollars."""
+    monday = F.date_sub("transaction_date", F.col("day_of_week") - 1)
+    return (
+        transactions_clean.groupBy(monday.alias("week"))
+        .agg(F.count(F.lit(1)).alias("orders"), money(F.sum("amount")).alias("revenue"))
+        .orderBy("week")
+    )
+
+
+def _customers_by(customer_analytics: DataFrame, column: str, *order: str) -> DataFrame:
+    return (
+        customer_analytics.groupBy(column)
+        .agg(F.sum("customer_count").alias("customers"), money(F.sum("segment_revenue")).alias("revenue"))
+        .orderBy(*map(_sort_order, order))
+    )
+
+
+def customers_by_segment(customer_analytics: DataFrame) -> DataFrame:
+    """One row per segment, the one that spends most first; revenue in dollars."""
+    return _customers_by(customer_analytics, "customer_segment", f"-{SEGMENT_RANK}")
+
+
+def customers_by_city(customer_analytics: DataFrame) -> DataFrame:
+    """The cities that lead by revenue, in dollars."""
+    return _customers_by(customer_analytics, "city", "-revenue", "city").limit(HIGHLIGHTS)
+
+
+def _stock_by(product_analytics: DataFrame, column: str) -> DataFrame:
+    return (
+        product_analytics.groupBy(column)
+        .agg(
+            F.sum("product_count").alias("products"),
+            F.sum("total_stock").alias("stock"),
+            money(F.sum("inventory_value")).alias("value"),
+        )
+        .orderBy(*map(_sort_order, ("-value", column)))
+    )
+
+
+def stock_by_category(product_analytics: DataFrame) -> DataFrame:
+    """One row per category, over active products in stock; value in dollars."""
+    return _stock_by(product_analytics, "category").limit(HIGHLIGHTS)
+
+
+def stock_by_supplier(product_analytics: DataFrame) -> DataFrame:
+    """The suppliers that lead by the value of the stock, in dollars."""
+    return _stock_by(product_analytics, "supplier").limit(HIGHLIGHTS)
+
+
+# What a person is shown of a run besides the first rows of gold: a few rows each, whatever the size of the data.
+SUMMARIES = (revenue_by_week, customers_by_segment, customers_by_city, stock_by_category, stock_by_supplier)
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
     """A table of the data contract. `build` takes the tables that its parameters name."""
@@ -1586,6 +1677,7 @@ def tables(layer: str) -> list[Table]:
 # ── Publish ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 LAYERS = (BRONZE, SILVER, GOLD, QUARANTINE)
+RESULTS = ("succeeded", "refused", "failed", "interrupted", "killed")  # of a run that has ended
 # What a snapshot holds: the tables, and those of bronze a second time, with the rows that were refused.
 SNAPSHOT_TABLES = tuple(
     (layer, table) for table in TABLES for layer in ((BRONZE, QUARANTINE) if table.layer == BRONZE else (table.layer,))
@@ -1594,7 +1686,6 @@ SNAPSHOT_TABLES = tuple(
 AUDITED, REFUSED = "_AUDITED", "_REFUSED"
 RUN_ID = re.compile(r"(\d{8}T\d{6}Z)-[0-9a-f]{4}")
 RUN_TIME = "%Y%m%dT%H%M%SZ"
-HIGHLIGHTS = 10  # rows of each gold table that the run record holds
 
 
 class BusyError(PipelineError):
@@ -1788,28 +1879,35 @@ class Store:
         """Writes a run record whole or not at all."""
         if not self.is_local:
             return
-        path = self.path("runs", f"{run_id}.json")
+        self.save_text(f"runs/{run_id}.json", json.dumps(record, indent=1, default=str, ensure_ascii=False))
+
+    def save_text(self, name: str, text: str) -> None:
+        """Writes a file below the data folder whole or not at all."""
+        path = self.path(name)
         with open(f"{path}.next", "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1, default=str, ensure_ascii=False)
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(f"{path}.next", path)
 
-    def records(self) -> Iterator[tuple[str, dict[str, Any] | str]]:
-        """The run ids, oldest first, each with its record, or with what is wrong with it."""
-        for entry in self._entries("runs"):
-            if entry.name.endswith(".json"):
-                run_id = entry.name.removesuffix(".json")
-                try:
-                    with open(entry.path, encoding="utf-8") as file:
-                        record = json.load(file)
-                    kinds = {"result": str, "started_at": str, "config": dict, "rows": dict}
-                    if not all(isinstance(record[name], kind) for name, kind in kinds.items()):
-                        raise TypeError("a field is of another type than it should be")
-                except (OSError, ValueError, KeyError, TypeError) as error:
-                    yield run_id, f"unreadable record ({type(error).__name__}: {error})"
-                else:
-                    yield run_id, record
+    def records(self, newest: int = 0) -> Iterator[tuple[str, dict[str, Any] | str]]:
+        """The run ids, oldest first, each with its record, or with what is wrong with it; only the newest, or all."""
+        for entry in [entry for entry in self._entries("runs") if entry.name.endswith(".json")][-newest:]:
+            run_id = entry.name.removesuffix(".json")
+            try:
+                with open(entry.path, encoding="utf-8") as file:
+                    record = json.load(file)
+                kinds = {"result": str, "started_at": str, "config": dict, "rows": dict}
+                if not all(isinstance(record[name], kind) for name, kind in kinds.items()):
+                    raise TypeError("a field is of another type than it should be")
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                yield run_id, f"unreadable record ({type(error).__name__}: {error})"
+            else:
+                yield run_id, record
+
+    def history(self) -> list[dict[str, Any]]:
+        """The readable records of the last runs, oldest first."""
+        return [record for _, record in self.records(HISTORY) if isinstance(record, dict)]
 
     def spark_log(self, run_id: str) -> str:
         """The file for Spark's own log of a run."""
@@ -1894,8 +1992,9 @@ class RunRecord:
     """What a run did; written to `runs/<run id>.json`, whose fields are these.
 
     `result` is running, succeeded, refused (by the gate or the audit), failed, interrupted or killed. `at` is the
-    table that the run works on, or ended in. `seconds` are by layer and table, `rows` and `bytes` by table
-    (`silver.customers_enriched`), `quality` by bronze table, `profile` by bronze table and column.
+    table that the run works on, or ended in. `seconds` are by layer and table, and so are `offsets`, when each of them
+    began; `rows` and `bytes` by table (`silver.customers_enriched`), `quality` by bronze table, `profile` by bronze
+    table and column.
     """
 
     run_id: str
@@ -1911,11 +2010,16 @@ class RunRecord:
     rows: dict[str, int] = dataclasses.field(default_factory=dict)
     bytes: dict[str, int | None] = dataclasses.field(default_factory=dict)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    offsets: dict[str, float] = dataclasses.field(default_factory=dict)
     quality: dict[str, Quality] = dataclasses.field(default_factory=dict)
     profile: dict[str, dict[str, dict[str, Any]]] = dataclasses.field(default_factory=dict)
     # Of completed orders, in dollars; and the first rows of each gold table, in the order of its readers.
     revenue: Decimal | None = None
     highlights: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
+    # What the report shows besides, by the names of SUMMARIES.
+    summaries: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
+    # What differs much from the last runs, a line each.
+    anomalies: list[str] = dataclasses.field(default_factory=list)
     # What kept the run from being published: the table, the rule, the rows that broke it, examples of them.
     missed: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     error: dict[str, str] | None = None
@@ -1982,11 +2086,14 @@ def _in_memory() -> Iterator[Callable[[DataFrame], DataFrame]]:
 class _Run:
     """One run: the layers in sequence, each a loop over its tables."""
 
-    def __init__(self, config: DataPipelineConfig, spark: SparkSession, store: Store, record: RunRecord) -> None:
+    def __init__(
+        self, config: DataPipelineConfig, spark: SparkSession, store: Store, record: RunRecord, started: float
+    ) -> None:
         self.config = config
         self.spark = spark
         self.store = store
         self.record = record
+        self.started = started
         # What the builders may ask for, by the names of their parameters.
         self.inputs: dict[str, Any] = {"config": config, "spark": spark}
         self.failed: dict[str, dict[str, int]] = {}
@@ -1996,9 +2103,16 @@ class _Run:
     def layer(self, layer: str, title: str, work: Callable[[], None]) -> None:
         """Does a layer's work and notes how long it took."""
         logger.info("%s LAYER: %s", layer.upper(), title)
+        with self.timed(layer):
+            work()
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Notes when the work of the block began, and how long it took."""
         started = time.perf_counter()
-        work()
-        self.record.seconds[layer] = time.perf_counter() - started
+        self.record.offsets[name] = started - self.started
+        yield
+        self.record.seconds[name] = time.perf_counter() - started
 
     def together(self, work: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
         """Does work on several tables at once: Spark plans one while it runs another, and small ones are all plan.
@@ -2064,7 +2178,8 @@ class _Run:
         """Divides bronze into valid and refused rows, writes the refused ones, and enriches the valid ones."""
         with _in_memory() as keep:
             received = {table.name: self.read(BRONZE, table) for table in tables(BRONZE)}
-            odd = self.survey(received, keep)
+            with self.timed("survey"):
+                odd = self.survey(received, keep)
             self.together(
                 {
                     f"{QUARANTINE}.{table.name}": functools.partial(
@@ -2210,7 +2325,6 @@ class _Run:
                 tables differ in the revenue.
         """
         self.record.at = "audit"
-        started = time.perf_counter()
         found: dict[str, Decimal | None] = {}
         wrong: list[str] = []
 
@@ -2231,14 +2345,11 @@ class _Run:
                 wrong.append(f"{name}: {there - keys:,} repeated keys")
             if table.revenue:
                 found[name] = revenue or Decimal(0)
-            if table.layer == GOLD:
-                # They lie in the order of their readers.
-                self.record.highlights[table.name] = [row.asDict() for row in rows.head(HIGHLIGHTS)]
 
+        checks = {f"{layer}.{table.name}": functools.partial(check, layer, table) for layer, table in SNAPSHOT_TABLES}
         try:
-            self.together(
-                {f"{layer}.{table.name}": functools.partial(check, layer, table) for layer, table in SNAPSHOT_TABLES}
-            )
+            with self.timed("audit"):
+                self.together(checks)
         except Exception as error:
             cause = str(error).strip().splitlines()[0][:300]
             raise RefusedError(f"AUDIT FAILED, nothing is published: the snapshot cannot be read: {cause}") from error
@@ -2253,8 +2364,26 @@ class _Run:
         if wrong:
             raise RefusedError("AUDIT FAILED, nothing is published: " + "; ".join(wrong))
         [self.record.revenue] = set(found.values())
-        self.record.seconds["audit"] = time.perf_counter() - started
         logger.info("AUDIT: rows, keys and revenue add up (%.1f s)", self.record.seconds["audit"])
+
+    def summarize(self) -> None:
+        """Reads back what a person is shown: the first rows of gold, and the summaries."""
+        self.record.at = "summary"
+        by_name = {table.name: functools.partial(self.read, table.layer, table) for table in TABLES}
+
+        def first_rows(table: Table) -> None:
+            # They lie in the order of their readers.
+            self.record.highlights[table.name] = [row.asDict() for row in by_name[table.name]().head(HIGHLIGHTS)]
+
+        def summary(build: Callable[..., DataFrame]) -> None:
+            rows = build(*(by_name[name]() for name in inspect.signature(build).parameters))
+            self.record.summaries[build.__name__] = [row.asDict() for row in rows.collect()]
+
+        with self.timed("summary"):
+            self.together(
+                {f"{GOLD}.{table.name}": functools.partial(first_rows, table) for table in tables(GOLD)}
+                | {build.__name__: functools.partial(summary, build) for build in SUMMARIES}
+            )
 
     def build(self, table: Table) -> DataFrame:
         """The table's rows, as declared."""
@@ -2288,25 +2417,26 @@ class _Run:
         from pyspark.sql.utils import is_remote
 
         self.record.at = at = f"{layer}.{table.name}"
-        started = time.perf_counter()
+        if layer == table.layer:
+            logger.log(PROGRESS, "[%d/%d] %s …", TABLES.index(table) + 1, len(TABLES), at)
         path = self.path(layer, table)
         named = {"rows": F.count(F.lit(1)), **(metrics or {})}
         columns = [metric.alias(name) for name, metric in named.items()]
         chosen = choose or (lambda all_rows: all_rows)
-        if is_remote():
-            # Over Spark Connect nothing counts while it writes: Sail cannot, and Spark 3.5 does not tell.
-            chosen(rows).write.mode("error").parquet(path)
-            counts = (rows if choose else self.read(layer, table)).agg(*columns).collect()[0].asDict()
-        else:
-            # No job of its own. No join may come after it: where the joined table turns out to be empty, Spark drops
-            # what counts.
-            observation = Observation()
-            chosen(rows.observe(observation, *columns)).write.mode("error").parquet(path)
-            counts = observation.get
+        with self.timed(at):
+            if is_remote():
+                # Over Spark Connect nothing counts while it writes: Sail cannot, and Spark 3.5 does not tell.
+                chosen(rows).write.mode("error").parquet(path)
+                counts = (rows if choose else self.read(layer, table)).agg(*columns).collect()[0].asDict()
+            else:
+                # No job of its own. No join may come after it: where the joined table turns out to be empty, Spark
+                # drops what counts.
+                observation = Observation()
+                chosen(rows.observe(observation, *columns)).write.mode("error").parquet(path)
+                counts = observation.get
         if not counts["rows"]:
             self.store.add_columns(self.record.run_id, layer, table.name, chosen(rows))
-        seconds = time.perf_counter() - started
-        self.record.rows[at], self.record.seconds[at] = counts["rows"], seconds
+        self.record.rows[at], seconds = counts["rows"], self.record.seconds[at]
         self.record.bytes[at] = self.store.size(self.record.run_id, layer, table.name)
         saved = path.removeprefix("file://")
         logger.info("✓ Saved %s to: %s (%s rows, %.2f s)", table.name, saved, f"{counts['rows']:,}", seconds)
@@ -2321,10 +2451,6 @@ class _Run:
         """Where a table lies, as the engine is told; Sail would read the %41 of a folder's name as an A in a URI."""
         path = self.store.table(self.record.run_id, layer, table.name)
         return path.removeprefix("file://") if self.config.engine == "sail" else path
-
-
-def _sort_order(by: str) -> Column:
-    return F.expr(by[1:]).desc() if by.startswith("-") else F.expr(by).asc()
 
 
 def _versions() -> dict[str, str | None]:
@@ -2342,8 +2468,8 @@ def _versions() -> dict[str, str | None]:
 
 
 @contextlib.contextmanager
-def _recorded(record: RunRecord, store: Store) -> Iterator[None]:
-    """Writes the run record at the start and, however the run ends, at the end."""
+def _recorded(record: RunRecord, store: Store, config: DataPipelineConfig) -> Iterator[None]:
+    """Writes the run record at the start and, however the run ends, at the end, and tells of it then."""
     started = time.perf_counter()
     store.save_record(record.run_id, dataclasses.asdict(record))
     try:
@@ -2368,7 +2494,7 @@ def _recorded(record: RunRecord, store: Store) -> Iterator[None]:
         # A full disk must not hide what filled it.
         with contextlib.suppress(OSError):
             store.save_record(record.run_id, dataclasses.asdict(record))
-        add_to_step_summary(run_page(record))
+        tell(record, store, config)
 
 
 def run_pipeline(config: DataPipelineConfig | None = None, spark: SparkSession | None = None) -> RunRecord:
@@ -2395,15 +2521,16 @@ def run_pipeline(config: DataPipelineConfig | None = None, spark: SparkSession |
             run_id=run_id,
             started_at=_now().isoformat(timespec="seconds"),
             data_dir=config.root if store.is_local else store.path("snapshots", run_id),
-            config=dataclasses.asdict(config),
+            config=config.shown(),
             versions=_versions(),
         )
         logger.info("STARTING DATA PIPELINE EXECUTION")
         logger.info("Run %s as of %s, into %s", record.run_id, config.as_of_date, config.root)
-        with _recorded(record, store):
+        started = time.perf_counter()
+        with _recorded(record, store, config):
             try:
                 with _session(config, spark, store.spark_log(record.run_id)) as session:
-                    _run_layers(_Run(config, session, store, record))
+                    _run_layers(_Run(config, session, store, record, started))
             except (PipelineError, KeyboardInterrupt):
                 raise
             except Exception as error:  # Spark's errors differ from version to version, their text less so
@@ -2436,6 +2563,10 @@ def _run_layers(run: _Run) -> None:
         run.layer(SILVER, "Data Cleansing and Enrichment", run.silver)
         run.layer(GOLD, "Business Aggregations", run.gold)
         run.audit()
+        run.summarize()
+        run.record.anomalies = anomalies(run.record, store.history(), run.config.anomaly_factor)
+        for line in run.record.anomalies:
+            logger.warning("%s", line)
         store.mark(run_id, AUDITED)
         store.publish(run_id)
     except RefusedError:
@@ -2449,7 +2580,281 @@ def _run_layers(run: _Run) -> None:
 
 
 # ── Report ───────────────────────────────────────────────────────────────────────────────────────────────────────
-# What GitHub Actions shows of a run: a page of Markdown beside the job, and its warnings and errors as annotations.
+# Who is told of a run, and how: a page to look at, metrics for Prometheus, a webhook, GitHub Actions. All of it is made
+# from run records alone.
+
+
+def tell(record: RunRecord, store: Store, config: DataPipelineConfig) -> None:
+    """Tells of a run that has ended; what goes wrong with that is a warning, and never changes the run's result."""
+    add_to_step_summary(run_page(record))
+    try:
+        history = store.history()
+        save_report(store, history)
+        if config.alert_webhook and (text := alert(record, history)):
+            send_alert(config.alert_webhook, text)
+    except OSError as error:
+        logger.warning("The run could not be reported in full: %s", error)
+    except Exception:  # whatever it is, the run is over
+        logger.warning("The run could not be reported in full", exc_info=True)
+
+
+def save_report(store: Store, history: Sequence[Mapping[str, Any]]) -> None:
+    """Writes `report.html` and `metrics.prom` beside the data, each whole or not at all."""
+    if not store.is_local or not history or history[-1]["result"] not in RESULTS:
+        return
+    published = next((run for run in history if run["run_id"] == store.published()), None)
+    if published is None and isinstance(older := dict(store.records()).get(store.published() or ""), dict):
+        published = older
+    store.save_text("report.html", report_page(history, published))
+    store.save_text("metrics.prom", metrics(history, published))
+
+
+def _quarantine_rates(run: Mapping[str, Any]) -> dict[str, float]:
+    """The share of the rows received that were refused, by bronze table."""
+    return {
+        name: table["quarantined"] / table["received"] if table["received"] else 0.0
+        for name, table in run["quality"].items()
+    }
+
+
+def _received_rows(run: Mapping[str, Any], part: str = "received") -> int:
+    return sum(table[part] for table in run["quality"].values())
+
+
+def anomalies(record: RunRecord, history: Sequence[Mapping[str, Any]], factor: float) -> list[str]:
+    """A line for each table whose rows or quarantine rate are off the median of the last runs by more than `factor`.
+
+    At least three earlier runs have to have succeeded. A rate is compared after 0.1 % is added to it, and a number of
+    rows after one row is: what comes and goes in so small a part is no anomaly.
+    """
+    earlier = [run for run in history if run["result"] == "succeeded"]
+    if len(earlier) < 3:
+        return []
+    now = dataclasses.asdict(record)
+    rates = [_quarantine_rates(run) for run in earlier]
+    compared = [
+        (f"{name}: {{:,.0f}} rows", rows, [run["rows"].get(name) for run in earlier], 1.0)
+        for name, rows in now["rows"].items()
+        if not name.startswith(QUARANTINE)
+    ] + [
+        (f"{name}: {{:.2%}} of the rows are quarantined", rate, [run.get(name) for run in rates], 0.001)
+        for name, rate in _quarantine_rates(now).items()
+    ]
+    found = []
+    for text, value, values, least in compared:
+        known = [known for known in values if known is not None]
+        median = statistics.median(known) if known else value
+        ratio = (value + least) / (median + least)
+        if not 1 / factor <= ratio <= factor:
+            what = text.format(value) + f", in the last {len(known)} runs {text.partition(' ')[2].format(median)}"
+            found.append(f"{what}: {ratio:.2g} times as much")
+    return found
+
+
+def alert(record: RunRecord, history: Sequence[Mapping[str, Any]]) -> str | None:
+    """What the webhook is told of a run; None of one that is as good as the one before."""
+    before = [run["result"] for run in history if run["run_id"] < record.run_id]
+    where = f"run {record.run_id} on {socket.gethostname()}, {record.data_dir}"
+    if record.result in ("failed", "refused"):
+        reason = (record.error or {}).get("message", "").partition("\n")[0][:500]
+        return f"❌ {record.config['app_name']} {record.result} in {record.at}: {reason} ({where})"
+    if record.result == "succeeded":
+        lines = [f"⚠️ {line}" for line in record.anomalies]
+        if before and before[-1] not in ("succeeded", "interrupted"):
+            lines.insert(0, f"✅ has recovered: the run before was {before[-1]}")
+        return "\n".join([f"{record.config['app_name']}, {where}", *lines]) if lines else None
+    return None
+
+
+def send_alert(webhook: str, text: str, timeout: float = 10.0) -> None:
+    """Posts the text to a webhook; one that is slow, broken or gone is a warning in the log. Its URL is a secret."""
+    import urllib.request
+
+    failure = [f"no answer within {timeout:g} seconds"]
+
+    def post() -> None:
+        try:
+            body, headers = json.dumps({"text": text}).encode(), {"Content-Type": "application/json"}
+            request = urllib.request.Request(webhook, body, headers, method="POST")  # noqa: S310 - http or https
+            with urllib.request.urlopen(request, timeout=timeout) as answer:  # noqa: S310
+                answer.read(1)
+            failure.clear()
+        except Exception as error:  # whatever it is: its text may hold the URL
+            failure[0] = f"{type(error).__name__} {getattr(error, 'code', '')}".strip()
+
+    # A thread, since the limit of urllib starts anew with every byte that arrives.
+    sender = threading.Thread(target=post, daemon=True)
+    sender.start()
+    sender.join(timeout)
+    if failure:
+        logger.warning("The alert was not delivered: %s", failure[0])
+
+
+def metrics(history: Sequence[Mapping[str, Any]], published: Mapping[str, Any] | None) -> str:
+    """The metrics of the last run for Prometheus, as text for node_exporter's textfile collector.
+
+    Rows, rules and revenue are those of the last run if its data was complete, else of the published one. Each has the
+    label `data_dir`, so that several pipelines of a machine can be told apart.
+    """
+    from prometheus_client import CollectorRegistry, Gauge, generate_latest
+
+    last = history[-1]
+    data = last if last["result"] in ("succeeded", "refused") else published
+    good = [run for run in (published, *history) if run and run["result"] == "succeeded"]
+    registry = CollectorRegistry()
+
+    def gauge(name: str, help: str, values: Mapping[Any, Any], *labels: str) -> None:
+        metric = Gauge(f"data_pipeline_{name}", help, ["data_dir", *labels], registry=registry)
+        for key, value in values.items():
+            metric.labels(last["data_dir"], *key).set(float(value))
+
+    def seconds(time_text: str) -> float:
+        return datetime.fromisoformat(time_text).timestamp()
+
+    finished = [seconds(run["finished_at"]) for run in good if run["finished_at"]]
+    gauge("last_run_timestamp_seconds", "When the last run began.", {(): seconds(last["started_at"])})
+    gauge(
+        "last_success_timestamp_seconds",
+        "When the last run that succeeded ended.",
+        {(): max(finished)} if finished else {},
+    )
+    results = {(result,): last["result"] == result for result in RESULTS}
+    gauge("last_run_result", "1 for what became of the last run, 0 for the others.", results, "result")
+    stages = {(name,): value for name, value in last["seconds"].items() if name != "total"}
+    # A run that was killed left none.
+    total = {(): last["seconds"]["total"]} if "total" in last["seconds"] else {}
+    gauge("run_duration_seconds", "How long the last run took.", total)
+    gauge("stage_duration_seconds", "How long the layers and tables of the last run took.", stages, "stage")
+    if data:
+        rows = {tuple(name.split(".")): rows for name, rows in data["rows"].items()}
+        gauge("table_rows", "Rows written.", rows, "layer", "table")
+        failed = {
+            (name, rule): rows for name, table in data["quality"].items() for rule, rows in table["failed"].items()
+        }
+        gauge("rule_failing_rows", "Rows received that break a rule.", failed, "table", "rule")
+        rates = {(name,): rate for name, rate in _quarantine_rates(data).items()}
+        gauge("quarantine_ratio", "Share of the rows received that were refused, 0 to 1.", rates, "table")
+        if data.get("revenue") is not None:
+            gauge("revenue_dollars", "Revenue of completed orders, in dollars.", {(): data["revenue"]})
+        gauge("anomalies", "Figures that are far from those of the last runs.", {(): len(data.get("anomalies", ()))})
+    return generate_latest(registry).decode()
+
+
+# How figures are shown to people.
+SHOWN: Mapping[str, str] = {"count": "{:,.0f}", "dollars": "${:,.2f}", "percent": "{:.1%}", "seconds": "{:,.1f} s"}
+
+
+def _shown(value: Any, kind: str) -> str:
+    return "–" if value is None else SHOWN[kind].format(Decimal(str(value)))
+
+
+def _figure(value: Any) -> float:
+    return float(value or 0)
+
+
+def _part(value: Any, most: Any) -> str:
+    """A share as a length in CSS."""
+    return f"{100 * _figure(value) / _figure(most) if _figure(most) else 0:.2f}%"
+
+
+def _points(rows: Sequence[Mapping[str, Any]], name: str, width: int, height: int) -> str:
+    """The corners of a line over the rows, for SVG: from left to right, 0 at the bottom, the greatest at the top."""
+    values = [_figure(row[name]) for row in rows]
+    most = max(values) or 1.0
+    # A single one is a level line.
+    values = values * 2 if len(values) == 1 else values
+    step = width / (len(values) - 1)
+    return " ".join(f"{n * step:.1f},{height - 0.95 * height * value / most:.1f}" for n, value in enumerate(values))
+
+
+def report_page(history: Sequence[Mapping[str, Any]], published: Mapping[str, Any] | None) -> str:
+    """The page on the last run and the published data, as HTML that needs nothing but itself.
+
+    It is drawn by `report.html.jinja`, in HTML and SVG: libraries for charts weigh more than the page, and follow
+    neither its colours, light and dark, nor its width.
+    """
+    import jinja2
+
+    last = history[-1]
+    total = last["seconds"].get("total", 0.0)
+    # What a record of an older version lacks is left out.
+    pages = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(os.path.dirname(os.path.abspath(__file__))),
+        autoescape=True,
+        undefined=jinja2.ChainableUndefined,
+    )
+    pages.filters |= {
+        "shown": _shown,
+        "figure": _figure,
+        "part": _part,
+        "points": _points,
+        "words": lambda name: name.replace("_", " "),
+    }
+    checked = last if last["quality"] else published or last
+    quality = checked["quality"]
+    rules = {rule.name: rule for table in tables(BRONZE) for rule in table.rules}
+    broken = [
+        {"rule": f"{name}: {rule}", "rows": rows, "kept": rule in rules and rules[rule].severity == WARN}
+        for name, table in quality.items()
+        for rule, rows in table["failed"].items()
+        if rows
+    ]
+    broken.sort(key=lambda row: -row["rows"])
+    devices = published["highlights"].get("device_analytics", []) if published else []
+    facts = {
+        "Finished (UTC)": (last["finished_at"] or "")[:16].replace("T", " "),
+        "As of": last["config"]["as_of_date"],
+        "Duration": _shown(total, "seconds"),
+        "Rows received": _shown(_received_rows(last), "count"),
+    }
+    if published and published.get("revenue") is not None:
+        facts |= {
+            "Revenue": _shown(published["revenue"], "dollars"),
+            "Completed orders": _shown(published["rows"][f"{SILVER}.transactions_clean"], "count"),
+            "Customers": _shown(published["rows"][f"{SILVER}.customers_enriched"], "count"),
+        }
+    return pages.get_template("report.html.jinja").render(
+        latest=last,
+        run=published,
+        checked=checked,
+        facts=facts.items(),
+        devices=[row | {"device and browser": f"{row['device']}, {row['browser']}"} for row in devices],
+        reasons=[row for row in broken if not row["kept"]],
+        warnings=[row for row in broken if row["kept"]],
+        completeness={
+            name: [
+                {"column": column, "nulls": found["nulls"], "share": found["completeness"] / 100}
+                for column, found in profile.items()
+            ]
+            for name, profile in checked["profile"].items()
+        },
+        flow=[{"table": name, "then": _then(name, checked["rows"])} | table for name, table in quality.items()],
+        timeline=[
+            {"name": name, "start": start, "took": last["seconds"].get(name, total - start)}
+            for name, start in sorted(last.get("offsets", {}).items(), key=lambda item: item[1])
+        ],
+        trends=[
+            {
+                "run of": run["started_at"][:16].replace("T", " "),
+                "rows": _received_rows(run),
+                "revenue": run.get("revenue"),
+                "rate": _received_rows(run, "quarantined") / max(_received_rows(run), 1),
+                "duration": run["seconds"]["total"],
+            }
+            for run in history
+            if run["result"] == "succeeded"
+        ],
+    )
+
+
+def _then(name: str, rows: Mapping[str, int]) -> list[tuple[str, int]]:
+    """What becomes of the rows kept of a bronze table: its table in silver, and those of gold made from that."""
+    # Three tables of gold are made from the transactions by way of `sales`.
+    silver = [table.name for table in tables(SILVER) if table.of[0] == name]
+    sources = {*silver, *(["sales"] if set(inspect.signature(sales).parameters) & set(silver) else [])}
+    gold = [table.name for table in tables(GOLD) if sources & set(inspect.signature(table.build).parameters)]
+    names = [f"{SILVER}.{table}" for table in silver] + [f"{GOLD}.{table}" for table in gold]
+    return [(table, rows[table]) for table in names if table in rows]
 
 
 class Annotations(logging.Handler):
@@ -2510,6 +2915,8 @@ def _run_page(record: RunRecord) -> Iterator[str]:
     if record.error:
         yield f"**{record.error['type']}** in {_markdown(record.at)}: {_markdown(record.error['message'][:1000])}"
         yield ""
+    for line in record.anomalies:
+        yield from (f"⚠️ {_markdown(line)}", "")
     if record.missed:
         yield from _markdown_table(
             ("gate missed", "rule", "rows"), ((miss["table"], miss["rule"], miss["rows"]) for miss in record.missed)
@@ -2546,6 +2953,40 @@ def _run_page(record: RunRecord) -> Iterator[str]:
 # ── Command line ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+class _TerminalFormatter(logging.Formatter):
+    """Log lines with the time dimmed, and warnings, errors and what was achieved in colour."""
+
+    DIM, END = "\033[2m", "\033[0m"
+    RED, GREEN, YELLOW, BOLD = "\033[31m", "\033[32m", "\033[33m", "\033[1m"
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, coloured by its level, or else by how it begins."""
+        text = record.getMessage()
+        begins = {"✓": self.GREEN, "PIPELINE": self.GREEN, "[": self.DIM} | {
+            layer.upper(): self.BOLD for layer in LAYERS
+        }
+        colour = next((colour for start, colour in begins.items() if text.startswith(start)), "")
+        if record.levelno >= logging.WARNING:
+            colour = self.RED if record.levelno >= logging.ERROR else self.YELLOW
+        line = super().format(record)
+        return line.replace(text, f"{colour}{text}{self.END}" if colour else text, 1)
+
+
+def _log_handler() -> logging.Handler:
+    """The log, to standard error: in colour on a terminal, unless NO_COLOR is set, and in plain lines elsewhere."""
+    line, times = "%(asctime)s - %(levelname)s - %(message)s", "%Y-%m-%d %H:%M:%S"
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(line, times))
+    if _on_terminal() and not os.environ.get("NO_COLOR"):
+        line = f"{_TerminalFormatter.DIM}%(asctime)s{_TerminalFormatter.END} %(message)s"
+        handler.setFormatter(_TerminalFormatter(line, "%H:%M:%S"))
+    return handler
+
+
+def _on_terminal() -> bool:
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, and names the nearest flag for one that is not known."""
 
@@ -2566,11 +3007,14 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     for field in dataclasses.fields(DataPipelineConfig):
         shown = "" if field.default in (None, dataclasses.MISSING) else f" (default: {field.default})"
-        parser.add_argument(
+        # The last field, the log level, has a short cut.
+        last = parser.add_mutually_exclusive_group() if field.name == "log_level" else parser
+        last.add_argument(
             "--" + field.name.replace("_", "-"),
             metavar=str(field.type).partition(" ")[0].upper(),
             help=f"{field.metadata['help']}{shown} [{_variable(field.name)}]".replace("%", "%%"),
         )
+    last.add_argument("--quiet", action="store_true", help="log warnings and errors only, as --log-level WARNING does")
     instead = parser.add_argument_group("instead of a run").add_mutually_exclusive_group()
     instead.add_argument("--list-runs", action="store_true", help="show the runs and what became of them")
     instead.add_argument(
@@ -2635,9 +3079,9 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the pipeline from the command line and returns the exit code."""
     # CRITICAL for the loggers of others: Py4J logs what it also raises.
-    line = "%(asctime)s - %(levelname)s - %(message)s"
-    logging.basicConfig(format=line, datefmt="%Y-%m-%d %H:%M:%S", level=logging.CRITICAL)
+    logging.basicConfig(handlers=[_log_handler()], level=logging.CRITICAL)
     logger.setLevel(logging.INFO)
+    config = None
     annotations = Annotations(logging.WARNING)
     if os.environ.get("GITHUB_ACTIONS") == "true":
         logger.addHandler(annotations)
@@ -2645,11 +3089,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
             config = configure(flags, os.environ)
-            logger.setLevel(config.log_level)
+            if flags.quiet:
+                config.log_level = "WARNING"
+            logger.setLevel(PROGRESS if config.log_level == "INFO" and _on_terminal() else config.log_level)
             if flags.list_runs:
                 print("\n".join(list_runs(Store(config.root))))
             elif flags.rollback is not None:
-                logger.info("Published again: %s", rollback(Store(config.root), flags.rollback, config.lock_timeout))
+                store = Store(config.root)
+                logger.info("Published again: %s", rollback(store, flags.rollback, config.lock_timeout))
+                save_report(store, store.history())
             else:
                 run_pipeline(config)
                 if archive := _class_archive(config):
@@ -2658,6 +3106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             logger.error("%s", error)
             if not error.recorded:
                 add_to_step_summary(f"## ❌ Nothing was run\n\n{_markdown(error)}\n")
+                if config and config.alert_webhook:
+                    send_alert(config.alert_webhook, f"❌ {config.app_name} on {socket.gethostname()}: no run: {error}")
             return error.exit_code
         except (KeyboardInterrupt, Exception) as error:
             if interrupted() or isinstance(error, KeyboardInterrupt):

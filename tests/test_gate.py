@@ -57,7 +57,7 @@ def finished(
     published: DataPipelineConfig, first_run: tuple[DataPipelineConfig, RunRecord], spark: SparkSession
 ) -> Any:
     """That run, with its tables written: it can be damaged and audited."""
-    return data_pipeline._Run(published, spark, Store(published.root), copy.deepcopy(first_run[1]))
+    return data_pipeline._Run(published, spark, Store(published.root), copy.deepcopy(first_run[1]), 0.0)
 
 
 def record_of_last_run(config: DataPipelineConfig) -> dict[str, Any]:

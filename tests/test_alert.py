@@ -1,0 +1,293 @@
+"""Who is told when: the webhook against a real server, good and bad, and what counts as an anomaly."""
+
+from __future__ import annotations
+
+import dataclasses
+import http.server
+import json
+import logging
+import os
+import pty
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyspark.sql import SparkSession
+
+import data_pipeline
+from data_pipeline import DataPipelineConfig, RefusedError, RunRecord, alert, anomalies, run_pipeline, send_alert
+
+SECRET = "T0P-SECRET"  # noqa: S105 - of a URL that only the tests know
+
+
+class Receiver(http.server.ThreadingHTTPServer):
+    """A webhook that keeps what it is sent, and answers as it is told to."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.received: list[dict[str, str]] = []
+        self.status, self.delay = 200, 0.0
+        self.url = f"http://127.0.0.1:{self.server_port}/hooks/{SECRET}"
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    server: Receiver
+
+    def do_POST(self) -> None:
+        assert self.headers["Content-Type"] == "application/json"
+        self.server.received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(self.server.status)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        for _ in range(1000):  # byte by byte, so that no single wait is long
+            try:
+                self.wfile.write(b".")
+            except OSError:
+                break
+            if not self.server.delay:
+                self.wfile.write(b"." * 999)
+                break
+            time.sleep(self.server.delay)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with Receiver() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.DEBUG, logger="data_pipeline")
+    return caplog
+
+
+def test_text_is_sent_as_slack_reads_it(receiver: Receiver, log: pytest.LogCaptureFixture) -> None:
+    send_alert(receiver.url, '❌ "quoted"\nsecond line')
+    assert receiver.received == [{"text": '❌ "quoted"\nsecond line'}]
+    assert log.text == ""
+
+
+@pytest.mark.parametrize("fault", ["status", "slow", "gone", "nonsense"])
+def test_receiver_that_fails_is_a_warning(receiver: Receiver, log: pytest.LogCaptureFixture, fault: str) -> None:
+    url = receiver.url
+    if fault == "status":
+        receiver.status = 500
+    elif fault == "slow":
+        receiver.delay = 0.2
+    elif fault == "gone":
+        receiver.shutdown()
+        receiver.server_close()
+    else:
+        url = f"http://[{SECRET}/x y"
+    started = time.monotonic()
+    send_alert(url, "text", timeout=1.0)
+    assert time.monotonic() - started < 3
+    if fault != "slow":  # an answer that has begun is an answer
+        assert "The alert was not delivered" in log.text
+    assert SECRET not in log.text
+
+
+def test_receiver_that_never_answers(log: pytest.LogCaptureFixture) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        started = time.monotonic()
+        send_alert(f"http://127.0.0.1:{deaf.getsockname()[1]}/{SECRET}", "text", timeout=0.5)
+    assert time.monotonic() - started < 3
+    assert "no answer" in log.text or "TimeoutError" in log.text
+    assert SECRET not in log.text
+
+
+def test_runs_that_tell(
+    small: Callable[..., DataPipelineConfig],
+    spark: SparkSession,
+    receiver: Receiver,
+    log: pytest.LogCaptureFixture,
+) -> None:
+    """Refused and recovered runs tell; a good one after a good one does not; and no record or log has the secret."""
+    config = small(num_customers=50, num_transactions=200, num_products=10, alert_webhook=receiver.url)
+    run_pipeline(config, spark)
+    assert receiver.received == []
+    config.max_quarantine_rate = 0.0
+    receiver.status = 500
+    with pytest.raises(RefusedError):
+        run_pipeline(config, spark)
+    [refused] = receiver.received
+    assert refused["text"].startswith("❌ EcommerceDataPipeline refused in gate: GATE MISSED")
+    config.max_quarantine_rate = 0.05
+    receiver.status = 200
+    record = run_pipeline(config, spark)
+    assert "✅ has recovered: the run before was refused" in receiver.received[1]["text"]
+    assert record.run_id in receiver.received[1]["text"]
+    run_pipeline(config, spark)
+    assert len(receiver.received) == 2
+    assert SECRET not in log.text + repr(config)
+    for file in Path(config.data_dir).rglob("*"):
+        if file.is_file():
+            assert SECRET.encode() not in file.read_bytes(), file
+
+
+def test_command_that_cannot_run_tells(receiver: Receiver, tmp_path: Path) -> None:
+    """Also where no run could start, and the URL is not shown when it is wrong."""
+
+    def command(url: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, data_pipeline.__file__, "--data-dir", str(tmp_path / "data"), "--num-customers", "0"],
+            env={**os.environ, "PIPELINE_ALERT_WEBHOOK": url},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    done = command(receiver.url)
+    assert done.returncode == 2
+    [sent] = receiver.received
+    assert "no run: num_customers is 0" in sent["text"]
+    assert SECRET not in done.stderr
+    done = command(f"ftp://{SECRET}")
+    assert done.returncode == 2
+    assert "PIPELINE_ALERT_WEBHOOK: alert_webhook must be a URL that begins with https:// or http://\n" in done.stderr
+    assert SECRET not in done.stderr
+
+
+def as_read(record: RunRecord, **changes: Any) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(record), default=str)) | changes
+    return read
+
+
+def test_anomalies(report: RunRecord) -> None:
+    usual = [as_read(report, run_id=f"2026010{n}T000000Z-0000") for n in range(1, 6)]
+    assert anomalies(report, usual, factor=3.0) == []
+    assert anomalies(report, usual[:2], factor=1.0) == [], "two runs are no history"
+
+    few = dataclasses.replace(report, rows=report.rows | {"silver.transactions_clean": 100})
+    [line] = anomalies(few, usual, factor=3.0)
+    assert line.startswith("silver.transactions_clean: 100 rows, in the last 5 runs ")
+    assert anomalies(few, [run | {"result": "failed"} for run in usual], factor=3.0) == [], "only good runs count"
+
+    quality = dataclasses.replace(report.quality["transactions"], quarantined=2_000)
+    refused = dataclasses.replace(report, quality=report.quality | {"transactions": quality})
+    [line] = anomalies(refused, usual, factor=3.0)
+    assert "transactions: 20.00% of the rows are quarantined" in line
+    assert anomalies(refused, usual, factor=100.0) == []
+    # One wild run among the last does not move the median.
+    assert anomalies(report, [*usual, as_read(few)], factor=1.5) == []
+
+
+def test_anomaly_is_told_everywhere(
+    small: Callable[..., DataPipelineConfig], spark: SparkSession, receiver: Receiver, log: pytest.LogCaptureFixture
+) -> None:
+    config = small(num_customers=50, num_transactions=200, num_products=10, alert_webhook=receiver.url)
+    for _ in range(3):
+        run_pipeline(config, spark)
+    config.num_transactions = 2_000
+    record = run_pipeline(config, spark)
+    line = "bronze.transactions: 2,000 rows, in the last 3 runs 200 rows: 10 times as much"
+    assert line in record.anomalies
+    assert line in [found.getMessage() for found in log.records if found.levelname == "WARNING"]
+    assert f"⚠ {line}" in Path(config.data_dir, "report.html").read_text(encoding="utf-8")
+    assert line.replace("_", r"\_") in data_pipeline.run_page(record)
+    [sent] = receiver.received
+    assert f"⚠️ {line}" in sent["text"]
+    assert f'data_pipeline_anomalies{{data_dir="{config.data_dir}"}} {len(record.anomalies)}.0' in (
+        Path(config.data_dir, "metrics.prom").read_text()
+    )
+
+
+def test_alert_of_a_run(report: RunRecord) -> None:
+    good, bad = (
+        as_read(report, run_id="20200101T000000Z-0000"),
+        as_read(report, run_id="20200101T000000Z-0000", result="killed"),
+    )
+    assert alert(report, [good]) is None
+    assert "has recovered: the run before was killed" in (alert(report, [bad]) or "")
+    error = {"type": "E", "message": "first\nsecond", "traceback": ""}
+    failed = dataclasses.replace(report, result="failed", at="gold.x", error=error)
+    assert "failed in gold.x: first (run" in (alert(failed, [good]) or "")
+    assert alert(dataclasses.replace(report, result="interrupted"), [good]) is None, "who stopped it knows"
+
+
+def terminal(*arguments: str, **environment: str) -> str:
+    """What the command writes to standard error where that is a terminal."""
+    leader, follower = pty.openpty()
+    kept = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "TERM")}
+    process = subprocess.Popen(
+        [sys.executable, data_pipeline.__file__, *arguments],
+        env={**kept, "TERM": "xterm", **environment},
+        stdin=follower,
+        stdout=subprocess.DEVNULL,
+        stderr=follower,
+    )
+    os.close(follower)
+    written = b""
+    while True:
+        try:
+            part = os.read(leader, 65_536)
+        except OSError:  # how Linux ends it
+            break
+        if not part:
+            break
+        written += part
+    os.close(leader)
+    assert process.wait(300) is not None
+    return written.decode()
+
+
+def test_terminal(tmp_path: Path, config: DataPipelineConfig) -> None:
+    size = ["--num-customers", "50", "--num-transactions", "200", "--num-products", "10", "--engine", config.engine]
+    folder = ["--data-dir", str(tmp_path)]
+    shown = terminal(*size, *folder, "--fast-start", "no")
+    for number, table in enumerate(data_pipeline.TABLES, start=1):
+        assert f"[{number}/{len(data_pipeline.TABLES)}] {table.layer}.{table.name} …" in shown
+    assert "\033[32m✓ Saved" in shown
+    piped = subprocess.run(
+        [sys.executable, data_pipeline.__file__, *size, *folder, "--fast-start", "no"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    assert "\033" not in piped.stderr + piped.stdout
+    assert "[1/" not in piped.stderr, "progress is for who watches"
+    quiet = subprocess.run(
+        [sys.executable, data_pipeline.__file__, *size, *folder, "--fast-start", "no", "--quiet"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    assert quiet.stderr + quiet.stdout == ""
+
+
+@pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=["NO_COLOR", "dumb"])
+def test_terminal_without_colour(tmp_path: Path, environment: dict[str, str]) -> None:
+    shown = terminal("--data-dir", str(tmp_path), "--num-products", "0", **environment)
+    assert "ERROR - num_products is 0" in shown
+    assert "\033" not in shown
+    assert "\033[31mnum_products is 0" in terminal("--data-dir", str(tmp_path), "--num-products", "0")
+
+
+def test_quiet_and_a_log_level_contradict() -> None:
+    done = subprocess.run(
+        [sys.executable, data_pipeline.__file__, "--quiet", "--log-level", "INFO"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "not allowed with argument" in done.stderr

@@ -1,0 +1,201 @@
+"""report.html, in a real browser: what it shows, that it asks for nothing, and that it can be read anywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+from conftest import one
+
+from data_pipeline import DataPipelineConfig, RunRecord, Store, report_page, save_report, tables
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+# Where to leave pictures of the page, to look at.
+SCREENSHOTS = os.environ.get("SCREENSHOTS")
+
+
+def history(report: RunRecord, *others: dict[str, Any]) -> list[dict[str, Any]]:
+    """Records of a few runs as they are read back, the real one first, the others with other values."""
+    first = json.loads(json.dumps(dataclasses.asdict(report), default=str))
+    return [first, *(first | {"run_id": f"20990101T00000{n}Z-0000"} | other for n, other in enumerate(others))]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if not BROWSER:
+        pytest.skip("needs Chromium (Debian: apt install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=[("light", 1280), ("dark", 1280), ("light", 390), ("dark", 390)], ids=lambda p: f"{p[0]}-{p[1]}")
+def page(request: pytest.FixtureRequest, browser: Any, report: RunRecord, config: DataPipelineConfig) -> Iterator[Any]:
+    """The report of the run, opened offline; what the browser complained about or asked for is noted."""
+    scheme, width = request.param
+    context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900}, offline=True)
+    page = context.new_page()
+    page.complaints, page.requests = [], []
+    page.on("console", lambda message: page.complaints.append(message.text))
+    page.on("pageerror", lambda error: page.complaints.append(str(error)))
+    page.on("request", lambda asked: page.requests.append(asked.url))
+    page.goto(Path(config.data_dir, "report.html").as_uri())
+    yield page
+    if SCREENSHOTS:
+        page.screenshot(path=Path(SCREENSHOTS, f"report-{scheme}-{width}.png"), full_page=True)
+    context.close()
+
+
+# Relative luminance and contrast by WCAG 2.1; the first background that is not transparent counts.
+CONTRAST = """() => {
+    const rgb = text => text.match(/[\\d.]+/g).map(Number);
+    const luminance = ([r, g, b]) => [r, g, b].map(c => c / 255)
+        .map(c => c <= .03928 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
+        .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
+    const ground = node => { const c = rgb(getComputedStyle(node).backgroundColor);
+        return c.length == 4 && c[3] == 0 && node.parentElement ? ground(node.parentElement) : c };
+    const found = [];
+    for (const node of document.querySelectorAll("body *")) {
+        const text = [...node.childNodes].some(n => n.nodeType == 3 && n.textContent.trim());
+        const bar = node.tagName == "I";
+        if (!text && !bar) continue;
+        const style = getComputedStyle(node);
+        const one = luminance(rgb(bar ? style.backgroundColor : style.color));
+        const other = luminance(ground(bar ? node.parentElement : node));
+        const ratio = (Math.max(one, other) + .05) / (Math.min(one, other) + .05);
+        if (ratio < (bar ? 3 : 4.5)) found.push(node.textContent.trim().slice(0, 40) + " " + ratio.toFixed(2));
+    }
+    return found;
+}"""
+
+
+def test_page_in_the_browser(
+    page: Any, report: RunRecord, config: DataPipelineConfig, db: duckdb.DuckDBPyConnection
+) -> None:
+    assert page.complaints == []
+    assert page.requests == [page.url, "data:,"] or page.requests == [page.url]
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "wider than the screen"
+    wide = "[...document.querySelectorAll('.card')].filter(c => c.scrollWidth > c.clientWidth).map(c => c.innerText)"
+    assert page.evaluate(wide) == [], "wider than its card"
+    assert page.evaluate(CONTRAST) == []
+    for bar in page.locator("table.bars i").all():
+        assert bar.bounding_box()["height"] > 5
+    for figure in page.locator("figure svg").all():
+        box = figure.bounding_box()
+        assert box["width"] > 200 and box["height"] > 50
+        assert len(figure.locator("polyline").get_attribute("points").split()) > 1
+    longest = page.locator("table.bars").first.locator("i").first.bounding_box()["width"]
+    second = page.locator("table.bars").first.locator("i").nth(1).bounding_box()["width"]
+    revenues = db.sql("SELECT total_revenue::DOUBLE FROM category_analytics ORDER BY 1 DESC").fetchall()
+    assert second / longest == pytest.approx(revenues[1][0] / revenues[0][0], abs=0.05)
+
+
+def figures(page: Any, caption: str) -> list[list[str]]:
+    """The rows of the table with the caption, the bars left out."""
+    rows = page.locator("table", has=page.locator("caption", has_text=caption)).first.locator("tbody tr").all()
+    return [row.locator("th, td:not([aria-hidden])").all_inner_texts() for row in rows]
+
+
+def test_figures_equal_gold(
+    browser: Any, report: RunRecord, config: DataPipelineConfig, db: duckdb.DuckDBPyConnection
+) -> None:
+    page = browser.new_page()
+    page.goto(Path(config.data_dir, "report.html").as_uri())
+
+    def expected(query: str) -> list[list[str]]:
+        return [list(map(str, row)) for row in db.sql(query).fetchall()]
+
+    dollars = "format('${{:,}}.{{:02}}', (100 * {0})::BIGINT // 100, (100 * {0})::BIGINT % 100)"
+    count, percent = "format('{{:,}}', ({})::BIGINT)", "format('{{:.1f}}%', 100 * {})"
+    assert figures(page, "Revenue by category") == expected(
+        f"SELECT product_category, {dollars.format('total_revenue')}, {percent.format('revenue_share')}"
+        " FROM category_analytics ORDER BY total_revenue DESC"
+    )
+    assert sorted(figures(page, "Customers and revenue by segment")) == sorted(
+        expected(
+            f"SELECT customer_segment, {count.format('count(*)')}, {dollars.format('sum(total_spent)')}"
+            " FROM customers_enriched GROUP BY ALL"
+        )
+    )
+    assert figures(page, "The cities that lead") == expected(
+        f"SELECT city, {count.format('sum(customer_count)')}, {dollars.format('sum(segment_revenue)')}"
+        " FROM customer_analytics GROUP BY ALL ORDER BY sum(segment_revenue) DESC, city LIMIT 10"
+    )
+    assert figures(page, "Stock by category") == expected(
+        f"SELECT category, {count.format('sum(stock_quantity)')}, {dollars.format('sum(inventory_value)')}"
+        " FROM products_active GROUP BY ALL ORDER BY sum(inventory_value) DESC"
+    )
+    weeks = db.sql(
+        "SELECT date_trunc('week', transaction_date)::DATE::VARCHAR, sum(amount) FROM transactions_clean"
+        " GROUP BY ALL ORDER BY 1"
+    )
+    week = page.locator("section", has=page.locator("figcaption", has_text="Revenue by week"))
+    week.locator("summary").click()
+    shown = [[row.locator("th").inner_text(), row.locator("td").inner_text()] for row in week.locator("tbody tr").all()]
+    assert shown == [[monday, f"${revenue:,.2f}"] for monday, revenue in weeks.fetchall()]
+    refused = one(db, "SELECT count(*) FROM quarantine_transactions WHERE list_contains(_reasons, 'amount_missing')")
+    assert ["transactions: amount_missing", str(refused)] in figures(page, "Quarantined rows by reason")
+    page.close()
+
+
+def test_page_is_small_and_whole(report: RunRecord, config: DataPipelineConfig) -> None:
+    text = Path(config.data_dir, "report.html").read_text(encoding="utf-8")
+    assert len(text) < 150_000
+    for name in ("<script", "src=", "url(", "@import"):
+        assert name not in text
+    for table in tables("bronze"):
+        assert f"Completeness of {table.name}" in text
+
+
+def test_failed_run_shows_what_is_published(report: RunRecord) -> None:
+    error = {"type": "RefusedError", "message": "GATE <b>MISSED</b>", "traceback": ""}
+    failed = {
+        "result": "refused",
+        "error": error,
+        "quality": {},
+        "profile": {},
+        "rows": {},
+        "highlights": {},
+        "revenue": None,
+    }
+    records = history(report, failed)
+    page = report_page(records, records[0])
+    assert "GATE &lt;b&gt;MISSED&lt;/b&gt;" in page, "what was in the data is text"
+    assert f"Published is still run {report.run_id}" in page
+    assert "Revenue by category" in page
+    assert "Revenue by category" not in report_page(records[1:], None)
+
+
+def test_records_of_an_older_version(report: RunRecord) -> None:
+    [record] = history(report)
+    for name in ("summaries", "anomalies", "offsets"):
+        del record[name]
+    page = report_page([record], record)
+    assert "Revenue by category" in page
+    assert "The cities that lead" not in page
+
+
+def test_thirty_runs(report: RunRecord, tmp_path: Path) -> None:
+    """The page of a long history is as long as that of thirty runs, and keeps the last of them."""
+    store = Store(str(tmp_path))
+    os.makedirs(store.path("runs"))
+    [record] = history(report)
+    for n in range(50):
+        run_id, started = f"209901{n // 24 + 1:02}T{n % 24:02}0000Z-0000", f"2099-01-{n // 24 + 1:02}T{n % 24:02}:00:00"
+        store.save_record(run_id, record | {"run_id": run_id, "started_at": started})
+    save_report(store, store.history())
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "2099-01-03 01:00" in page
+    assert "2099-01-01 20:00" in page
+    assert "2099-01-01 19:00" not in page
