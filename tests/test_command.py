@@ -47,6 +47,7 @@ def test_good_run(tmp_path: Path) -> None:
     code, log = run(tmp_path, *SMALL, PIPELINE_NUM_PRODUCTS="11", PIPELINE_SEED="5")
     assert code == 0, log
     assert all(LOG_LINE.match(line) for line in log.splitlines()), f"only our own lines:\n{log}"
+    assert "[1/" not in log, "progress is for a terminal"
     for table in TABLES:
         assert list((tmp_path / "pipeline-data" / table.layer / table.name).glob("*.parquet"))
     assert "bronze.products                          10 rows" in log
