@@ -2067,6 +2067,13 @@ def describe_profile(table: str, profile: Mapping[str, Mapping[str, Any]]) -> It
         yield f"  {name:<26} {column['nulls']:>10,} {complete:>9} {distinct:>11} {repeated:>9}  {least} … {greatest}"
 
 
+def _is_remote() -> bool:
+    """Whether the session speaks Spark Connect: to Sail, or to a server."""
+    from pyspark.sql.utils import is_remote
+
+    return bool(is_remote())
+
+
 @contextlib.contextmanager
 def _in_memory() -> Iterator[Callable[[DataFrame], DataFrame]]:
     """Keeps what is used several times in memory, or on local disk, until the end of the block."""
@@ -2139,16 +2146,12 @@ class _Run:
 
     def tag(self) -> None:
         """Marks the jobs of this thread as those of this run: a session that was handed in may have others."""
-        from pyspark.sql.utils import is_remote
-
-        if not is_remote():
+        if not _is_remote():
             self.spark.sparkContext.addJobTag(self.record.run_id)
 
     def cancel(self) -> None:
         """Ends the work of the other threads: nobody needs it any more."""
-        from pyspark.sql.utils import is_remote
-
-        if is_remote():
+        if _is_remote():
             self.spark.interruptAll()
         else:
             self.spark.sparkContext.cancelJobsWithTag(self.record.run_id)
@@ -2414,7 +2417,6 @@ class _Run:
         which.
         """
         from pyspark.sql import Observation
-        from pyspark.sql.utils import is_remote
 
         self.record.at = at = f"{layer}.{table.name}"
         if layer == table.layer:
@@ -2424,7 +2426,7 @@ class _Run:
         columns = [metric.alias(name) for name, metric in named.items()]
         chosen = choose or (lambda all_rows: all_rows)
         with self.timed(at):
-            if is_remote():
+            if _is_remote():
                 # Over Spark Connect nothing counts while it writes: Sail cannot, and Spark 3.5 does not tell.
                 chosen(rows).write.mode("error").parquet(path)
                 counts = (rows if choose else self.read(layer, table)).agg(*columns).collect()[0].asDict()
