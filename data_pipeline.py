@@ -793,6 +793,13 @@ def _start_sail(config: DataPipelineConfig) -> Any:
     return server
 
 
+def _is_remote() -> bool:
+    """Whether the session speaks Spark Connect: to Sail, or to a server."""
+    from pyspark.sql.utils import is_remote
+
+    return bool(is_remote())
+
+
 class _Remembered:
     """A Java package or class whose members are looked up once: Py4J would ask for them at each use.
 
@@ -853,7 +860,8 @@ def create_spark_session(config: DataPipelineConfig, spark_log: str = os.devnull
             builder = builder.config("spark.ui.enabled", "false")
         with contextlib.nullcontext() if debug else _standard_error_to(spark_log), _jvm_options(config):
             spark = builder.getOrCreate()
-        _Remembered.in_jvm(spark.sparkContext._jvm)
+        if not _is_remote():
+            _Remembered.in_jvm(spark.sparkContext._jvm)
     # Spark's own handler calls the JVM in the midst of whatever call was interrupted, and so fails now and then;
     # Sail's ends the server, which has to see to the end of the run.
     if threading.current_thread() is threading.main_thread():
@@ -2065,13 +2073,6 @@ def describe_profile(table: str, profile: Mapping[str, Mapping[str, Any]]) -> It
         least, greatest = (str(column[bound] if column[bound] is not None else "-")[:24] for bound in ("min", "max"))
         complete, distinct = f"{column['completeness']:.1f}%", f"~{column['distinct']:,}"
         yield f"  {name:<26} {column['nulls']:>10,} {complete:>9} {distinct:>11} {repeated:>9}  {least} … {greatest}"
-
-
-def _is_remote() -> bool:
-    """Whether the session speaks Spark Connect: to Sail, or to a server."""
-    from pyspark.sql.utils import is_remote
-
-    return bool(is_remote())
 
 
 @contextlib.contextmanager
