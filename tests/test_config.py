@@ -107,7 +107,7 @@ def test_every_field_is_a_flag_and_a_variable() -> None:
         "gold_above": "7", "premium_above": "8", "shuffle_partitions": "9", "spark_master": "local[3]",
         "engine": "Sail", "log_level": "debug", "max_quarantine_rate": "0.1", "keep_snapshots": "2",
         "lock_timeout": "1.5",
-        "fast_start": "No",
+        "fast_start": "No", "alert_webhook": "https://x.example/y", "anomaly_factor": "2.5",
     }  # fmt: skip
     assert set(given) == {field.name for field in dataclasses.fields(DataPipelineConfig)}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
