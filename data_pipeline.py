@@ -32,6 +32,7 @@ if sys.version_info < (3, 11):  # before anything that an older Python stumbles 
     sys.exit(2)
 
 import argparse
+import atexit
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -529,6 +530,9 @@ def _java_version(home: Path) -> str:
     return version[1]
 
 
+ARCHIVE_FORMAT = 2  # to be raised when archives are made in another way
+
+
 @dataclass(frozen=True, slots=True)
 class ClassArchive:
     """The classes that Spark loads, ready for use (class data sharing): the JVM then starts in half the time.
@@ -547,8 +551,7 @@ class ClassArchive:
         version = _java_version(java_home)
         if int(version.partition(".")[0]) < 17:
             return None
-        # The 2 is to be raised when archives are made in another way.
-        parts = (2, java_home, spark_home, version, (spark_home / "jars").stat().st_mtime_ns)
+        parts = (ARCHIVE_FORMAT, java_home, spark_home, version, (spark_home / "jars").stat().st_mtime_ns)
         key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "data_pipeline")
         # As spark-class names them: Java compares the paths.
@@ -567,9 +570,11 @@ class ClassArchive:
                 if left.stat().st_mtime < time.time() - 86_400:
                     left.unlink(missing_ok=True)
             if self.path.exists():
-                os.utime(self.path)
+                with contextlib.suppress(OSError):
+                    os.utime(self.path)
                 return [f"-XX:SharedArchiveFile={self.path}", "-Xlog:cds=off", "-Xlog:cds+dynamic=off"]
             if shutil.disk_usage(self.path.parent).free > 2_000 * MILLION:
+                atexit.register(self.make)
                 return [f"-XX:DumpLoadedClassList={self.classes}"]
         except OSError as error:
             logger.debug("No archive of classes: %s", error)
@@ -580,19 +585,27 @@ class ClassArchive:
         if self.classes.exists() and not self.path.exists():
             home, module = os.path.split(os.path.abspath(__file__))
             imports = f"from pathlib import *; from {module.removesuffix('.py')} import ClassArchive"
-            subprocess.Popen(
-                ["nice", "-n", "19", sys.executable, "-c", f"{imports}; {self}.dump({self.classes!r}, {os.getpid()})"],
-                cwd=home,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+            with contextlib.suppress(OSError):  # it is not worth a failure
+                subprocess.Popen(
+                    [
+                        "nice",
+                        "-n",
+                        "19",
+                        sys.executable,
+                        "-c",
+                        f"{imports}; {self}.dump({self.classes!r}, {os.getpid()})",
+                    ],
+                    cwd=home,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
 
     def dump(self, classes: Path, process: int) -> None:
-        """Makes the archive from a list of classes once the process that loaded them has ended."""
-        with contextlib.suppress(ProcessLookupError):
-            while True:
+        """Makes the archive from a list of classes, once the process that loaded them has ended, or a minute later."""
+        with contextlib.suppress(OSError):
+            for _ in range(120):
                 os.kill(process, 0)
                 time.sleep(0.5)
         time.sleep(3)  # Java ends, and writes its list, after Python
@@ -661,8 +674,9 @@ def _check_storage(config: DataPipelineConfig) -> None:
     try:
         for folder in ("runs", "snapshots"):
             os.makedirs(store.path(folder), exist_ok=True)
-        with tempfile.TemporaryFile(dir=config.root):
-            free = shutil.disk_usage(config.root).free
+        for folder in (".", "runs", "snapshots"):
+            tempfile.TemporaryFile(dir=store.path(folder)).close()
+        free = shutil.disk_usage(config.root).free
     except OSError as error:
         raise PipelineError(
             f"cannot write to data_dir {config.root}: {error.strerror}; choose another with --data-dir, "
@@ -1914,8 +1928,14 @@ class Store:
                 yield run_id, record
 
     def history(self) -> list[dict[str, Any]]:
-        """The readable records of the last runs, oldest first."""
-        return [record for _, record in self.records(HISTORY) if isinstance(record, dict)]
+        """The readable records of the last runs, oldest first; what one of an older version lacks is empty."""
+        return [self.completed(record) for _, record in self.records(HISTORY) if isinstance(record, dict)]
+
+    @staticmethod
+    def completed(record: Mapping[str, Any]) -> dict[str, Any]:
+        """The record, with the fields that it lacks as they are in an empty one."""
+        empty = RunRecord("", "", "", {}, dict.fromkeys(VERSIONS))
+        return {**dataclasses.asdict(empty), **record}
 
     def spark_log(self, run_id: str) -> str:
         """The file for Spark's own log of a run."""
@@ -1949,6 +1969,7 @@ def rollback(store: Store, run_id: str, timeout: float) -> str:
     if not os.path.isdir(store.root):
         raise PipelineError(f"nothing to return to: there is no data folder {store.root}")
     with store.lock(timeout):
+        store.clear_leftovers()
         published, known = store.published(), store.snapshots(AUDITED)
         chosen = run_id or next((known_id for known_id in reversed(known) if known_id < (published or "")), "")
         if chosen not in known:
@@ -1993,6 +2014,9 @@ class Quality:
             f"{table}: {self.received:,} received = {self.kept:,} kept + {self.quarantined:,} quarantined"
             f" + {self.duplicates:,} duplicates removed; rules broken: {self.broken() or 'none'}"
         )
+
+
+VERSIONS = ("pipeline", "python", "spark", "java", "sail")  # that a run record names
 
 
 @dataclass(slots=True)
@@ -2458,7 +2482,7 @@ class _Run:
 
 def _versions() -> dict[str, str | None]:
     """What the run runs on; Spark's is added once it is there. None is what cannot be told."""
-    versions: dict[str, str | None] = dict.fromkeys(("pipeline", "python", "spark", "java", "sail"))
+    versions: dict[str, str | None] = dict.fromkeys(VERSIONS)
     versions["python"] = sys.version.split()[0]
     command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
     with contextlib.suppress(OSError):  # no git here
@@ -2471,8 +2495,8 @@ def _versions() -> dict[str, str | None]:
 
 
 @contextlib.contextmanager
-def _recorded(record: RunRecord, store: Store, config: DataPipelineConfig) -> Iterator[None]:
-    """Writes the run record at the start and, however the run ends, at the end, and tells of it then."""
+def _recorded(record: RunRecord, store: Store) -> Iterator[None]:
+    """Writes the run record at the start and, however the run ends, at the end."""
     started = time.perf_counter()
     store.save_record(record.run_id, dataclasses.asdict(record))
     try:
@@ -2482,8 +2506,7 @@ def _recorded(record: RunRecord, store: Store, config: DataPipelineConfig) -> It
         refused, interrupted = isinstance(error, RefusedError), isinstance(error, KeyboardInterrupt)
         record.result = "refused" if refused else "interrupted" if interrupted else "failed"
         record.exit_code = getattr(error, "exit_code", 130 if interrupted else 1)
-        if isinstance(error, PipelineError):
-            error.recorded = True
+        error.recorded = True  # type: ignore[attr-defined]
         record.error = {
             "type": type(error).__name__,
             "message": str(error),
@@ -2495,9 +2518,8 @@ def _recorded(record: RunRecord, store: Store, config: DataPipelineConfig) -> It
         record.seconds["total"] = time.perf_counter() - started
         record.sort()
         # A full disk must not hide what filled it.
-        with contextlib.suppress(OSError):
+        with _harmless("The run record is not complete"):
             store.save_record(record.run_id, dataclasses.asdict(record))
-        tell(record, store, config)
 
 
 def run_pipeline(config: DataPipelineConfig | None = None, spark: SparkSession | None = None) -> RunRecord:
@@ -2517,7 +2539,8 @@ def run_pipeline(config: DataPipelineConfig | None = None, spark: SparkSession |
     spark = spark or _running_session()
     preflight(config, starts_spark=spark is None)
     store = Store(config.root)
-    with store.lock(config.lock_timeout):
+    # Not while others wait for the lock: a webhook may be slow.
+    with contextlib.ExitStack() as afterwards, store.lock(config.lock_timeout):
         store.clear_leftovers()
         run_id = store.next_run_id()
         record = RunRecord(
@@ -2527,10 +2550,11 @@ def run_pipeline(config: DataPipelineConfig | None = None, spark: SparkSession |
             config=config.shown(),
             versions=_versions(),
         )
+        afterwards.callback(tell, record, store, config)
         logger.info("STARTING DATA PIPELINE EXECUTION")
         logger.info("Run %s as of %s, into %s", record.run_id, config.as_of_date, config.root)
         started = time.perf_counter()
-        with _recorded(record, store, config):
+        with _recorded(record, store):
             try:
                 with _session(config, spark, store.spark_log(record.run_id)) as session:
                     _run_layers(_Run(config, session, store, record, started))
@@ -2567,9 +2591,12 @@ def _run_layers(run: _Run) -> None:
         run.layer(GOLD, "Business Aggregations", run.gold)
         run.audit()
         run.summarize()
-        run.record.anomalies = anomalies(run.record, store.history(), run.config.anomaly_factor)
+        with _harmless("The run is not compared with the last ones"):
+            run.record.anomalies = anomalies(run.record, store.history(), run.config.anomaly_factor)
         for line in run.record.anomalies:
             logger.warning("%s", line)
+        # All but its end, should it be killed once it is published.
+        store.save_record(run_id, dataclasses.asdict(run.record))
         store.mark(run_id, AUDITED)
         store.publish(run_id)
     except RefusedError:
@@ -2587,29 +2614,43 @@ def _run_layers(run: _Run) -> None:
 # from run records alone.
 
 
-def tell(record: RunRecord, store: Store, config: DataPipelineConfig) -> None:
-    """Tells of a run that has ended; what goes wrong with that is a warning, and never changes the run's result."""
-    add_to_step_summary(run_page(record))
+@contextlib.contextmanager
+def _harmless(what: str) -> Iterator[None]:
+    """Makes a warning of what goes wrong in the block: it must not change the result of a run."""
     try:
-        history = store.history()
-        save_report(store, history)
-        if config.alert_webhook and (text := alert(record, history)):
-            send_alert(config.alert_webhook, text)
+        yield
     except OSError as error:
-        logger.warning("The run could not be reported in full: %s", error)
-    except Exception:  # whatever it is, the run is over
-        logger.warning("The run could not be reported in full", exc_info=True)
+        logger.warning("%s: %s", what, error)
+    except Exception:
+        logger.warning("%s", what, exc_info=True)
 
 
-def save_report(store: Store, history: Sequence[Mapping[str, Any]]) -> None:
-    """Writes `report.html` and `metrics.prom` beside the data, each whole or not at all."""
-    if not store.is_local or not history or history[-1]["result"] not in RESULTS:
-        return
-    published = next((run for run in history if run["run_id"] == store.published()), None)
-    if published is None and isinstance(older := dict(store.records()).get(store.published() or ""), dict):
-        published = older
-    store.save_text("report.html", report_page(history, published))
-    store.save_text("metrics.prom", metrics(history, published))
+def tell(record: RunRecord, store: Store, config: DataPipelineConfig) -> None:
+    """Tells of a run that has ended: by the job's summary, the webhook, the report and the metrics."""
+    with _harmless("There is no summary of the job"):
+        add_to_step_summary(run_page(record))
+    with _harmless("No alert could be sent"):
+        if config.alert_webhook and (text := alert(record, store.history())):
+            send_alert(config.alert_webhook, text)
+    save_report(store)
+
+
+def save_report(store: Store) -> None:
+    """Writes `report.html` and `metrics.prom` beside the data, each whole or not at all; a failure is a warning.
+
+    Nothing is written on storage that is named by a URI, and before the first run has ended.
+    """
+    with _harmless("The records of the runs cannot be read"):
+        history = [run for run in store.history() if run["result"] in RESULTS]
+        if not history:
+            return
+        run_id = store.published()
+        published = next((run for run in history if run["run_id"] == run_id), None)
+        if published is None and isinstance(older := dict(store.records()).get(run_id or ""), dict):
+            published = store.completed(older)
+        for name, page in (("report.html", report_page), ("metrics.prom", metrics)):
+            with _harmless(f"{name} is not renewed"):
+                store.save_text(name, page(history, published))
 
 
 def _quarantine_rates(run: Mapping[str, Any]) -> dict[str, float]:
@@ -2620,7 +2661,8 @@ def _quarantine_rates(run: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _received_rows(run: Mapping[str, Any], part: str = "received") -> int:
+def _rows_of(run: Mapping[str, Any], part: str) -> int:
+    """The rows received, kept, quarantined or removed as duplicates, of all bronze tables."""
     return sum(table[part] for table in run["quality"].values())
 
 
@@ -2636,21 +2678,19 @@ def anomalies(record: RunRecord, history: Sequence[Mapping[str, Any]], factor: f
     now = dataclasses.asdict(record)
     rates = [_quarantine_rates(run) for run in earlier]
     compared = [
-        (f"{name}: {{:,.0f}} rows", rows, [run["rows"].get(name) for run in earlier], 1.0)
+        (name, "{:,.0f} rows", rows, [run["rows"].get(name) for run in earlier], 1.0)
         for name, rows in now["rows"].items()
         if not name.startswith(QUARANTINE)
     ] + [
-        (f"{name}: {{:.2%}} of the rows are quarantined", rate, [run.get(name) for run in rates], 0.001)
+        (name, "{:.2%} of the rows quarantined", rate, [run.get(name) for run in rates], 0.001)
         for name, rate in _quarantine_rates(now).items()
     ]
     found = []
-    for text, value, values, least in compared:
+    for name, text, value, values, least in compared:
         known = [known for known in values if known is not None]
         median = statistics.median(known) if known else value
-        ratio = (value + least) / (median + least)
-        if not 1 / factor <= ratio <= factor:
-            what = text.format(value) + f", in the last {len(known)} runs {text.partition(' ')[2].format(median)}"
-            found.append(f"{what}: {ratio:.2g} times as much")
+        if not 1 / factor <= (value + least) / (median + least) <= factor:
+            found.append(f"{name}: {text.format(value)}, against {text.format(median)} in the last {len(known)} runs")
     return found
 
 
@@ -2670,17 +2710,20 @@ def alert(record: RunRecord, history: Sequence[Mapping[str, Any]]) -> str | None
 
 
 def send_alert(webhook: str, text: str, timeout: float = 10.0) -> None:
-    """Posts the text to a webhook; one that is slow, broken or gone is a warning in the log. Its URL is a secret."""
+    """Posts the text to a webhook; one that is slow, broken or gone is a warning in the log. Its URL is a secret.
+
+    The three characters that Slack reads as markup are escaped.
+    """
     import urllib.request
 
     failure = [f"no answer within {timeout:g} seconds"]
 
     def post() -> None:
         try:
-            body, headers = json.dumps({"text": text}).encode(), {"Content-Type": "application/json"}
+            plain = text.translate({ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;"})
+            body, headers = json.dumps({"text": plain}).encode(), {"Content-Type": "application/json"}
             request = urllib.request.Request(webhook, body, headers, method="POST")  # noqa: S310 - http or https
-            with urllib.request.urlopen(request, timeout=timeout) as answer:  # noqa: S310
-                answer.read(1)
+            urllib.request.urlopen(request, timeout=timeout).close()  # noqa: S310
             failure.clear()
         except Exception as error:  # whatever it is: its text may hold the URL
             failure[0] = f"{type(error).__name__} {getattr(error, 'code', '')}".strip()
@@ -2696,13 +2739,13 @@ def send_alert(webhook: str, text: str, timeout: float = 10.0) -> None:
 def metrics(history: Sequence[Mapping[str, Any]], published: Mapping[str, Any] | None) -> str:
     """The metrics of the last run for Prometheus, as text for node_exporter's textfile collector.
 
-    Rows, rules and revenue are those of the last run if its data was complete, else of the published one. Each has the
-    label `data_dir`, so that several pipelines of a machine can be told apart.
+    Rules and quarantine are those of the last run that got to them; rows, revenue and anomalies those of the published
+    one. Each has the label `data_dir`, so that several pipelines of a machine can be told apart.
     """
     from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
     last = history[-1]
-    data = last if last["result"] in ("succeeded", "refused") else published
+    checked = last if last["quality"] else published
     good = [run for run in (published, *history) if run and run["result"] == "succeeded"]
     registry = CollectorRegistry()
 
@@ -2728,18 +2771,20 @@ def metrics(history: Sequence[Mapping[str, Any]], published: Mapping[str, Any] |
     total = {(): last["seconds"]["total"]} if "total" in last["seconds"] else {}
     gauge("run_duration_seconds", "How long the last run took.", total)
     gauge("stage_duration_seconds", "How long the layers and tables of the last run took.", stages, "stage")
-    if data:
-        rows = {tuple(name.split(".")): rows for name, rows in data["rows"].items()}
-        gauge("table_rows", "Rows written.", rows, "layer", "table")
+    if checked:
         failed = {
-            (name, rule): rows for name, table in data["quality"].items() for rule, rows in table["failed"].items()
+            (name, rule): rows for name, table in checked["quality"].items() for rule, rows in table["failed"].items()
         }
         gauge("rule_failing_rows", "Rows received that break a rule.", failed, "table", "rule")
-        rates = {(name,): rate for name, rate in _quarantine_rates(data).items()}
+        rates = {(name,): rate for name, rate in _quarantine_rates(checked).items()}
         gauge("quarantine_ratio", "Share of the rows received that were refused, 0 to 1.", rates, "table")
-        if data.get("revenue") is not None:
-            gauge("revenue_dollars", "Revenue of completed orders, in dollars.", {(): data["revenue"]})
-        gauge("anomalies", "Figures that are far from those of the last runs.", {(): len(data.get("anomalies", ()))})
+    if published:
+        rows = {tuple(name.split(".")): rows for name, rows in published["rows"].items()}
+        gauge("table_rows", "Rows of the published tables.", rows, "layer", "table")
+        if published["revenue"] is not None:
+            gauge("revenue_dollars", "Revenue of completed orders, in dollars.", {(): published["revenue"]})
+        odd = {(): len(published["anomalies"])}
+        gauge("anomalies", "Figures of the published run that are far from those of the runs before.", odd)
     return generate_latest(registry).decode()
 
 
@@ -2748,7 +2793,7 @@ SHOWN: Mapping[str, str] = {"count": "{:,.0f}", "dollars": "${:,.2f}", "percent"
 
 
 def _shown(value: Any, kind: str) -> str:
-    return "–" if value is None else SHOWN[kind].format(Decimal(str(value)))
+    return "–" if not value and value != 0 else SHOWN[kind].format(Decimal(str(value)))
 
 
 def _figure(value: Any) -> float:
@@ -2780,7 +2825,6 @@ def report_page(history: Sequence[Mapping[str, Any]], published: Mapping[str, An
 
     last = history[-1]
     total = last["seconds"].get("total", 0.0)
-    # What a record of an older version lacks is left out.
     pages = jinja2.Environment(
         loader=jinja2.FileSystemLoader(os.path.dirname(os.path.abspath(__file__))),
         autoescape=True,
@@ -2808,10 +2852,11 @@ def report_page(history: Sequence[Mapping[str, Any]], published: Mapping[str, An
         "Finished (UTC)": (last["finished_at"] or "")[:16].replace("T", " "),
         "As of": last["config"]["as_of_date"],
         "Duration": _shown(total, "seconds"),
-        "Rows received": _shown(_received_rows(last), "count"),
+        "Rows received": _shown(_rows_of(last, "received"), "count"),
     }
-    if published and published.get("revenue") is not None:
-        facts |= {
+    business = {}
+    if published and published["revenue"] is not None:
+        business = {
             "Revenue": _shown(published["revenue"], "dollars"),
             "Completed orders": _shown(published["rows"][f"{SILVER}.transactions_clean"], "count"),
             "Customers": _shown(published["rows"][f"{SILVER}.customers_enriched"], "count"),
@@ -2820,7 +2865,8 @@ def report_page(history: Sequence[Mapping[str, Any]], published: Mapping[str, An
         latest=last,
         run=published,
         checked=checked,
-        facts=facts.items(),
+        facts=facts,
+        business=business,
         devices=[row | {"device and browser": f"{row['device']}, {row['browser']}"} for row in devices],
         reasons=[row for row in broken if not row["kept"]],
         warnings=[row for row in broken if row["kept"]],
@@ -2834,15 +2880,15 @@ def report_page(history: Sequence[Mapping[str, Any]], published: Mapping[str, An
         flow=[{"table": name, "then": _then(name, checked["rows"])} | table for name, table in quality.items()],
         timeline=[
             {"name": name, "start": start, "took": last["seconds"].get(name, total - start)}
-            for name, start in sorted(last.get("offsets", {}).items(), key=lambda item: item[1])
+            for name, start in sorted(last["offsets"].items(), key=lambda item: item[1])
         ],
         trends=[
             {
                 "run of": run["started_at"][:16].replace("T", " "),
-                "rows": _received_rows(run),
-                "revenue": run.get("revenue"),
-                "rate": _received_rows(run, "quarantined") / max(_received_rows(run), 1),
-                "duration": run["seconds"]["total"],
+                "rows": _rows_of(run, "received"),
+                "revenue": run["revenue"],
+                "rate": _rows_of(run, "quarantined") / max(_rows_of(run, "received"), 1),
+                "duration": run["seconds"].get("total"),
             }
             for run in history
             if run["result"] == "succeeded"
@@ -2980,7 +3026,10 @@ def _log_handler() -> logging.Handler:
     line, times = "%(asctime)s - %(levelname)s - %(message)s", "%Y-%m-%d %H:%M:%S"
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(line, times))
-    if _on_terminal() and not os.environ.get("NO_COLOR"):
+    logging.addLevelName(PROGRESS, "INFO")
+    if not _on_terminal():
+        handler.addFilter(lambda record: record.levelno != PROGRESS)
+    elif not os.environ.get("NO_COLOR"):
         line = f"{_TerminalFormatter.DIM}%(asctime)s{_TerminalFormatter.END} %(message)s"
         handler.setFormatter(_TerminalFormatter(line, "%H:%M:%S"))
     return handler
@@ -3008,16 +3057,17 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         epilog="A flag wins over its environment variable, and that over the default.",
         allow_abbrev=False,
     )
+    loudness = parser.add_mutually_exclusive_group()
     for field in dataclasses.fields(DataPipelineConfig):
         shown = "" if field.default in (None, dataclasses.MISSING) else f" (default: {field.default})"
-        # The last field, the log level, has a short cut.
-        last = parser.add_mutually_exclusive_group() if field.name == "log_level" else parser
-        last.add_argument(
+        (loudness if field.name == "log_level" else parser).add_argument(
             "--" + field.name.replace("_", "-"),
             metavar=str(field.type).partition(" ")[0].upper(),
             help=f"{field.metadata['help']}{shown} [{_variable(field.name)}]".replace("%", "%%"),
         )
-    last.add_argument("--quiet", action="store_true", help="log warnings and errors only, as --log-level WARNING does")
+    loudness.add_argument(
+        "--quiet", action="store_true", help="log warnings and errors only, as --log-level WARNING does"
+    )
     instead = parser.add_argument_group("instead of a run").add_mutually_exclusive_group()
     instead.add_argument("--list-runs", action="store_true", help="show the runs and what became of them")
     instead.add_argument(
@@ -3079,12 +3129,23 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
             signal.set_wakeup_fd(before)
 
 
+def tell_of_no_run(error: BaseException, flags: argparse.Namespace | None) -> None:
+    """Tells of a run that was asked for and has no record; the webhook is read even where other settings are wrong."""
+    if getattr(error, "recorded", False) or (flags and (flags.list_runs or flags.rollback is not None)):
+        return
+    add_to_step_summary(f"## ❌ Nothing was run\n\n{_markdown(error)}\n")
+    webhook = (flags and flags.alert_webhook) or os.environ.get(_variable("alert_webhook"))
+    with contextlib.suppress(ValueError):
+        if webhook:
+            send_alert(_url(webhook), f"❌ No run of the data pipeline on {socket.gethostname()}: {error}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the pipeline from the command line and returns the exit code."""
     # CRITICAL for the loggers of others: Py4J logs what it also raises.
     logging.basicConfig(handlers=[_log_handler()], level=logging.CRITICAL)
     logger.setLevel(logging.INFO)
-    config = None
+    flags = None
     annotations = Annotations(logging.WARNING)
     if os.environ.get("GITHUB_ACTIONS") == "true":
         logger.addHandler(annotations)
@@ -3100,23 +3161,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             elif flags.rollback is not None:
                 store = Store(config.root)
                 logger.info("Published again: %s", rollback(store, flags.rollback, config.lock_timeout))
-                save_report(store, store.history())
+                save_report(store)
             else:
                 run_pipeline(config)
-                if archive := _class_archive(config):
-                    archive.make()
         except PipelineError as error:
             logger.error("%s", error)
-            if not error.recorded:
-                add_to_step_summary(f"## ❌ Nothing was run\n\n{_markdown(error)}\n")
-                if config and config.alert_webhook:
-                    send_alert(config.alert_webhook, f"❌ {config.app_name} on {socket.gethostname()}: no run: {error}")
+            tell_of_no_run(error, flags)
             return error.exit_code
         except (KeyboardInterrupt, Exception) as error:
             if interrupted() or isinstance(error, KeyboardInterrupt):
                 logger.error("INTERRUPTED: the run was stopped by hand")
                 return 130
             logger.exception("PIPELINE EXECUTION FAILED")
+            tell_of_no_run(error, flags)
             return 1
         finally:
             logger.removeHandler(annotations)

@@ -167,7 +167,6 @@ assert spark.range(3).count() == 3
 java = spark.sparkContext._gateway.proc.pid
 print(any("data_pipeline/" in line for line in Path(f"/proc/{java}/maps").read_text().splitlines()))
 spark.stop()
-_class_archive(config).make()
 """
 
 
