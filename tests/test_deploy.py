@@ -138,7 +138,8 @@ def test_first_push_makes_everything(vm: VM, first: Outcome) -> None:
     assert first.record["result"] == "succeeded"
     assert first.record["versions"]["pipeline"] == vm.in_use, "the record names the commit that ran"
     run_id = first.record["run_id"]
-    assert first.artifact == sorted(["pipeline.log", f"{run_id}.json", f"{run_id}.spark.log"]), "and no data"
+    files = ["pipeline.log", "report.html", f"{run_id}.json", f"{run_id}.spark.log"]
+    assert first.artifact == sorted(files), "and no tables"
     assert f"## ✅ Pipeline run {run_id}: succeeded" in first.output, "the job summary"
     assert "::error::" not in first.output
 
