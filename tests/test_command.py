@@ -24,7 +24,9 @@ def start(
     home: Path, *flags: str, program: tuple[str, ...] = (data_pipeline.__file__,), **variables: str
 ) -> subprocess.Popen[str]:
     """Starts the pipeline with `home` as the home folder."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIPELINE_", "GITHUB_"))}
+    # A session of Sail in this process leaves a mark in the environment.
+    others = ("PIPELINE_", "GITHUB_", "SPARK_CONNECT_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(others)}
     return subprocess.Popen(
         [sys.executable, *program, *flags],
         env=kept | {"HOME": str(home), "PIPELINE_FAST_START": "no", "PIPELINE_ENGINE": ENGINE} | variables,
