@@ -1572,17 +1572,18 @@ def _stock_by(product_analytics: DataFrame, column: str) -> DataFrame:
             money(F.sum("inventory_value")).alias("value"),
         )
         .orderBy(*map(_sort_order, ("-value", column)))
+        .limit(HIGHLIGHTS)
     )
 
 
 def stock_by_category(product_analytics: DataFrame) -> DataFrame:
     """One row per category, over active products in stock; value in dollars."""
-    return _stock_by(product_analytics, "category").limit(HIGHLIGHTS)
+    return _stock_by(product_analytics, "category")
 
 
 def stock_by_supplier(product_analytics: DataFrame) -> DataFrame:
     """The suppliers that lead by the value of the stock, in dollars."""
-    return _stock_by(product_analytics, "supplier").limit(HIGHLIGHTS)
+    return _stock_by(product_analytics, "supplier")
 
 
 # What a person is shown of a run besides the first rows of gold: a few rows each, whatever the size of the data.
@@ -2056,6 +2057,11 @@ class RunRecord:
     missed: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     error: dict[str, str] | None = None
 
+    @property
+    def received(self) -> int:
+        """The rows received, of all bronze tables."""
+        return sum(quality.received for quality in self.quality.values())
+
     def sort(self) -> None:
         """Puts the tables in the order in which they are declared, instead of that in which they were finished."""
         names = [name for layer, table in SNAPSHOT_TABLES for name in (f"{layer}.{table.name}", table.name)]
@@ -2067,13 +2073,12 @@ class RunRecord:
 
     def summary(self) -> Iterator[str]:
         """The lines that close the log."""
-        received = sum(quality.received for quality in self.quality.values())
         total = self.seconds["total"]
         layers = ", ".join(f"{layer} {self.seconds[layer]:.1f} s" for layer in (BRONZE, SILVER, GOLD))
         for table, rows in self.rows.items():
             yield f"  {table:<28} {rows:>14,} rows"
         yield f"  {total:.1f} s in all: {layers}"
-        yield f"  {received / total:,.0f} rows per second, start-up included"
+        yield f"  {self.received / total:,.0f} rows per second, start-up included"
         yield f"  The data lies in {self.data_dir}"
 
 
@@ -2495,12 +2500,12 @@ def _versions() -> dict[str, str | None]:
 
 
 @contextlib.contextmanager
-def _recorded(record: RunRecord, store: Store) -> Iterator[None]:
-    """Writes the run record at the start and, however the run ends, at the end."""
+def _recorded(record: RunRecord, store: Store) -> Iterator[float]:
+    """Writes the run record at the start and, however the run ends, at the end; gives the time of its start."""
     started = time.perf_counter()
     store.save_record(record.run_id, dataclasses.asdict(record))
     try:
-        yield
+        yield started
         record.result, record.exit_code = "succeeded", 0
     except BaseException as error:
         refused, interrupted = isinstance(error, RefusedError), isinstance(error, KeyboardInterrupt)
@@ -2553,8 +2558,7 @@ def run_pipeline(config: DataPipelineConfig | None = None, spark: SparkSession |
         afterwards.callback(tell, record, store, config)
         logger.info("STARTING DATA PIPELINE EXECUTION")
         logger.info("Run %s as of %s, into %s", record.run_id, config.as_of_date, config.root)
-        started = time.perf_counter()
-        with _recorded(record, store):
+        with _recorded(record, store) as started:
             try:
                 with _session(config, spark, store.spark_log(record.run_id)) as session:
                     _run_layers(_Run(config, session, store, record, started))
@@ -2953,11 +2957,10 @@ def run_page(record: RunRecord) -> str:
 
 def _run_page(record: RunRecord) -> Iterator[str]:
     sign = {"succeeded": "✅", "refused": "⛔"}.get(record.result, "❌")
-    received = sum(quality.received for quality in record.quality.values())
     yield f"## {sign} Pipeline run {record.run_id}: {record.result}"
     yield ""
     yield (
-        f"As of {record.config['as_of_date']} · {received:,} rows received · {record.seconds['total']:.1f} s"
+        f"As of {record.config['as_of_date']} · {record.received:,} rows received · {record.seconds['total']:.1f} s"
         f" · Spark {record.versions['spark']} · `{record.data_dir}`"
     )
     yield ""
