@@ -261,7 +261,10 @@ def _today() -> date:
 
 
 def _option(default: Any, help: str, **limits: Any) -> Any:
-    """A field with its line of documentation; `limits` are `min`, `max`, `choices`, and `secret`: never to be shown."""
+    """A field with its line of documentation.
+
+    `limits` are `min`, `max` and `choices`; `secret`, never to be shown; and `spark`, what Spark calls the setting.
+    """
     kind = "default_factory" if callable(default) else "default"
     metadata = {"help": help, **limits}
     return dataclasses.field(**{kind: default}, repr="secret" not in limits, metadata=metadata)
@@ -302,7 +305,14 @@ def _text(value: Any) -> str:
     return text.strip()
 
 
+def _memory(value: Any) -> Memory:
+    if not re.fullmatch(r"[1-9]\d*[kmgt]b?", text := _text(value).lower()):
+        raise ValueError
+    return text
+
+
 Url: TypeAlias = str
+Memory: TypeAlias = str
 
 
 def _url(value: Any) -> Url:
@@ -328,6 +338,7 @@ READERS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "bool": (_yes_or_no, "true or false"),
     "str": (_text, "a text"),
     "Url": (_url, "a URL that begins with https:// or http://"),
+    "Memory": (_memory, "an amount of memory such as 4g or 800m"),
 }
 
 
@@ -362,6 +373,21 @@ class DataPipelineConfig:
     engine: str = _option("spark", "what computes the tables: Spark, or Sail, which needs no Java", choices=ENGINES)
     spark_master: str | None = _option(
         None, "Spark master (default: SPARK_MASTER, else spark-submit's or spark-defaults', else local[*])"
+    )
+    executor_memory: Memory | None = _option(
+        None, "memory of each executor on a cluster, such as 4g (default: Spark's, 1g)", spark="spark.executor.memory"
+    )
+    executor_cores: int | None = _option(
+        None,
+        "cores of each executor on a cluster (default: Spark's, all of a standalone worker's)",
+        min=1,
+        spark="spark.executor.cores",
+    )
+    driver_host: str | None = _option(
+        None, "address by which a cluster reaches this machine (default: its host name)", spark="spark.driver.host"
+    )
+    cluster_timeout: float = _option(
+        300.0, "seconds that a cluster may leave a run without any executor, at its start or later", min=1.0, max=1e6
     )
     max_quarantine_rate: float = _option(
         0.05, "largest share of a table's rows that may be refused; above it nothing is published", min=0.0, max=1.0
@@ -453,9 +479,12 @@ class DataPipelineConfig:
         """The first day of the history."""
         return self.as_of_date - timedelta(days=self.history_days - 1)
 
-    def partitions(self, rows: int, rows_each: int = 2 * MILLION) -> int:
-        """How many partitions suit so many rows: one while they are few, then as many as keep every core busy."""
-        cores = 1 if rows < 250_000 else os.cpu_count() or 1
+    def partitions(self, rows: int, rows_each: int = 4 * MILLION) -> int:
+        """How many partitions suit so many rows: one while they are few, then as many as keep every core busy.
+
+        Four million rows are a file of about 100 MB in each of the large tables.
+        """
+        cores = min(os.cpu_count() or 1, 1 + rows // 250_000)
         return cores * max(1, math.ceil(rows / cores / rows_each))
 
     def validate(self) -> None:
@@ -667,8 +696,6 @@ def _check_storage(config: DataPipelineConfig) -> None:
             "On %s there is no link to publish by, and no lock: each run leaves its snapshot there", store.root
         )
         return
-    if not _is_local(_master(config)):
-        logger.warning("With a remote Spark master, %s has to be the same folder on every machine", store.root)
     # About what a run writes, rounded up: bytes per row of the two large tables in all layers.
     needed = 20 * MILLION + 150 * config.num_transactions + 150 * config.num_customers
     try:
@@ -711,21 +738,28 @@ def preflight(config: DataPipelineConfig, starts_spark: bool = True) -> None:
             )
     _check_storage(config)
     if remote:
-        _check_remote(os.environ["SPARK_REMOTE"])
+        server = urllib.parse.urlsplit(os.environ["SPARK_REMOTE"])
+        if server.scheme == "sc":
+            _knock("Spark Connect server", server.netloc, "unset SPARK_REMOTE", 15002)
     elif starts_spark and config.engine == "spark":
         _check_java()
+        scheme, _, masters = _master(config).partition("://")
+        if scheme == "spark":
+            _knock("Spark master", masters, "choose another with --spark-master")
 
 
-def _check_remote(url: str) -> None:
-    """Knocks at a Spark Connect server; pyspark itself would go on trying for many minutes."""
-    server = urllib.parse.urlsplit(url)
-    if server.scheme == "sc":
+def _knock(what: str, servers: str, otherwise: str, port: int | None = None) -> None:
+    """Checks that one of the servers, host:port with commas between, answers; Spark itself would try for minutes."""
+    errors: list[str] = []
+    for server in servers.split(","):
+        address = urllib.parse.urlsplit(f"//{server}")
         try:
-            socket.create_connection((server.hostname or "", server.port or 15002), timeout=10).close()
+            socket.create_connection((address.hostname or "", address.port or port or 0), timeout=10).close()
         except (OSError, ValueError) as error:
-            raise PipelineError(
-                f"no Spark Connect server at {server.netloc} ({error}): start it, or unset SPARK_REMOTE"
-            ) from None
+            errors.append(str(error))
+        else:
+            return
+    raise PipelineError(f"no {what} at {servers} ({'; '.join(errors)}): start it, or {otherwise}")
 
 
 def _master(config: DataPipelineConfig) -> str:
@@ -759,7 +793,7 @@ def _is_small(config: DataPipelineConfig) -> bool:
 
 def _class_archive(config: DataPipelineConfig) -> ClassArchive | None:
     """The archive for the JVM that this process starts, where it starts one."""
-    if config.engine != "spark" or not config.fast_start or not _is_local(_master(config)) or not _starts_jvm():
+    if config.engine != "spark" or not config.fast_start or not _starts_jvm():
         return None
     return ClassArchive.of(Path(os.environ["JAVA_HOME"]), _spark_home())
 
@@ -769,7 +803,7 @@ def _jvm_options(config: DataPipelineConfig) -> Iterator[None]:
     """What a JVM started meanwhile is told, besides what its user has it told."""
     archive = _class_archive(config)
     options = archive.options() if archive else []
-    if _is_small(config) and _is_local(_master(config)):
+    if _is_small(config):
         # The quick compiler alone: the thorough one takes longer than it saves.
         options += ["-XX:TieredStopAtLevel=1", "-XX:ReservedCodeCacheSize=240m"]
     before = os.environ.get("SPARK_SUBMIT_OPTS")
@@ -866,6 +900,9 @@ def create_spark_session(config: DataPipelineConfig, spark_log: str = os.devnull
         builder = builder.config("spark.ui.showConsoleProgress", str(debug and sys.stderr.isatty()).lower())
         if master := _master(config):
             builder = builder.master(master)
+        for field in dataclasses.fields(config):
+            if "spark" in field.metadata and (value := getattr(config, field.name)) is not None:
+                builder = builder.config(field.metadata["spark"], value)
         if _is_local(master):
             # Spark's workers would take the `python3` of the PATH.
             os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
@@ -1287,10 +1324,10 @@ def quarantined(marked: DataFrame, table: Table, odd: OddKeys, config: DataPipel
 
 
 def valid(marked: DataFrame, table: Table, config: DataPipelineConfig) -> DataFrame:
-    """The rows that no rule refuses, without the values that a rule clears; and `_repeated`."""
+    """The rows that no rule refuses, without the values that a rule clears."""
     cleared = {rule.column: F.when(~rule.failed(config), F.col(rule.column)) for rule in table.rules if rule.clears}
     columns = (cleared.get(name, F.col(name)).alias(name) for name in _received(marked, table))
-    return marked.where("NOT _refused").select(*columns, "_repeated")
+    return marked.where("NOT _refused").select(*columns)
 
 
 def latest(records: DataFrame, table: Table) -> DataFrame:
@@ -1697,6 +1734,15 @@ def tables(layer: str) -> list[Table]:
     return [table for table in TABLES if table.layer == layer]
 
 
+def count_parts(table: Table, among: Column | None = None) -> dict[str, Column]:
+    """The rows of a bronze table, of those `among` which to count: all, as `kept`, and those of each silver table."""
+    which = {"kept": "true"} | {made.name: made.of[1] for made in tables(SILVER) if made.of[0] == table.name}
+    return {
+        part: F.count_if(F.expr(condition) if among is None else among & F.expr(condition))
+        for part, condition in which.items()
+    }
+
+
 # ── Publish ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 LAYERS = (BRONZE, SILVER, GOLD, QUARANTINE)
@@ -1885,6 +1931,14 @@ class Store:
             return None
         folder = Path(self.path("snapshots", run_id, layer, name))
         return sum(file.stat().st_size for file in folder.glob("*.parquet"))
+
+    def take_lines(self, path: str) -> int:
+        """The lines of the text files in a folder, which is removed."""
+        folder = Path(path.removeprefix("file://"))
+        lines = sum(len(file.read_text().splitlines()) for file in folder.glob("part-*"))
+        if folder.exists():
+            shutil.rmtree(folder.parent)
+        return lines
 
     def add_columns(self, run_id: str, layer: str, name: str, rows: DataFrame) -> None:
         """Gives a table without rows the file that tells its columns, where the engine wrote none: Sail does not."""
@@ -2120,6 +2174,13 @@ def _in_memory() -> Iterator[Callable[[DataFrame], DataFrame]]:
             rows.unpersist()
 
 
+def _root_cause(error: Exception) -> str:
+    """The line of an error that says the most: Java's innermost cause, or else the first."""
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    causes = [line.removeprefix("Caused by: ") for line in more if line.startswith("Caused by: ")]
+    return (causes[-1] if causes else first)[:300]
+
+
 class _Run:
     """One run: the layers in sequence, each a loop over its tables."""
 
@@ -2134,6 +2195,8 @@ class _Run:
         # What the builders may ask for, by the names of their parameters.
         self.inputs: dict[str, Any] = {"config": config, "spark": spark}
         self.failed: dict[str, dict[str, int]] = {}
+        # Of each part of a bronze table, the rows that break no rule by themselves, whatever their keys.
+        self.sound: dict[str, dict[str, int]] = {}
         # The rows that silver has to have, counted where bronze is divided.
         self.expected: dict[str, int] = {}
 
@@ -2186,14 +2249,102 @@ class _Run:
         else:
             self.spark.sparkContext.cancelJobsWithTag(self.record.run_id)
 
+    @contextlib.contextmanager
+    def cluster(self) -> Iterator[None]:
+        """Checks, where other machines do the work, that they share the data folder; sees that some of them are there.
+
+        Raises:
+            PipelineError: the data folder is not shared, or there was no executor for too long: Spark itself would wait
+                for ever.
+        """
+        if _is_remote() or _is_local(self.spark.sparkContext.master):
+            if _is_remote() and self.config.engine == "spark":
+                self.probe()
+            yield
+            return
+        ended, lost = threading.Event(), threading.Event()
+
+        def watch() -> None:
+            last_seen = time.monotonic()
+            while not ended.wait(1):
+                if self.executors():
+                    last_seen = time.monotonic()
+                elif time.monotonic() - last_seen > self.config.cluster_timeout:
+                    lost.set()
+                    self.cancel()
+
+        self.tag()
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            self.wait_for_executors()
+            self.probe()
+            yield
+        except Exception as error:
+            if not lost.is_set():
+                raise
+            raise PipelineError(
+                f"{self.spark.sparkContext.master} left the run without an executor for {self.config.cluster_timeout:g} "
+                f"s, in {self.record.at}: see on the master's page whether workers are there, with the memory "
+                "and the cores that are asked for, and free"
+            ) from error
+        finally:
+            ended.set()
+            watcher.join()
+
+    def executors(self) -> int:
+        """The executors that are there."""
+        context = self.spark.sparkContext._jsc.sc()
+        # Among them is the driver.
+        return 0 if context.isStopped() else context.getExecutorMemoryStatus().size() - 1
+
+    def wait_for_executors(self) -> None:
+        """Waits for the first one, and then until their number no longer rises."""
+        self.record.at = "start of the executors"
+        # A cluster may start none before there is something to do.
+        self.spark.sql("SELECT count(*) FROM range(1)").collect()
+        before = 0
+        while (there := self.executors()) > before:
+            before = there
+            time.sleep(1)
+        logger.info("%d executors on %s", there, self.spark.sparkContext.master)
+
+    def probe(self) -> None:
+        """Has all executors write to the data folder, and looks here for what they wrote.
+
+        Where each of them has a folder of its own, Spark ends as if all were well, and the tables are empty.
+        """
+        from py4j.protocol import Py4JError
+        from pyspark.errors import PySparkException
+
+        self.record.at = "storage probe"
+        lines = 10_000
+        advice = (
+            "it has to be the same folder on every machine (by NFS, for example), where the user that the workers run as "
+            "may write, or else a URI such as hdfs:// or s3a://"
+        )
+        path = self.store.table(self.record.run_id, "probe", "lines")
+        try:
+            self.spark.sql(f"SELECT CAST(id AS STRING) FROM range({lines})").write.text(path)  # noqa: S608
+            seen = self.store.take_lines(path) if self.store.is_local else self.spark.read.text(path).count()
+        except (PySparkException, Py4JError, OSError) as error:
+            raise PipelineError(f"cannot use data_dir {self.store.root}: {_root_cause(error)}; {advice}") from error
+        if seen != lines:
+            raise PipelineError(
+                f"data_dir {self.store.root} is not shared: the executors wrote {lines:,} lines there, and {seen:,} of "
+                f"them are on this machine; {advice}"
+            )
+
     def bronze(self) -> None:
         """Writes the tables as received; on the way, counts which rows break which rule, and profiles each column."""
 
         def receive(table: Table) -> None:
             rules = count_failing(table.rules, self.config)
             columns = {name: kind for name, kind in table.columns if not name.startswith("_")}
-            counts = self.save(BRONZE, table, self.build(table), {**rules, **profile_metrics(columns)})
+            sound = count_parts(table, ~is_refused(table, self.config))
+            counts = self.save(BRONZE, table, self.build(table), {**rules, **sound, **profile_metrics(columns)})
             self.failed[table.name] = {name: counts[name] for name in rules}
+            self.sound[table.name] = {part: counts[part] for part in sound}
             rows = counts["rows"]
             self.record.profile[table.name] = {
                 name: {
@@ -2272,33 +2423,36 @@ class _Run:
     def divide(self, table: Table, received: DataFrame, odd: OddKeys, keep: Callable[[DataFrame], DataFrame]) -> None:
         """Writes the refused rows of a bronze table, makes the valid ones an input of silver, and accounts for both."""
         marked = mark(received, table, odd, self.config)
-        rows = valid(marked, table, self.config)
-        self.inputs[table.name] = rows.where("NOT _repeated").drop("_repeated")
-        parts = {"kept": "true"} | {made.name: made.of[1] for made in tables(SILVER) if made.of[0] == table.name}
+        self.inputs[table.name] = valid(marked.where("NOT _repeated"), table, self.config)
+        # The few rows that are not passed on as they are; what is to be known of the others was counted in bronze.
+        special = keep(marked.where("_refused OR _repeated"))
         metrics = {
-            "rows": F.count_if("_refused"),
-            **{part: F.count_if(F.expr(f"NOT _refused AND NOT _repeated AND {parts[part]}")) for part in parts},
+            "refused": F.count_if("_refused"),
+            **count_parts(table, ~is_refused(table, self.config)),
             **count_failing(map(unknown_key, odd.unknown), self.config),
         }
-        refused = functools.partial(quarantined, table=table, odd=odd, config=self.config)
-        work: dict[str, Callable[[], Any]] = {
-            "counts": functools.partial(self.save, QUARANTINE, table, marked, metrics, refused)
-        }
+        counts = special.agg(*(metric.alias(name) for name, metric in metrics.items())).collect()[0].asDict()
+
+        def quarantine() -> None:
+            refused = quarantined(special, table, odd, self.config)
+            self.save(QUARANTINE, table, refused.coalesce(self.config.partitions(counts["refused"])))
+
+        work: dict[str, Callable[[], Any]] = {"quarantine": quarantine}
+        parts = count_parts(table)
         if odd.repeated is not None:
-            again = keep(latest(rows.where("_repeated").drop("_repeated"), table))
-            self.inputs[table.name] = self.inputs[table.name].unionByName(again.drop("_copies"))
+            size = self.config.partitions(counts["kept"])
+            once = keep(latest(valid(special, table, self.config), table).coalesce(size))
+            self.inputs[table.name] = self.inputs[table.name].unionByName(once.drop("_copies"))
             copies = F.coalesce(F.sum("_copies"), F.lit(0)).alias("copies")
-            some = (F.count_if(F.expr(condition)).alias(part) for part, condition in parts.items())
-            work["more"] = again.agg(copies, *some).first
-        done = self.together(work)
-        counts, more = done["counts"], done.get("more", dict.fromkeys(("copies", *parts), 0))
-        kept = {part: counts[part] + more[part] for part in parts}
+            work["once"] = once.agg(copies, *(metric.alias(part) for part, metric in parts.items())).first
+        once_each = self.together(work).get("once", dict.fromkeys(("copies", *parts), 0))
+        kept = {part: self.sound[table.name][part] - counts[part] + once_each[part] for part in parts}
         self.expected |= {f"{SILVER}.{part}": kept[part] for part in parts}
         self.record.quality[table.name] = quality = Quality(
             received=self.record.rows[f"{BRONZE}.{table.name}"],
             kept=kept["kept"],
-            quarantined=counts["rows"],
-            duplicates=counts["kept"] + more["copies"] - kept["kept"],
+            quarantined=self.record.rows[f"{QUARANTINE}.{table.name}"],
+            duplicates=once_each["copies"] - once_each["kept"],
             failed=self.failed[table.name]
             | {rule.name: counts.get(rule.name, 0) for rule in map(unknown_key, table.references)},
         )
@@ -2384,8 +2538,9 @@ class _Run:
             with self.timed("audit"):
                 self.together(checks)
         except Exception as error:
-            cause = str(error).strip().splitlines()[0][:300]
-            raise RefusedError(f"AUDIT FAILED, nothing is published: the snapshot cannot be read: {cause}") from error
+            raise RefusedError(
+                f"AUDIT FAILED, nothing is published: the snapshot cannot be read: {_root_cause(error)}"
+            ) from error
         self.record.at = "audit"
         wrong += [
             f"{table}: {quality.unaccounted:,} of {quality.received:,} rows received are unaccounted for"
@@ -2429,7 +2584,9 @@ class _Run:
             rows = rows.withColumns({"_ingested_at": ingested, "_run_id": F.lit(self.record.run_id)})
         if rows.dtypes != table.columns:
             raise TypeError(f"{table.name} is built as {rows.dtypes}, but declared as {table.columns}")
-        if table.layer == GOLD:
+        if table.layer == SILVER:
+            rows = rows.coalesce(self.config.partitions(self.record.rows[f"{BRONZE}.{table.of[0]}"]))
+        elif table.layer == GOLD:
             rows = rows.coalesce(1).sortWithinPartitions(*map(_sort_order, table.order))
         return rows
 
@@ -2439,13 +2596,8 @@ class _Run:
         table: Table,
         rows: DataFrame,
         metrics: Mapping[str, Column] | None = None,
-        choose: Callable[[DataFrame], DataFrame] | None = None,
     ) -> Mapping[str, Any]:
-        """Writes a table as Parquet, of the rows those that are chosen, and returns the metrics.
-
-        They are counted over all rows. Among them are the `rows` that are written; all, where the metrics do not say
-        which.
-        """
+        """Writes a table as Parquet; returns its `rows`, and the metrics over them."""
         from pyspark.sql import Observation
 
         self.record.at = at = f"{layer}.{table.name}"
@@ -2454,20 +2606,19 @@ class _Run:
         path = self.path(layer, table)
         named = {"rows": F.count(F.lit(1)), **(metrics or {})}
         columns = [metric.alias(name) for name, metric in named.items()]
-        chosen = choose or (lambda all_rows: all_rows)
         with self.timed(at):
             if _is_remote():
                 # Over Spark Connect nothing counts while it writes: Sail cannot, and Spark 3.5 does not tell.
-                chosen(rows).write.mode("error").parquet(path)
-                counts = (rows if choose else self.read(layer, table)).agg(*columns).collect()[0].asDict()
+                rows.write.mode("error").parquet(path)
+                counts = self.read(layer, table).agg(*columns).collect()[0].asDict()
             else:
-                # No job of its own. No join may come after it: where the joined table turns out to be empty, Spark
-                # drops what counts.
+                # No job of its own. Nothing may come after it: where a joined table turns out to be empty, Spark drops
+                # what counts, and what a lost machine has shuffled is counted again.
                 observation = Observation()
-                chosen(rows.observe(observation, *columns)).write.mode("error").parquet(path)
+                rows.observe(observation, *columns).write.mode("error").parquet(path)
                 counts = observation.get
         if not counts["rows"]:
-            self.store.add_columns(self.record.run_id, layer, table.name, chosen(rows))
+            self.store.add_columns(self.record.run_id, layer, table.name, rows)
         self.record.rows[at], seconds = counts["rows"], self.record.seconds[at]
         self.record.bytes[at] = self.store.size(self.record.run_id, layer, table.name)
         saved = path.removeprefix("file://")
@@ -2590,11 +2741,12 @@ def _run_layers(run: _Run) -> None:
         engine = f"Sail {run.record.versions['sail']}, as Spark {run.spark.version},"
     logger.info("%s on Python %s", engine, sys.version.split()[0])
     try:
-        run.layer(BRONZE, "Raw Data Ingestion", run.bronze)
-        run.layer(SILVER, "Data Cleansing and Enrichment", run.silver)
-        run.layer(GOLD, "Business Aggregations", run.gold)
-        run.audit()
-        run.summarize()
+        with run.cluster():
+            run.layer(BRONZE, "Raw Data Ingestion", run.bronze)
+            run.layer(SILVER, "Data Cleansing and Enrichment", run.silver)
+            run.layer(GOLD, "Business Aggregations", run.gold)
+            run.audit()
+            run.summarize()
         with _harmless("The run is not compared with the last ones"):
             run.record.anomalies = anomalies(run.record, store.history(), run.config.anomaly_factor)
         for line in run.record.anomalies:

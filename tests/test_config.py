@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
@@ -108,6 +109,7 @@ def test_every_field_is_a_flag_and_a_variable() -> None:
         "engine": "Sail", "log_level": "debug", "max_quarantine_rate": "0.1", "keep_snapshots": "2",
         "lock_timeout": "1.5",
         "fast_start": "No", "alert_webhook": "https://x.example/y", "anomaly_factor": "2.5",
+        "executor_memory": "4G", "executor_cores": "2", "driver_host": "10.0.0.5", "cluster_timeout": "60",
     }  # fmt: skip
     assert set(given) == {field.name for field in dataclasses.fields(DataPipelineConfig)}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
@@ -137,8 +139,12 @@ def test_bad_command_line(flags: list[str], environment: dict[str, str], message
         configure(parse_arguments(flags), environment)
 
 
-def test_partitions_grow_with_the_rows() -> None:
+@pytest.mark.parametrize("cores", [1, 2, 64])
+def test_partitions_grow_with_the_rows(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
     config = DataPipelineConfig()
     assert config.partitions(0) == config.partitions(60_000) == 1
-    assert config.partitions(1_000_000) >= (os.cpu_count() or 1)
-    assert config.partitions(1_000_000_000) == 500
+    # Every core is busy, but none with next to nothing.
+    assert config.partitions(1_000_000) == min(cores, 5)
+    # At most four million rows each, and as many for each core.
+    assert config.partitions(1_000_000_000) == math.ceil(250 / cores) * cores

@@ -140,6 +140,16 @@ def test_unaccounted_row(published: DataPipelineConfig, spark: SparkSession, mon
     refused(published, spark, "AUDIT FAILED.*silver.transactions_clean: 8[0-9]{2} rows, but bronze holds 8[0-9]{2}")
 
 
+def test_lost_refused_row(published: DataPipelineConfig, spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = data_pipeline.quarantined
+
+    def losing(marked: DataFrame, table: data_pipeline.Table, *rest: Any) -> DataFrame:
+        return real(marked.where("amount IS NOT NULL") if table.name == "transactions" else marked, table, *rest)
+
+    monkeypatch.setattr(data_pipeline, "quarantined", losing)
+    refused(published, spark, "AUDIT FAILED.*transactions: 2 of 1,000 rows received are unaccounted for")
+
+
 def test_lost_duplicate(published: DataPipelineConfig, spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
     real = data_pipeline.latest
     monkeypatch.setattr(

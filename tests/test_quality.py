@@ -127,10 +127,9 @@ def split_of(
     known = {key: received(frame, BY_NAME[parent], {}) for key, parent in table.references.items()} | parents
     odd = odd_keys(rows, table, {key: known[key].select(key) for key in known})
     marked = mark(rows, table, odd, config)
-    good = valid(marked, table, config)
-    once = good.where("NOT _repeated").withColumn("_copies", F.lit(1).cast("bigint")).drop("_repeated")
-    again = latest(good.where("_repeated").drop("_repeated"), table)
-    return Split(once.unionByName(again), quarantined(marked, table, odd, config))
+    single, repeated = (valid(marked.where(which), table, config) for which in ("NOT _repeated", "_repeated"))
+    kept = single.withColumn("_copies", F.lit(1).cast("bigint")).unionByName(latest(repeated, table))
+    return Split(kept, quarantined(marked, table, odd, config))
 
 
 def test_what_no_key_is_odd_of_needs_no_join(frame: Frame, config: DataPipelineConfig) -> None:
