@@ -192,6 +192,7 @@ DEFECTS: Mapping[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 MILLION = 1_000_000
+ROWS_PER_FILE = 6 * MILLION  # at most: 140 to 210 MB in the large tables, and half of it when there is one more
 HISTORY = 30  # runs that the report and the search for anomalies look back on
 HIGHLIGHTS = 10  # rows of each gold table, and of each ranking, that the run record holds
 
@@ -250,6 +251,13 @@ class PipelineError(Exception):
 
 class ConfigurationError(PipelineError, ValueError):
     """A value of the configuration that cannot be used."""
+
+
+def _root_cause(error: Exception) -> str:
+    """The line of an error that says the most: Java's innermost cause, or else the first."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    causes = [line.removeprefix("Caused by").removeprefix(": ") for line in lines if re.match("(Caused by)?: ", line)]
+    return (causes or lines[:1])[-1][:300]
 
 
 def _now() -> datetime:
@@ -479,11 +487,8 @@ class DataPipelineConfig:
         """The first day of the history."""
         return self.as_of_date - timedelta(days=self.history_days - 1)
 
-    def partitions(self, rows: int, rows_each: int = 4 * MILLION) -> int:
-        """How many partitions suit so many rows: one while they are few, then as many as keep every core busy.
-
-        Four million rows are a file of about 100 MB in each of the large tables.
-        """
+    def partitions(self, rows: int, rows_each: int = ROWS_PER_FILE) -> int:
+        """How many partitions suit so many rows: one while they are few, then as many as keep every core busy."""
         cores = min(os.cpu_count() or 1, 1 + rows // 250_000)
         return cores * max(1, math.ceil(rows / cores / rows_each))
 
@@ -767,7 +772,7 @@ def _master(config: DataPipelineConfig) -> str:
     return config.spark_master or os.environ.get("SPARK_MASTER", "")
 
 
-def _is_local(master: str) -> bool:
+def _is_local(master: str | None) -> bool:
     return not master or master.startswith("local")
 
 
@@ -874,7 +879,7 @@ def create_spark_session(config: DataPipelineConfig, spark_log: str = os.devnull
     """Starts the engine; Spark's own log goes to the file `spark_log` unless the log level is DEBUG.
 
     Raises:
-        PipelineError: no Spark, or no Java that it runs on.
+        PipelineError: no Spark, no Java that it runs on, or a cluster that does not take it.
     """
     if config.engine == "spark":
         _check_java()
@@ -909,8 +914,18 @@ def create_spark_session(config: DataPipelineConfig, spark_log: str = os.devnull
         if _is_small(config):
             # Nobody looks at a run of seconds.
             builder = builder.config("spark.ui.enabled", "false")
-        with contextlib.nullcontext() if debug else _standard_error_to(spark_log), _jvm_options(config):
-            spark = builder.getOrCreate()
+        from py4j.protocol import Py4JError
+
+        try:
+            with contextlib.nullcontext() if debug else _standard_error_to(spark_log), _jvm_options(config):
+                spark = builder.getOrCreate()
+        except Py4JError as error:
+            if _is_local(master):
+                raise
+            raise PipelineError(
+                f"cannot start on {master}: {_root_cause(error)}; it has to be a master of this version of Spark, "
+                f"and driver_host an address of this machine; Spark's own log: {spark_log}"
+            ) from error
         if not _is_remote():
             _Remembered.in_jvm(spark.sparkContext._jvm)
     # Spark's own handler calls the JVM in the midst of whatever call was interrupted, and so fails now and then;
@@ -2174,13 +2189,6 @@ def _in_memory() -> Iterator[Callable[[DataFrame], DataFrame]]:
             rows.unpersist()
 
 
-def _root_cause(error: Exception) -> str:
-    """The line of an error that says the most: Java's innermost cause, or else the first."""
-    first, *more = str(error).strip().splitlines() or [type(error).__name__]
-    causes = [line.removeprefix("Caused by: ") for line in more if line.startswith("Caused by: ")]
-    return (causes[-1] if causes else first)[:300]
-
-
 class _Run:
     """One run: the layers in sequence, each a loop over its tables."""
 
@@ -2284,9 +2292,10 @@ class _Run:
             if not lost.is_set():
                 raise
             raise PipelineError(
-                f"{self.spark.sparkContext.master} left the run without an executor for {self.config.cluster_timeout:g} "
-                f"s, in {self.record.at}: see on the master's page whether workers are there, with the memory "
-                "and the cores that are asked for, and free"
+                f"{self.spark.sparkContext.master} left the run without an executor for "
+                f"{self.config.cluster_timeout:g} s, in {self.record.at}: see on the master's page whether workers "
+                "are there, with the memory and the cores that are asked for, and whether they reach this machine, by "
+                "--driver-host"
             ) from error
         finally:
             ended.set()
@@ -2299,14 +2308,14 @@ class _Run:
         return 0 if context.isStopped() else context.getExecutorMemoryStatus().size() - 1
 
     def wait_for_executors(self) -> None:
-        """Waits for the first one, and then until their number no longer rises."""
+        """Waits for the first one, and then until their number has not risen for three seconds."""
         self.record.at = "start of the executors"
         # A cluster may start none before there is something to do.
         self.spark.sql("SELECT count(*) FROM range(1)").collect()
         before = 0
         while (there := self.executors()) > before:
             before = there
-            time.sleep(1)
+            time.sleep(3)
         logger.info("%d executors on %s", there, self.spark.sparkContext.master)
 
     def probe(self) -> None:
@@ -2320,8 +2329,8 @@ class _Run:
         self.record.at = "storage probe"
         lines = 10_000
         advice = (
-            "it has to be the same folder on every machine (by NFS, for example), where the user that the workers run as "
-            "may write, or else a URI such as hdfs:// or s3a://"
+            "it has to be the same folder on every machine (by NFS, for example), where the user that the workers run "
+            "as may write, or else a URI such as hdfs:// or s3a://"
         )
         path = self.store.table(self.record.run_id, "probe", "lines")
         try:
@@ -2435,13 +2444,13 @@ class _Run:
 
         def quarantine() -> None:
             refused = quarantined(special, table, odd, self.config)
-            self.save(QUARANTINE, table, refused.coalesce(self.config.partitions(counts["refused"])))
+            self.save(QUARANTINE, table, refused.coalesce(1 + counts["refused"] // ROWS_PER_FILE))
 
         work: dict[str, Callable[[], Any]] = {"quarantine": quarantine}
         parts = count_parts(table)
         if odd.repeated is not None:
-            size = self.config.partitions(counts["kept"])
-            once = keep(latest(valid(special, table, self.config), table).coalesce(size))
+            once = latest(valid(special, table, self.config), table)
+            once = keep(once.coalesce(1 + counts["kept"] // ROWS_PER_FILE))
             self.inputs[table.name] = self.inputs[table.name].unionByName(once.drop("_copies"))
             copies = F.coalesce(F.sum("_copies"), F.lit(0)).alias("copies")
             work["once"] = once.agg(copies, *(metric.alias(part) for part, metric in parts.items())).first
@@ -2678,6 +2687,18 @@ def _recorded(record: RunRecord, store: Store) -> Iterator[float]:
             store.save_record(record.run_id, dataclasses.asdict(record))
 
 
+# What Spark says of failures that are not the pipeline's, and what that means.
+MENDABLE: Mapping[str, str] = {
+    "No space left on device|Disk quota exceeded": (
+        "the disk of {root}, or of Spark's own files, is full ({found}, in {at}): free some room, or choose another "
+        "folder with --data-dir"
+    ),
+    "(SparkContext was shut down|stopped SparkContext|Master removed our application)": (
+        "the Spark cluster gave up on the run ({found}, in {at}): its master's and executors' logs say why"
+    ),
+}
+
+
 def run_pipeline(config: DataPipelineConfig | None = None, spark: SparkSession | None = None) -> RunRecord:
     """Runs the pipeline: generates, writes bronze, silver and gold into a snapshot, audits it, and publishes it.
 
@@ -2716,11 +2737,10 @@ def run_pipeline(config: DataPipelineConfig | None = None, spark: SparkSession |
             except (PipelineError, KeyboardInterrupt):
                 raise
             except Exception as error:  # Spark's errors differ from version to version, their text less so
-                if full := re.search("No space left on device|Disk quota exceeded", str(error)):
-                    raise PipelineError(
-                        f"the disk of {config.root} is full ({full[0]}, in {record.at}): "
-                        "free some room, or choose another folder with --data-dir; what was published is as it was"
-                    ) from error
+                for text, problem in MENDABLE.items():
+                    if found := re.search(text, str(error)):
+                        problem = problem.format(root=config.root, found=found[0], at=record.at)
+                        raise PipelineError(f"{problem}; what was published is as it was") from error
                 has_log = not spark and config.engine == "spark"
                 where = f"; Spark's own log: {store.spark_log(record.run_id)}" if has_log else ""
                 logger.error("FAILED in %s%s", record.at, where)

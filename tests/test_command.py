@@ -21,14 +21,18 @@ LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d - (INFO|WARNING|ERROR) - 
 
 
 def start(
-    home: Path, *flags: str, program: tuple[str, ...] = (data_pipeline.__file__,), **variables: str
+    home: Path,
+    *flags: str,
+    program: tuple[str, ...] = (data_pipeline.__file__,),
+    interpreter: str = sys.executable,
+    **variables: str,
 ) -> subprocess.Popen[str]:
     """Starts the pipeline with `home` as the home folder."""
     # A session of Sail in this process leaves a mark in the environment.
     others = ("PIPELINE_", "GITHUB_", "SPARK_CONNECT_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(others)}
     return subprocess.Popen(
-        [sys.executable, *program, *flags],
+        [interpreter, *program, *flags],
         env=kept | {"HOME": str(home), "PIPELINE_FAST_START": "no", "PIPELINE_ENGINE": ENGINE} | variables,
         cwd=home,
         stdout=subprocess.PIPE,

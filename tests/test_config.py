@@ -146,5 +146,5 @@ def test_partitions_grow_with_the_rows(cores: int, monkeypatch: pytest.MonkeyPat
     assert config.partitions(0) == config.partitions(60_000) == 1
     # Every core is busy, but none with next to nothing.
     assert config.partitions(1_000_000) == min(cores, 5)
-    # At most four million rows each, and as many for each core.
-    assert config.partitions(1_000_000_000) == math.ceil(250 / cores) * cores
+    # Files of a good size, and as many for each core.
+    assert config.partitions(600_000_000) == math.ceil(100 / cores) * cores

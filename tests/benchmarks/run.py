@@ -158,7 +158,8 @@ class PeakMemory(threading.Thread):
         # Not its name: that of a thread goes on to the process that the thread starts.
         program = (process / "exe").readlink().name
         fields = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
-        peak = int(fields["VmHWM"].split()[0]) * 1024
+        # Of a process that has just ended there is no such field.
+        peak = int(fields.get("VmHWM", "0").split()[0]) * 1024
         if program == "java":
             self.java = max(self.java, peak)
         else:

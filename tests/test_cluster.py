@@ -1,0 +1,254 @@
+"""A real cluster: Spark's own master and workers, on loopback, with machines that die and disks that are not shared."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from compare_runs import differences
+from conftest import AS_OF, ENGINE
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from test_command import run as run_locally
+from test_command import start
+from test_gate import receive
+
+import data_pipeline
+from data_pipeline import DataPipelineConfig, PipelineError, RunRecord, Store, preflight, run_pipeline
+
+pytestmark = pytest.mark.skipif(ENGINE == "sail", reason="Sail runs within one process")
+
+# What the run that all others are compared with was told.
+FLAGS = (
+    "--num-customers=2000", "--num-transactions=10000", "--num-products=100", f"--as-of-date={AS_OF}",
+)  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+class Cluster:
+    """A master and its workers; all processes of such a machine are one group, and die together."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port, self.page = free_port(), free_port()
+        self.machines: dict[str, subprocess.Popen[bytes]] = {}
+        self.start("master", "master.Master", "--port", str(self.port), "--webui-port", str(self.page))
+
+    @property
+    def url(self) -> str:
+        return f"spark://127.0.0.1:{self.port}"
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        return (*FLAGS, f"--spark-master={self.url}", "--driver-host=127.0.0.1", "--cluster-timeout=12")
+
+    def start(self, name: str, program: str, *arguments: str, within: tuple[str, ...] = ()) -> None:
+        home = data_pipeline._spark_home()
+        java = data_pipeline._java_home(data_pipeline._spark_version(home))
+        command = (*within, str(home / "bin/spark-class"), f"org.apache.spark.deploy.{program}", "--host", "127.0.0.1")
+        with open(self.folder / f"{name}.log", "wb") as log:
+            self.machines[name] = subprocess.Popen(
+                [*command, *arguments],
+                env=os.environ | {"SPARK_HOME": str(home), "JAVA_HOME": str(java), "SPARK_DAEMON_MEMORY": "256m"},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def add_workers(self, within: Mapping[str, tuple[str, ...]]) -> None:
+        """Starts workers of one core, each within another command where one is named, and waits for all of them."""
+        for name, command in within.items():
+            size = ("--cores", "1", "--memory", "1g", "--webui-port", "0")
+            self.start(name, "worker.Worker", *size, "--work-dir", str(self.folder / name), self.url, within=command)
+        for _ in range(120):
+            time.sleep(0.5)
+            with (
+                contextlib.suppress(OSError),
+                urllib.request.urlopen(f"http://127.0.0.1:{self.page}/json/") as page,
+            ):
+                if json.load(page)["aliveworkers"] == len(within):
+                    return
+        raise AssertionError(f"not all workers are there; see the logs in {self.folder}")
+
+    def kill(self, *names: str) -> None:
+        for name in names:
+            machine = self.machines.pop(name)
+            os.killpg(machine.pid, signal.SIGKILL)
+            machine.wait()
+
+
+MakeCluster = Callable[..., Cluster]
+
+
+@pytest.fixture
+def make_cluster(tmp_path: Path) -> Iterator[MakeCluster]:
+    """Makes clusters with workers of the given names."""
+    made: list[Cluster] = []
+
+    def make(*workers: str, **within: tuple[str, ...]) -> Cluster:
+        made.append(Cluster(tmp_path))
+        made[-1].add_workers(dict.fromkeys(workers, ()) | within)
+        return made[-1]
+
+    yield make
+    for cluster in made:
+        cluster.kill(*cluster.machines)
+
+
+def run(
+    home: Path, cluster: Cluster, *flags: str, killing: Mapping[str, tuple[str, ...]] | None = None
+) -> tuple[int, str]:
+    """Runs the pipeline on a cluster, some machines of which die when a text is first in the log."""
+    waiting, log = dict(killing or {}), ""
+    with start(home, *cluster.flags, *flags) as process:
+        assert process.stderr
+        for line in process.stderr:
+            log += line
+            for text in [text for text in waiting if text in line]:
+                cluster.kill(*waiting.pop(text))
+        assert not waiting, log
+    return process.returncode, log
+
+
+def folder(home: Path) -> Path:
+    return home / "pipeline-data"
+
+
+def last_record(home: Path) -> dict[str, Any]:
+    *_, (_, record) = Store(str(folder(home))).records()
+    assert isinstance(record, dict)
+    return record
+
+
+def test_spark_submit_gives_the_tables_of_a_local_run(
+    make_cluster: MakeCluster, report: RunRecord, tmp_path: Path
+) -> None:
+    cluster = make_cluster("one", "two")
+    submit = ("--master", cluster.url, "--conf", "spark.driver.host=127.0.0.1", "--executor-cores", "1")
+    with start(
+        tmp_path,
+        *FLAGS,
+        program=(*submit, data_pipeline.__file__),
+        interpreter=str(data_pipeline._spark_home() / "bin/spark-submit"),
+        PYSPARK_PYTHON=sys.executable,
+    ) as process:
+        # spark-submit sends all that Python writes to its standard output.
+        log, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert f"2 executors on {cluster.url}" in log
+    assert differences(report.data_dir, folder(tmp_path)) == []
+    assert not list(folder(tmp_path).glob("snapshots/*/probe"))
+
+
+def test_run_survives_a_worker_and_the_master(make_cluster: MakeCluster, report: RunRecord, tmp_path: Path) -> None:
+    """What the dead worker held of silver is computed again; executors work on without a master."""
+    cluster = make_cluster("one", "two")
+    code, log = run(tmp_path, cluster, killing={"/quarantine/": ("one",), "GOLD LAYER": ("master",)})
+    assert code == 0, log
+    assert "2 executors on" in log
+    assert differences(report.data_dir, folder(tmp_path)) == []
+
+
+def test_nothing_left_to_run_on(make_cluster: MakeCluster, tmp_path: Path) -> None:
+    """No machine is left in the middle of silver: a clear end, and what was published stays."""
+    assert run_locally(tmp_path, *FLAGS)[0] == 0
+    published = os.readlink(folder(tmp_path) / "current")
+    cluster = make_cluster("one")
+    code, log = run(tmp_path, cluster, killing={"SILVER LAYER": ("master", "one")})
+    assert (code, log.count("ERROR")) == (2, 1), log
+    assert f"{cluster.url} left the run without an executor for 12 s, in " in log
+    assert os.readlink(folder(tmp_path) / "current") == published
+    assert last_record(tmp_path)["result"] == "failed"
+    assert len(list(folder(tmp_path).glob("snapshots/*"))) == 1
+
+
+def test_disks_that_are_not_shared(make_cluster: MakeCluster, tmp_path: Path) -> None:
+    """One worker has a disk of its own where the data folder is; before that, no worker has room for the executors."""
+    folder(tmp_path).mkdir()
+    alone = ("unshare", "--map-root-user", "--mount")
+    if subprocess.run([*alone, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("a disk of its own takes namespaces, which this machine does not allow")
+    mounting = ("sh", "-c", f"mount -t tmpfs none '{folder(tmp_path)}' && exec \"$@\"", "sh")
+    cluster = make_cluster("one", two=(*alone, *mounting))
+
+    code, log = run(tmp_path, cluster, "--executor-memory", "99g")
+    assert (code, log.count("ERROR")) == (2, 1), log
+    assert "without an executor for 12 s, in start of the executors" in log
+
+    code, log = run(tmp_path, cluster)
+    assert (code, log.count("ERROR")) == (2, 1), log
+    assert "is not shared: the executors wrote 10,000 lines there, and 5,000 of them are on this machine" in log
+    assert list(folder(tmp_path).glob("snapshots/*")) == []
+
+
+def test_no_master(small: Callable[..., DataPipelineConfig]) -> None:
+    master = f"127.0.0.1:{free_port()},localhost:{free_port()}"
+    with pytest.raises(PipelineError, match=f"no Spark master at {master} .*refused.*: start it, or choose another"):
+        preflight(small(spark_master=f"spark://{master}"))
+
+
+def test_driver_host_of_another_machine(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        master = f"spark://127.0.0.1:{server.getsockname()[1]}"
+        with start(tmp_path, *FLAGS, f"--spark-master={master}", "--driver-host=192.0.2.99") as process:
+            log = process.communicate(timeout=300)[1]
+    assert (process.returncode, log.count("ERROR")) == (2, 1), log
+    assert f"cannot start on {master}: java.net.BindException" in log
+    assert "driver_host an address of this machine" in log
+
+
+def test_nothing_that_grows_is_broadcast(
+    small: Callable[..., DataPipelineConfig], spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bad input, as if it were large: most rows are of one unknown customer, and half of the keys are repeated."""
+
+    def bad(rows: DataFrame) -> DataFrame:
+        number = F.pmod(F.xxhash64("transaction_id"), F.lit(10))
+        most = rows.withColumn(
+            "customer_id", F.when(number < 7, F.lit(-1).cast("bigint")).otherwise(F.col("customer_id"))
+        )
+        return most.unionByName(most.where(number % 2 == 0))
+
+    receive(monkeypatch, "transactions", bad)
+    config = small(max_quarantine_rate=1.0)
+    expected = run_pipeline(config, spark)
+    assert expected.quality["transactions"].quarantined > 7_000
+    assert expected.quality["transactions"].duplicates > 1_000
+
+    monkeypatch.setattr(data_pipeline, "_is_small", lambda _: False)
+    monkeypatch.setattr(DataPipelineConfig, "partitions", lambda *_: 4)
+    large = {
+        "spark.sql.autoBroadcastJoinThreshold": "-1",
+        "spark.sql.adaptive.advisoryPartitionSizeInBytes": "8k",
+        "spark.sql.adaptive.skewJoin.skewedPartitionFactor": "1",
+        "spark.sql.adaptive.skewJoin.skewedPartitionThresholdInBytes": "16k",
+    }
+    for key, value in large.items():
+        spark.conf.set(key, value)
+    try:
+        record = run_pipeline(small(max_quarantine_rate=1.0, shuffle_partitions=5), spark)
+    finally:
+        for key in large:
+            spark.conf.unset(key)
+    assert differences(expected.data_dir, record.data_dir) == []
+    executions = spark._jsparkSession.sharedState().statusStore().executionsList()
+    plans = [executions.apply(n).physicalPlanDescription() for n in range(executions.size())]
+    mine = "\n".join(plan for plan in plans if record.run_id in plan)
+    assert "SortMergeJoin(skew=true)" in mine
+    assert "Broadcast" not in mine
