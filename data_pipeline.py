@@ -192,7 +192,7 @@ DEFECTS: Mapping[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 MILLION = 1_000_000
-ROWS_PER_FILE = 6 * MILLION  # at most: 140 to 210 MB in the large tables, and half of it when there is one more
+ROWS_PER_FILE = 6 * MILLION  # at most: 140 to 210 MB in the large tables; just above it, two files of half the size
 HISTORY = 30  # runs that the report and the search for anomalies look back on
 HIGHLIGHTS = 10  # rows of each gold table, and of each ranking, that the run record holds
 
@@ -314,7 +314,7 @@ def _text(value: Any) -> str:
 
 
 def _memory(value: Any) -> Memory:
-    if not re.fullmatch(r"[1-9]\d*[kmgt]b?", text := _text(value).lower()):
+    if not re.fullmatch(r"[1-9]\d*[mgt]b?", text := _text(value).lower()):
         raise ValueError
     return text
 
@@ -745,16 +745,22 @@ def preflight(config: DataPipelineConfig, starts_spark: bool = True) -> None:
     if remote:
         server = urllib.parse.urlsplit(os.environ["SPARK_REMOTE"])
         if server.scheme == "sc":
-            _knock("Spark Connect server", server.netloc, "unset SPARK_REMOTE", 15002)
+            _knock("no Spark Connect server", server.netloc, "unset SPARK_REMOTE", 15002)
     elif starts_spark and config.engine == "spark":
         _check_java()
         scheme, _, masters = _master(config).partition("://")
         if scheme == "spark":
-            _knock("Spark master", masters, "choose another with --spark-master")
+            _knock("no Spark master", masters, "choose another with --spark-master")
 
 
-def _knock(what: str, servers: str, otherwise: str, port: int | None = None) -> None:
-    """Checks that one of the servers, host:port with commas between, answers; Spark itself would try for minutes."""
+def _knock(absence: str, servers: str, otherwise: str, port: int | None = None) -> None:
+    """Checks that one of the servers, host:port with commas between, answers; Spark itself would try for minutes.
+
+    A server that names no port is asked at `port`.
+
+    Raises:
+        PipelineError: none answers; the message says what there is not, and what to do otherwise.
+    """
     errors: list[str] = []
     for server in servers.split(","):
         address = urllib.parse.urlsplit(f"//{server}")
@@ -764,7 +770,7 @@ def _knock(what: str, servers: str, otherwise: str, port: int | None = None) -> 
             errors.append(str(error))
         else:
             return
-    raise PipelineError(f"no {what} at {servers} ({'; '.join(errors)}): start it, or {otherwise}")
+    raise PipelineError(f"{absence} at {servers} ({'; '.join(errors)}): start it, or {otherwise}")
 
 
 def _master(config: DataPipelineConfig) -> str:
@@ -875,6 +881,11 @@ class _Remembered:
             setattr(jvm, name, cls(getattr(jvm, name)))
 
 
+def _reference(spark_log: str) -> str:
+    """Names Spark's own log, where there is one."""
+    return f"; Spark's own log: {spark_log}" if os.path.isfile(spark_log) and os.path.getsize(spark_log) else ""
+
+
 def create_spark_session(config: DataPipelineConfig, spark_log: str = os.devnull) -> SparkSession:
     """Starts the engine; Spark's own log goes to the file `spark_log` unless the log level is DEBUG.
 
@@ -915,16 +926,18 @@ def create_spark_session(config: DataPipelineConfig, spark_log: str = os.devnull
             # Nobody looks at a run of seconds.
             builder = builder.config("spark.ui.enabled", "false")
         from py4j.protocol import Py4JError
+        from pyspark import SparkConf
+        from pyspark.errors import PySparkException
 
         try:
             with contextlib.nullcontext() if debug else _standard_error_to(spark_log), _jvm_options(config):
                 spark = builder.getOrCreate()
-        except Py4JError as error:
-            if _is_local(master):
+        except (Py4JError, PySparkException) as error:
+            if _is_local(master := master or SparkConf().get("spark.master", "")):
                 raise
             raise PipelineError(
                 f"cannot start on {master}: {_root_cause(error)}; it has to be a master of this version of Spark, "
-                f"and driver_host an address of this machine; Spark's own log: {spark_log}"
+                f"and --driver-host an address of this machine{_reference(spark_log)}"
             ) from error
         if not _is_remote():
             _Remembered.in_jvm(spark.sparkContext._jvm)
@@ -1750,7 +1763,7 @@ def tables(layer: str) -> list[Table]:
 
 
 def count_parts(table: Table, among: Column | None = None) -> dict[str, Column]:
-    """The rows of a bronze table, of those `among` which to count: all, as `kept`, and those of each silver table."""
+    """Counts rows of a bronze table: all of them, as `kept`, and those of each silver table; only those `among`."""
     which = {"kept": "true"} | {made.name: made.of[1] for made in tables(SILVER) if made.of[0] == table.name}
     return {
         part: F.count_if(F.expr(condition) if among is None else among & F.expr(condition))
@@ -1805,9 +1818,9 @@ class Store:
         """A path below the data folder."""
         return "/".join((self.root, *names))
 
-    def table(self, run_id: str, layer: str, name: str) -> str:
-        """Where a table lies, as Spark is told: with its scheme, since a cluster's default may be another storage."""
-        return ("file://" if self.is_local else "") + self.path("snapshots", run_id, layer, name)
+    def place(self, run_id: str, *names: str) -> str:
+        """Where a part of a snapshot lies, as Spark is told: with a scheme, since the default may be another one."""
+        return ("file://" if self.is_local else "") + self.path("snapshots", run_id, *names)
 
     def check(self) -> None:
         """Raises PipelineError when something in the data folder stands where this pipeline puts its links."""
@@ -1952,12 +1965,12 @@ class Store:
         folder = Path(path.removeprefix("file://"))
         lines = sum(len(file.read_text().splitlines()) for file in folder.glob("part-*"))
         if folder.exists():
-            shutil.rmtree(folder.parent)
+            shutil.rmtree(folder)
         return lines
 
     def add_columns(self, run_id: str, layer: str, name: str, rows: DataFrame) -> None:
         """Gives a table without rows the file that tells its columns, where the engine wrote none: Sail does not."""
-        folder = self.table(run_id, layer, name).removeprefix("file://")
+        folder = self.place(run_id, layer, name).removeprefix("file://")
         if is_uri(folder) or os.path.exists(folder):
             return
         import pyarrow.parquet
@@ -2189,6 +2202,11 @@ def _in_memory() -> Iterator[Callable[[DataFrame], DataFrame]]:
             rows.unpersist()
 
 
+# What Spark says of failures for want of machines or room: its errors differ from version to version, the text less so.
+CLUSTER_ENDED = "SparkContext was shut down|stopped SparkContext|Master removed our application"
+DISK_FULL = "No space left on device|Disk quota exceeded"
+
+
 class _Run:
     """One run: the layers in sequence, each a loop over its tables."""
 
@@ -2207,6 +2225,8 @@ class _Run:
         self.sound: dict[str, dict[str, int]] = {}
         # The rows that silver has to have, counted where bronze is divided.
         self.expected: dict[str, int] = {}
+        # Set when a cluster has been without an executor for too long.
+        self.lost = threading.Event()
 
     def layer(self, layer: str, title: str, work: Callable[[], None]) -> None:
         """Does a layer's work and notes how long it took."""
@@ -2270,16 +2290,20 @@ class _Run:
                 self.probe()
             yield
             return
-        ended, lost = threading.Event(), threading.Event()
+        from py4j.protocol import Py4JError
+
+        ended = threading.Event()
 
         def watch() -> None:
             last_seen = time.monotonic()
-            while not ended.wait(1):
-                if self.executors():
-                    last_seen = time.monotonic()
-                elif time.monotonic() - last_seen > self.config.cluster_timeout:
-                    lost.set()
-                    self.cancel()
+            with contextlib.suppress(Py4JError):  # Spark has ended; who waits for its jobs is told
+                while not ended.wait(1):
+                    if self.executors():
+                        last_seen = time.monotonic()
+                    elif time.monotonic() - last_seen > self.config.cluster_timeout:
+                        self.lost.set()
+                    if self.lost.is_set():
+                        self.cancel()
 
         self.tag()
         watcher = threading.Thread(target=watch, daemon=True)
@@ -2288,18 +2312,30 @@ class _Run:
             self.wait_for_executors()
             self.probe()
             yield
+        except PipelineError:
+            raise
         except Exception as error:
-            if not lost.is_set():
+            if self.lost.is_set():
+                problem = f"left the run without an executor for {self.config.cluster_timeout:g} s"
+            elif ended_by := re.search(CLUSTER_ENDED, str(error)):
+                problem = f"gave up on the run ({ended_by[0]})"
+            else:
                 raise
             raise PipelineError(
-                f"{self.spark.sparkContext.master} left the run without an executor for "
-                f"{self.config.cluster_timeout:g} s, in {self.record.at}: see on the master's page whether workers "
-                "are there, with the memory and the cores that are asked for, and whether they reach this machine, by "
-                "--driver-host"
+                f"{self.spark.sparkContext.master} {problem}, in {self.record.at}: see on the master's page and in "
+                "the workers' logs whether workers are there, with the memory and the cores that are asked for, and "
+                "whether they reach this machine, by --driver-host; what was published is as it was"
             ) from error
         finally:
             ended.set()
             watcher.join()
+            with contextlib.suppress(Py4JError):
+                self.cancel()
+                self.spark.sparkContext.removeJobTag(self.record.run_id)
+
+    def is_for_want(self, error: Exception) -> bool:
+        """Whether an error is for want of machines or room, and so says nothing of the data."""
+        return self.lost.is_set() or bool(re.search(f"{CLUSTER_ENDED}|{DISK_FULL}", str(error)))
 
     def executors(self) -> int:
         """The executors that are there."""
@@ -2316,7 +2352,7 @@ class _Run:
         while (there := self.executors()) > before:
             before = there
             time.sleep(3)
-        logger.info("%d executors on %s", there, self.spark.sparkContext.master)
+        logger.info("Executors on %s: %d", self.spark.sparkContext.master, there)
 
     def probe(self) -> None:
         """Has all executors write to the data folder, and looks here for what they wrote.
@@ -2332,11 +2368,20 @@ class _Run:
             "it has to be the same folder on every machine (by NFS, for example), where the user that the workers run "
             "as may write, or else a URI such as hdfs:// or s3a://"
         )
-        path = self.store.table(self.record.run_id, "probe", "lines")
+        path = self.store.place(self.record.run_id, "probe")
         try:
             self.spark.sql(f"SELECT CAST(id AS STRING) FROM range({lines})").write.text(path)  # noqa: S608
-            seen = self.store.take_lines(path) if self.store.is_local else self.spark.read.text(path).count()
+            if self.store.is_local:
+                seen = self.store.take_lines(path)
+            else:
+                seen = self.spark.read.text(path).count()
+                if not _is_remote():
+                    context = self.spark.sparkContext
+                    folder: Any = context._jvm.org.apache.hadoop.fs.Path(path)  # type: ignore[union-attr]
+                    folder.getFileSystem(context._jsc.hadoopConfiguration()).delete(folder, True)
         except (PySparkException, Py4JError, OSError) as error:
+            if self.is_for_want(error):
+                raise
             raise PipelineError(f"cannot use data_dir {self.store.root}: {_root_cause(error)}; {advice}") from error
         if seen != lines:
             raise PipelineError(
@@ -2444,13 +2489,13 @@ class _Run:
 
         def quarantine() -> None:
             refused = quarantined(special, table, odd, self.config)
-            self.save(QUARANTINE, table, refused.coalesce(1 + counts["refused"] // ROWS_PER_FILE))
+            self.save(QUARANTINE, table, self.joined_up(refused, 1 + counts["refused"] // ROWS_PER_FILE))
 
         work: dict[str, Callable[[], Any]] = {"quarantine": quarantine}
         parts = count_parts(table)
         if odd.repeated is not None:
             once = latest(valid(special, table, self.config), table)
-            once = keep(once.coalesce(1 + counts["kept"] // ROWS_PER_FILE))
+            once = keep(self.joined_up(once, 1 + counts["kept"] // ROWS_PER_FILE))
             self.inputs[table.name] = self.inputs[table.name].unionByName(once.drop("_copies"))
             copies = F.coalesce(F.sum("_copies"), F.lit(0)).alias("copies")
             work["once"] = once.agg(copies, *(metric.alias(part) for part, metric in parts.items())).first
@@ -2547,6 +2592,8 @@ class _Run:
             with self.timed("audit"):
                 self.together(checks)
         except Exception as error:
+            if self.is_for_want(error):
+                raise
             raise RefusedError(
                 f"AUDIT FAILED, nothing is published: the snapshot cannot be read: {_root_cause(error)}"
             ) from error
@@ -2594,10 +2641,14 @@ class _Run:
         if rows.dtypes != table.columns:
             raise TypeError(f"{table.name} is built as {rows.dtypes}, but declared as {table.columns}")
         if table.layer == SILVER:
-            rows = rows.coalesce(self.config.partitions(self.record.rows[f"{BRONZE}.{table.of[0]}"]))
+            rows = self.joined_up(rows, self.config.partitions(self.record.rows[f"{BRONZE}.{table.of[0]}"]))
         elif table.layer == GOLD:
             rows = rows.coalesce(1).sortWithinPartitions(*map(_sort_order, table.order))
         return rows
+
+    def joined_up(self, rows: DataFrame, partitions: int) -> DataFrame:
+        """The rows in so many partitions at most; not on Sail, which waits for ever where large ones become several."""
+        return rows if self.config.engine == "sail" and partitions > 1 else rows.coalesce(partitions)
 
     def save(
         self,
@@ -2641,7 +2692,7 @@ class _Run:
 
     def path(self, layer: str, table: Table) -> str:
         """Where a table lies, as the engine is told; Sail would read the %41 of a folder's name as an A in a URI."""
-        path = self.store.table(self.record.run_id, layer, table.name)
+        path = self.store.place(self.record.run_id, layer, table.name)
         return path.removeprefix("file://") if self.config.engine == "sail" else path
 
 
@@ -2687,18 +2738,6 @@ def _recorded(record: RunRecord, store: Store) -> Iterator[float]:
             store.save_record(record.run_id, dataclasses.asdict(record))
 
 
-# What Spark says of failures that are not the pipeline's, and what that means.
-MENDABLE: Mapping[str, str] = {
-    "No space left on device|Disk quota exceeded": (
-        "the disk of {root}, or of Spark's own files, is full ({found}, in {at}): free some room, or choose another "
-        "folder with --data-dir"
-    ),
-    "(SparkContext was shut down|stopped SparkContext|Master removed our application)": (
-        "the Spark cluster gave up on the run ({found}, in {at}): its master's and executors' logs say why"
-    ),
-}
-
-
 def run_pipeline(config: DataPipelineConfig | None = None, spark: SparkSession | None = None) -> RunRecord:
     """Runs the pipeline: generates, writes bronze, silver and gold into a snapshot, audits it, and publishes it.
 
@@ -2736,14 +2775,13 @@ def run_pipeline(config: DataPipelineConfig | None = None, spark: SparkSession |
                     _run_layers(_Run(config, session, store, record, started))
             except (PipelineError, KeyboardInterrupt):
                 raise
-            except Exception as error:  # Spark's errors differ from version to version, their text less so
-                for text, problem in MENDABLE.items():
-                    if found := re.search(text, str(error)):
-                        problem = problem.format(root=config.root, found=found[0], at=record.at)
-                        raise PipelineError(f"{problem}; what was published is as it was") from error
-                has_log = not spark and config.engine == "spark"
-                where = f"; Spark's own log: {store.spark_log(record.run_id)}" if has_log else ""
-                logger.error("FAILED in %s%s", record.at, where)
+            except Exception as error:
+                if full := re.search(DISK_FULL, str(error)):
+                    raise PipelineError(
+                        f"the disk of {config.root}, or of Spark's own files, is full ({full[0]}, in {record.at}): "
+                        "free some room, or choose another folder with --data-dir; what was published is as it was"
+                    ) from error
+                logger.error("FAILED in %s%s", record.at, _reference(store.spark_log(record.run_id)))
                 raise
         logger.info("PIPELINE EXECUTION COMPLETED SUCCESSFULLY")
         for line in record.summary():
@@ -3339,17 +3377,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 save_report(store)
             else:
                 run_pipeline(config)
-        except PipelineError as error:
-            logger.error("%s", error)
-            tell_of_no_run(error, flags)
-            return error.exit_code
         except (KeyboardInterrupt, Exception) as error:
             if interrupted() or isinstance(error, KeyboardInterrupt):
                 logger.error("INTERRUPTED: the run was stopped by hand")
                 return 130
-            logger.exception("PIPELINE EXECUTION FAILED")
+            mendable = isinstance(error, PipelineError)
+            logger.error("%s", error if mendable else "PIPELINE EXECUTION FAILED", exc_info=not mendable)
             tell_of_no_run(error, flags)
-            return 1
+            return getattr(error, "exit_code", 1)
         finally:
             logger.removeHandler(annotations)
     return 0

@@ -93,9 +93,9 @@ release() {
     echo "Released $commit"
 }
 
-# A dry run publishes nothing: its data goes with the runner's temporary folder.
+# A dry run publishes nothing: its data goes with the runner's temporary folder, which no cluster shares.
 if [[ ${DRY_RUN:-} == true ]]; then
-    export PIPELINE_DATA_DIR=$RUNNER_TEMP/dry-run
+    export PIPELINE_DATA_DIR=$RUNNER_TEMP/dry-run PIPELINE_SPARK_MASTER='local[*]'
 fi
 
 # DEPLOY_FLAG_NUM_CUSTOMERS=5 becomes --num-customers 5; an empty one leaves the default.

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +22,7 @@ from typing import Any
 import pytest
 from compare_runs import differences
 from conftest import AS_OF, ENGINE
+from pyspark.errors import AnalysisException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from test_command import run as run_locally
@@ -25,7 +30,7 @@ from test_command import start
 from test_gate import receive
 
 import data_pipeline
-from data_pipeline import DataPipelineConfig, PipelineError, RunRecord, Store, preflight, run_pipeline
+from data_pipeline import DataPipelineConfig, PipelineError, RefusedError, RunRecord, Store, preflight, run_pipeline
 
 pytestmark = pytest.mark.skipif(ENGINE == "sail", reason="Sail runs within one process")
 
@@ -56,7 +61,7 @@ class Cluster:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        return (*FLAGS, f"--spark-master={self.url}", "--driver-host=127.0.0.1", "--cluster-timeout=12")
+        return (*FLAGS, f"--spark-master={self.url}", "--driver-host=127.0.0.1", "--cluster-timeout=120")
 
     def start(self, name: str, program: str, *arguments: str, within: tuple[str, ...] = ()) -> None:
         home = data_pipeline._spark_home()
@@ -80,7 +85,7 @@ class Cluster:
             time.sleep(0.5)
             with (
                 contextlib.suppress(OSError),
-                urllib.request.urlopen(f"http://127.0.0.1:{self.page}/json/") as page,
+                urllib.request.urlopen(f"http://127.0.0.1:{self.page}/json/", timeout=5) as page,
             ):
                 if json.load(page)["aliveworkers"] == len(within):
                     return
@@ -118,10 +123,13 @@ def run(
     waiting, log = dict(killing or {}), ""
     with start(home, *cluster.flags, *flags) as process:
         assert process.stderr
+        too_long = threading.Timer(300, process.kill)
+        too_long.start()
         for line in process.stderr:
             log += line
             for text in [text for text in waiting if text in line]:
                 cluster.kill(*waiting.pop(text))
+        too_long.cancel()
         assert not waiting, log
     return process.returncode, log
 
@@ -151,7 +159,7 @@ def test_spark_submit_gives_the_tables_of_a_local_run(
         # spark-submit sends all that Python writes to its standard output.
         log, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    assert f"2 executors on {cluster.url}" in log
+    assert f"Executors on {cluster.url}: 2\n" in log
     assert differences(report.data_dir, folder(tmp_path)) == []
     assert not list(folder(tmp_path).glob("snapshots/*/probe"))
 
@@ -159,42 +167,63 @@ def test_spark_submit_gives_the_tables_of_a_local_run(
 def test_run_survives_a_worker_and_the_master(make_cluster: MakeCluster, report: RunRecord, tmp_path: Path) -> None:
     """What the dead worker held of silver is computed again; executors work on without a master."""
     cluster = make_cluster("one", "two")
-    code, log = run(tmp_path, cluster, killing={"/quarantine/": ("one",), "GOLD LAYER": ("master",)})
+    deaths = {"/quarantine/": ("one",), "GOLD LAYER": ("master",)}
+    code, log = run(tmp_path, cluster, "--shuffle-partitions=4", killing=deaths)
     assert code == 0, log
-    assert "2 executors on" in log
+    assert f"Executors on {cluster.url}: 2\n" in log
     assert differences(report.data_dir, folder(tmp_path)) == []
 
 
-def test_nothing_left_to_run_on(make_cluster: MakeCluster, tmp_path: Path) -> None:
-    """No machine is left in the middle of silver: a clear end, and what was published stays."""
+def test_nothing_to_run_on(make_cluster: MakeCluster, tmp_path: Path) -> None:
+    """No machine has room, or none is left in the middle of silver: a clear end, and what was published stays."""
     assert run_locally(tmp_path, *FLAGS)[0] == 0
     published = os.readlink(folder(tmp_path) / "current")
     cluster = make_cluster("one")
-    code, log = run(tmp_path, cluster, killing={"SILVER LAYER": ("master", "one")})
-    assert (code, log.count("ERROR")) == (2, 1), log
-    assert f"{cluster.url} left the run without an executor for 12 s, in " in log
-    assert os.readlink(folder(tmp_path) / "current") == published
-    assert last_record(tmp_path)["result"] == "failed"
-    assert len(list(folder(tmp_path).glob("snapshots/*"))) == 1
+    dead = {"SILVER LAYER": ("master", "one")}
+    for flag, killing, where in ("--executor-memory=99g", {}, "start of the executors:"), ("--seed=42", dead, ""):
+        code, log = run(tmp_path, cluster, flag, "--cluster-timeout=12", killing=killing)
+        assert (code, log.count("ERROR")) == (2, 1), log
+        assert f"{cluster.url} left the run without an executor for 12 s, in {where}" in log
+        assert os.readlink(folder(tmp_path) / "current") == published
+        assert last_record(tmp_path)["result"] == "failed"
+        assert len(list(folder(tmp_path).glob("snapshots/*"))) == 1
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_audit_blames_the_data_only_while_there_are_machines(
+    lost: bool, config: DataPipelineConfig, report: RunRecord, spark: SparkSession
+) -> None:
+    record = dataclasses.replace(report, run_id="19991231T235959Z-0000", seconds={}, offsets={})
+    run = data_pipeline._Run(config, spark, Store(config.root), record, 0.0)
+    if lost:
+        run.lost.set()
+    with pytest.raises(AnalysisException if lost else RefusedError):
+        run.audit()
 
 
 def test_disks_that_are_not_shared(make_cluster: MakeCluster, tmp_path: Path) -> None:
-    """One worker has a disk of its own where the data folder is; before that, no worker has room for the executors."""
+    """One of two workers has a disk of its own where the data folder is."""
     folder(tmp_path).mkdir()
     alone = ("unshare", "--map-root-user", "--mount")
-    if subprocess.run([*alone, "true"], check=False, capture_output=True).returncode:
+    if not shutil.which("unshare") or subprocess.run([*alone, "true"], check=False, capture_output=True).returncode:
         pytest.skip("a disk of its own takes namespaces, which this machine does not allow")
     mounting = ("sh", "-c", f"mount -t tmpfs none '{folder(tmp_path)}' && exec \"$@\"", "sh")
     cluster = make_cluster("one", two=(*alone, *mounting))
-
-    code, log = run(tmp_path, cluster, "--executor-memory", "99g")
-    assert (code, log.count("ERROR")) == (2, 1), log
-    assert "without an executor for 12 s, in start of the executors" in log
 
     code, log = run(tmp_path, cluster)
     assert (code, log.count("ERROR")) == (2, 1), log
     assert "is not shared: the executors wrote 10,000 lines there, and 5,000 of them are on this machine" in log
     assert list(folder(tmp_path).glob("snapshots/*")) == []
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_probe_leaves_nothing(
+    scheme: str, config: DataPipelineConfig, report: RunRecord, spark: SparkSession, tmp_path: Path
+) -> None:
+    record = copy.deepcopy(report)
+    data_pipeline._Run(config, spark, Store(f"{scheme}{tmp_path}/data"), record, 0.0).probe()
+    assert list(tmp_path.glob("data/snapshots/*")) == [tmp_path / "data/snapshots" / record.run_id]
+    assert list(tmp_path.glob("data/snapshots/*/*")) == []
 
 
 def test_no_master(small: Callable[..., DataPipelineConfig]) -> None:
@@ -203,17 +232,21 @@ def test_no_master(small: Callable[..., DataPipelineConfig]) -> None:
         preflight(small(spark_master=f"spark://{master}"))
 
 
-def test_driver_host_of_another_machine(tmp_path: Path) -> None:
+@pytest.mark.parametrize("by_flag", [True, False])
+def test_driver_host_of_another_machine(by_flag: bool, tmp_path: Path) -> None:
+    """Whoever names the master: a flag, or Spark's own settings."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         master = f"spark://127.0.0.1:{server.getsockname()[1]}"
-        with start(tmp_path, *FLAGS, f"--spark-master={master}", "--driver-host=192.0.2.99") as process:
+        flags = (*FLAGS, "--driver-host=192.0.2.99", *([f"--spark-master={master}"] if by_flag else []))
+        submit = "pyspark-shell" if by_flag else f"--master {master} pyspark-shell"
+        with start(tmp_path, *flags, PYSPARK_SUBMIT_ARGS=submit) as process:
             log = process.communicate(timeout=300)[1]
     assert (process.returncode, log.count("ERROR")) == (2, 1), log
     assert f"cannot start on {master}: java.net.BindException" in log
-    assert "driver_host an address of this machine" in log
+    assert "--driver-host an address of this machine; Spark's own log: " in log
 
 
-def test_nothing_that_grows_is_broadcast(
+def test_bad_input_is_joined_by_shuffle_and_its_skew_split(
     small: Callable[..., DataPipelineConfig], spark: SparkSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bad input, as if it were large: most rows are of one unknown customer, and half of the keys are repeated."""
