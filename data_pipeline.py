@@ -1963,7 +1963,7 @@ class Store:
     def take_lines(self, path: str) -> int:
         """The lines of the text files in a folder, which is removed."""
         folder = Path(path.removeprefix("file://"))
-        lines = sum(len(file.read_text().splitlines()) for file in folder.glob("part-*"))
+        lines = sum(len(file.read_text().splitlines()) for file in folder.glob("[!._]*"))
         if folder.exists():
             shutil.rmtree(folder)
         return lines
@@ -2186,22 +2186,6 @@ def describe_profile(table: str, profile: Mapping[str, Mapping[str, Any]]) -> It
         yield f"  {name:<26} {column['nulls']:>10,} {complete:>9} {distinct:>11} {repeated:>9}  {least} … {greatest}"
 
 
-@contextlib.contextmanager
-def _in_memory() -> Iterator[Callable[[DataFrame], DataFrame]]:
-    """Keeps what is used several times in memory, or on local disk, until the end of the block."""
-    kept: list[DataFrame] = []
-
-    def keep(rows: DataFrame) -> DataFrame:
-        kept.append(rows.persist())
-        return kept[-1]
-
-    try:
-        yield keep
-    finally:
-        for rows in kept:
-            rows.unpersist()
-
-
 # What Spark says of failures for want of machines or room: its errors differ from version to version, the text less so.
 CLUSTER_ENDED = "SparkContext was shut down|stopped SparkContext|Master removed our application"
 DISK_FULL = "No space left on device|Disk quota exceeded"
@@ -2241,6 +2225,27 @@ class _Run:
         self.record.offsets[name] = started - self.started
         yield
         self.record.seconds[name] = time.perf_counter() - started
+
+    @contextlib.contextmanager
+    def in_memory(self) -> Iterator[Callable[[DataFrame], DataFrame]]:
+        """Keeps what is used several times in memory, or on local disk, until the end of the block.
+
+        Sail keeps nothing, and would compute it each time: there it is written, and read back.
+        """
+        with contextlib.ExitStack() as kept:
+
+            def keep(rows: DataFrame) -> DataFrame:
+                if self.config.engine != "sail":
+                    kept.callback(rows.unpersist)
+                    return rows.persist()
+                beside = self.store.path("snapshots", self.record.run_id) if self.store.is_local else None
+                path = kept.enter_context(tempfile.TemporaryDirectory(dir=beside)) + "/rows"
+                rows.write.parquet(path)
+                # Without rows there are no files.
+                there = os.path.exists(path)
+                return self.spark.read.schema(rows.schema).parquet(path) if there else rows.limit(0)
+
+            yield keep
 
     def together(self, work: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
         """Does work on several tables at once: Spark plans one while it runs another, and small ones are all plan.
@@ -2414,7 +2419,7 @@ class _Run:
 
     def silver(self) -> None:
         """Divides bronze into valid and refused rows, writes the refused ones, and enriches the valid ones."""
-        with _in_memory() as keep:
+        with self.in_memory() as keep:
             received = {table.name: self.read(BRONZE, table) for table in tables(BRONZE)}
             with self.timed("survey"):
                 odd = self.survey(received, keep)
@@ -2450,7 +2455,7 @@ class _Run:
             parents = {key: sound[parent].select(key) for key, parent in table.references.items()}
             odd[table.name] = odd_keys(received[table.name], table, parents)
         found = {
-            (name, kind): keep(rows)
+            (name, kind): rows
             for name, keys in odd.items()
             for kind, rows in (("repeated", keys.repeated), *keys.unknown.items())
             if rows is not None
@@ -2458,7 +2463,8 @@ class _Run:
 
         def count(name: str, kind: str) -> tuple[int, int]:
             extra = F.sum(F.col("count") - 1) if kind == "repeated" else F.lit(None)
-            [[keys, more]] = found[name, kind].agg(F.count(F.lit(1)), extra).collect()
+            found[name, kind] = rows = keep(found[name, kind])
+            [[keys, more]] = rows.agg(F.count(F.lit(1)), extra).collect()
             return keys, more or 0
 
         counts = self.together(
@@ -2550,7 +2556,7 @@ class _Run:
 
     def gold(self) -> None:
         """Writes the aggregates, three of them from one pass over the transactions."""
-        with _in_memory() as keep:
+        with self.in_memory() as keep:
             self.inputs["sales"] = keep(sales(self.inputs["transactions_clean"]))
 
             def aggregate(table: Table) -> None:
@@ -2647,8 +2653,8 @@ class _Run:
         return rows
 
     def joined_up(self, rows: DataFrame, partitions: int) -> DataFrame:
-        """The rows in so many partitions at most; not on Sail, which waits for ever where large ones become several."""
-        return rows if self.config.engine == "sail" and partitions > 1 else rows.coalesce(partitions)
+        """The rows in so many partitions at most; not over Spark Connect: Sail hangs where large ones become two."""
+        return rows if _is_remote() and partitions > 1 else rows.coalesce(partitions)
 
     def save(
         self,
