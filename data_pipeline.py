@@ -337,6 +337,10 @@ ENGINES: Mapping[str, tuple[str, ...]] = {
     "sail": ("pysail", *CONNECT),
 }
 
+# What Spark takes for a master.
+SERVER = r"[^\s,/]+:\d+"
+MASTER = rf"local(\[(\*|[1-9]\d*)(, ?\d+)?\])?|local-cluster\[.+\]|yarn|spark://{SERVER}(,{SERVER})*|(k8s|mesos)://\S+"
+
 # How a value of each type is read, from an attribute, a flag or a variable alike, and what to call it in an error.
 READERS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "int": (_whole_number, "a whole number"),
@@ -478,6 +482,11 @@ class DataPipelineConfig:
         return os.path.abspath(path)
 
     @property
+    def master(self) -> str:
+        """The master that is asked for; empty leaves it to spark-submit, spark-defaults.conf, or Spark: local[*]."""
+        return self.spark_master or os.environ.get("SPARK_MASTER", "")
+
+    @property
     def segments(self) -> Mapping[str, Decimal | None]:
         """The customer segments, lowest first, each with the most that a customer in it has spent."""
         return dict(zip(SEGMENTS, (self.silver_above, self.gold_above, self.premium_above, None), strict=True))
@@ -509,9 +518,15 @@ class DataPipelineConfig:
                 "the thresholds must rise: silver_above < gold_above < premium_above, not "
                 f"{self.silver_above}, {self.gold_above}, {self.premium_above}"
             )
-        if self.spark_master and not re.match(r"local(\[|-|$)|yarn$|(spark|k8s|mesos)://", self.spark_master):
+        if self.master and not re.fullmatch(MASTER, self.master):
             raise ConfigurationError(
-                f"spark_master must be local[*], yarn, or a URL such as spark://host:7077, not {self.spark_master!r}"
+                "spark_master must be local[*], yarn, or a URL such as spark://host:7077 (SPARK_MASTER too), "
+                f"not {self.master!r}"
+            )
+        if self.engine == "sail" and not _is_local(self.spark_master):
+            raise ConfigurationError(
+                f"engine sail runs within this process, and on no cluster: leave spark_master {self.spark_master} out, "
+                "or choose engine spark"
             )
         if self.as_of_date > _today():
             raise ConfigurationError(f"as_of_date {self.as_of_date} lies in the future: today is {_today()} in UTC")
@@ -748,7 +763,7 @@ def preflight(config: DataPipelineConfig, starts_spark: bool = True) -> None:
             _knock("no Spark Connect server", server.netloc, "unset SPARK_REMOTE", 15002)
     elif starts_spark and config.engine == "spark":
         _check_java()
-        scheme, _, masters = _master(config).partition("://")
+        scheme, _, masters = config.master.partition("://")
         if scheme == "spark":
             _knock("no Spark master", masters, "choose another with --spark-master")
 
@@ -771,11 +786,6 @@ def _knock(absence: str, servers: str, otherwise: str, port: int | None = None) 
         else:
             return
     raise PipelineError(f"{absence} at {servers} ({'; '.join(errors)}): start it, or {otherwise}")
-
-
-def _master(config: DataPipelineConfig) -> str:
-    """The master that is asked for; empty leaves it to spark-submit, spark-defaults.conf, or Spark: local[*]."""
-    return config.spark_master or os.environ.get("SPARK_MASTER", "")
 
 
 def _is_local(master: str | None) -> bool:
@@ -914,7 +924,7 @@ def create_spark_session(config: DataPipelineConfig, spark_log: str = os.devnull
     else:
         # Elsewhere the bar would go to the file, and be no bar there.
         builder = builder.config("spark.ui.showConsoleProgress", str(debug and sys.stderr.isatty()).lower())
-        if master := _master(config):
+        if master := config.master:
             builder = builder.master(master)
         for field in dataclasses.fields(config):
             if "spark" in field.metadata and (value := getattr(config, field.name)) is not None:
@@ -935,8 +945,12 @@ def create_spark_session(config: DataPipelineConfig, spark_log: str = os.devnull
         except (Py4JError, PySparkException) as error:
             if _is_local(master := master or SparkConf().get("spark.master", "")):
                 raise
+            cause = _root_cause(error)
+            with contextlib.suppress(OSError), open(spark_log, encoding="utf-8", errors="replace") as log:
+                if told := re.search('Exception in thread "main" (.*)', log.read()):
+                    cause = told[1]  # Java ended before it could tell Python
             raise PipelineError(
-                f"cannot start on {master}: {_root_cause(error)}; it has to be a master of this version of Spark, "
+                f"cannot start on {master}: {cause}; it has to be a master of this version of Spark, "
                 f"and --driver-host an address of this machine{_reference(spark_log)}"
             ) from error
         if not _is_remote():
@@ -1934,7 +1948,9 @@ class Store:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self.path("snapshots", run_id, mark))
             # What cannot be removed now is found by the next run, for want of its mark.
-            shutil.rmtree(self.path("snapshots", run_id), ignore_errors=True)
+            shutil.rmtree(folder := self.path("snapshots", run_id), ignore_errors=True)
+            if os.path.exists(folder):
+                logger.warning("Cannot remove all of %s: are there files of another user?", folder)
 
     def clear_leftovers(self) -> None:
         """Removes what dead runs left behind, and says so in their records. Only for who holds the lock."""
@@ -2187,7 +2203,9 @@ def describe_profile(table: str, profile: Mapping[str, Mapping[str, Any]]) -> It
 
 
 # What Spark says of failures for want of machines or room: its errors differ from version to version, the text less so.
-CLUSTER_ENDED = "SparkContext was shut down|stopped SparkContext|Master removed our application"
+CLUSTER_FAILED = (
+    "SparkContext was shut down|stopped SparkContext|Master removed our application|ExecutorLostFailure|FetchFailed"
+)
 DISK_FULL = "No space left on device|Disk quota exceeded"
 
 
@@ -2287,8 +2305,8 @@ class _Run:
         """Checks, where other machines do the work, that they share the data folder; sees that some of them are there.
 
         Raises:
-            PipelineError: the data folder is not shared, or there was no executor for too long: Spark itself would wait
-                for ever.
+            PipelineError: the data folder is not shared, the cluster gave up, or there was no executor for too long:
+                Spark itself would wait for ever.
         """
         if _is_remote() or _is_local(self.spark.sparkContext.master):
             if _is_remote() and self.config.engine == "spark":
@@ -2322,14 +2340,16 @@ class _Run:
         except Exception as error:
             if self.lost.is_set():
                 problem = f"left the run without an executor for {self.config.cluster_timeout:g} s"
-            elif ended_by := re.search(CLUSTER_ENDED, str(error)):
-                problem = f"gave up on the run ({ended_by[0]})"
+            elif failure := re.search(CLUSTER_FAILED, str(error)):
+                problem = f"gave up on the run ({failure[0]})"
             else:
                 raise
             raise PipelineError(
                 f"{self.spark.sparkContext.master} {problem}, in {self.record.at}: see on the master's page and in "
-                "the workers' logs whether workers are there, with the memory and the cores that are asked for, and "
-                "whether they reach this machine, by --driver-host; what was published is as it was"
+                "the workers' logs whether workers are there, with the memory and the cores that are asked for, "
+                "whether they reach this machine, by --driver-host, and whether their executors die, for want of "
+                "--executor-memory for example; what was published is as it was"
+                f"{_reference(self.store.spark_log(self.record.run_id))}"
             ) from error
         finally:
             ended.set()
@@ -2340,7 +2360,7 @@ class _Run:
 
     def is_for_want(self, error: Exception) -> bool:
         """Whether an error is for want of machines or room, and so says nothing of the data."""
-        return self.lost.is_set() or bool(re.search(f"{CLUSTER_ENDED}|{DISK_FULL}", str(error)))
+        return self.lost.is_set() or bool(re.search(f"{CLUSTER_FAILED}|{DISK_FULL}", str(error)))
 
     def executors(self) -> int:
         """The executors that are there."""
@@ -2360,7 +2380,7 @@ class _Run:
         logger.info("Executors on %s: %d", self.spark.sparkContext.master, there)
 
     def probe(self) -> None:
-        """Has all executors write to the data folder, and looks here for what they wrote.
+        """Has the executors write to the data folder, and looks here for what they wrote.
 
         Where each of them has a folder of its own, Spark ends as if all were well, and the tables are empty.
         """
@@ -2370,8 +2390,8 @@ class _Run:
         self.record.at = "storage probe"
         lines = 10_000
         advice = (
-            "it has to be the same folder on every machine (by NFS, for example), where the user that the workers run "
-            "as may write, or else a URI such as hdfs:// or s3a://"
+            "it has to be the same folder on every machine (by NFS, for example), with workers that run as the same "
+            "user as this process, who may write there, or else a URI such as hdfs:// or s3a://"
         )
         path = self.store.place(self.record.run_id, "probe")
         try:
@@ -2380,7 +2400,7 @@ class _Run:
                 seen = self.store.take_lines(path)
             else:
                 seen = self.spark.read.text(path).count()
-                if not _is_remote():
+                if not _is_remote():  # Spark Connect has no way to a file system, and leaves it there
                     context = self.spark.sparkContext
                     folder: Any = context._jvm.org.apache.hadoop.fs.Path(path)  # type: ignore[union-attr]
                     folder.getFileSystem(context._jsc.hadoopConfiguration()).delete(folder, True)
@@ -2468,13 +2488,13 @@ class _Run:
             return keys, more or 0
 
         counts = self.together(
-            {f"{BRONZE}.{name}.{kind}": functools.partial(count, name, kind) for name, kind in found}
+            {f"survey of {name}.{kind}": functools.partial(count, name, kind) for name, kind in found}
         )
         odd = {}
         for table in tables(BRONZE):
-            keys, more = counts[f"{BRONZE}.{table.name}.repeated"]
+            keys, more = counts[f"survey of {table.name}.repeated"]
             self.record.profile[table.name][table.key[0]]["duplicates"] = more
-            some = [key for key in table.references if counts[f"{BRONZE}.{table.name}.{key}"][0]]
+            some = [key for key in table.references if counts[f"survey of {table.name}.{key}"][0]]
             odd[table.name] = OddKeys(
                 found[table.name, "repeated"] if keys else None, {key: found[table.name, key] for key in some}
             )
@@ -2783,9 +2803,12 @@ def run_pipeline(config: DataPipelineConfig | None = None, spark: SparkSession |
                 raise
             except Exception as error:
                 if full := re.search(DISK_FULL, str(error)):
+                    task = re.search(r"\(TID \d+\) \((\S+) executor", str(error))
+                    machine = f" on {task[1]}" if task else ""
                     raise PipelineError(
-                        f"the disk of {config.root}, or of Spark's own files, is full ({full[0]}, in {record.at}): "
-                        "free some room, or choose another folder with --data-dir; what was published is as it was"
+                        f"the disk of {config.root}, or of Spark's own files{machine}, is full ({full[0]}, in "
+                        f"{record.at}): free some room, or choose another folder with --data-dir, or for Spark's own "
+                        "files with SPARK_LOCAL_DIRS; what was published is as it was"
                     ) from error
                 logger.error("FAILED in %s%s", record.at, _reference(store.spark_log(record.run_id)))
                 raise

@@ -195,6 +195,10 @@ def test_audit_blames_the_data_only_while_there_are_machines(
 ) -> None:
     record = dataclasses.replace(report, run_id="19991231T235959Z-0000", seconds={}, offsets={})
     run = data_pipeline._Run(config, spark, Store(config.root), record, 0.0)
+    died = (
+        "Job aborted due to stage failure: … ExecutorLostFailure (executor 8 exited caused by one of the running tasks)"
+    )
+    assert run.is_for_want(RuntimeError(died))
     if lost:
         run.lost.set()
     with pytest.raises(AnalysisException if lost else RefusedError):

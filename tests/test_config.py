@@ -66,11 +66,27 @@ def test_bad_value(field: str, value: object, message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "master",
+    ["local", "local[*]", "local[2,3]", "yarn", "spark://host:7077", "spark://a:7077,[::1]:7078", "k8s://https://host"],
+)
+def test_master_from_the_environment(master: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARK_MASTER", master)
+    DataPipelineConfig().validate()
+    monkeypatch.setenv("SPARK_MASTER", f"{master} x")
+    with pytest.raises(ConfigurationError, match="SPARK_MASTER"):
+        DataPipelineConfig().validate()
+    DataPipelineConfig(spark_master="local").validate()
+
+
+@pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"num_customers": 0}, "num_customers is 0, but num_transactions is 50000"),
         ({"num_products": 0}, "num_products is 0"),
         ({"spark_master": "foo"}, "spark_master must be"),
+        ({"spark_master": "local[*"}, "spark_master must be"),
+        ({"spark_master": "spark://host"}, "spark_master must be"),
+        ({"spark_master": "spark://host:7077", "engine": "sail"}, "engine sail runs within this process"),
         ({"gold_above": 400}, "thresholds must rise"),
         ({"as_of_date": datetime.now(timezone.utc).date() + timedelta(days=2)}, "lies in the future"),
         ({"data_dir": "$NO_SUCH_VARIABLE/data"}, r"\$NO_SUCH_VARIABLE, which does not exist"),
