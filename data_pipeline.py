@@ -1976,9 +1976,9 @@ class Store:
         folder = Path(self.path("snapshots", run_id, layer, name))
         return sum(file.stat().st_size for file in folder.glob("*.parquet"))
 
-    def take_lines(self, path: str) -> int:
-        """The lines of the text files in a folder, which is removed."""
-        folder = Path(path.removeprefix("file://"))
+    def take_lines(self, run_id: str, name: str) -> int:
+        """The lines of the text files in a folder of a snapshot, which is removed."""
+        folder = Path(self.path("snapshots", run_id, name))
         lines = sum(len(file.read_text().splitlines()) for file in folder.glob("[!._]*"))
         if folder.exists():
             shutil.rmtree(folder)
@@ -2308,9 +2308,9 @@ class _Run:
             PipelineError: the data folder is not shared, the cluster gave up, or there was no executor for too long:
                 Spark itself would wait for ever.
         """
+        if _is_remote() and self.config.engine == "spark":
+            self.probe()
         if _is_remote() or _is_local(self.spark.sparkContext.master):
-            if _is_remote() and self.config.engine == "spark":
-                self.probe()
             yield
             return
         from py4j.protocol import Py4JError
@@ -2397,7 +2397,7 @@ class _Run:
         try:
             self.spark.sql(f"SELECT CAST(id AS STRING) FROM range({lines})").write.text(path)  # noqa: S608
             if self.store.is_local:
-                seen = self.store.take_lines(path)
+                seen = self.store.take_lines(self.record.run_id, "probe")
             else:
                 seen = self.spark.read.text(path).count()
                 if not _is_remote():  # Spark Connect has no way to a file system, and leaves it there

@@ -17,7 +17,6 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 from compare_runs import differences
@@ -26,7 +25,7 @@ from pyspark.errors import AnalysisException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from test_command import start
-from test_gate import receive
+from test_gate import receive, record_of_last_run
 
 import data_pipeline
 from data_pipeline import DataPipelineConfig, PipelineError, RefusedError, RunRecord, Store, preflight, run_pipeline
@@ -137,12 +136,6 @@ def folder(home: Path) -> Path:
     return home / "pipeline-data"
 
 
-def last_record(home: Path) -> dict[str, Any]:
-    *_, (_, record) = Store(str(folder(home))).records()
-    assert isinstance(record, dict)
-    return record
-
-
 def test_spark_submit_gives_the_tables_of_a_local_run(
     make_cluster: MakeCluster, report: RunRecord, tmp_path: Path
 ) -> None:
@@ -177,7 +170,8 @@ def test_nothing_to_run_on(
     make_cluster: MakeCluster, small: Callable[..., DataPipelineConfig], spark: SparkSession, tmp_path: Path
 ) -> None:
     """No machine has room, or none is left in the middle of silver: a clear end, and what was published stays."""
-    published = f"snapshots/{run_pipeline(small(data_dir=str(folder(tmp_path))), spark).run_id}"
+    config = small(data_dir=str(folder(tmp_path)))
+    published = f"snapshots/{run_pipeline(config, spark).run_id}"
     cluster = make_cluster("one")
     dead = {"SILVER LAYER": ("master", "one")}
     for flag, killing, where in ("--executor-memory=99g", {}, "start of the executors:"), ("--seed=42", dead, ""):
@@ -185,7 +179,7 @@ def test_nothing_to_run_on(
         assert (code, log.count("ERROR")) == (2, 1), log
         assert f"{cluster.url} left the run without an executor for 12 s, in {where}" in log
         assert os.readlink(folder(tmp_path) / "current") == published
-        assert last_record(tmp_path)["result"] == "failed"
+        assert record_of_last_run(config)["result"] == "failed"
         assert len(list(folder(tmp_path).glob("snapshots/*"))) == 1
 
 
