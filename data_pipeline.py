@@ -188,17 +188,17 @@ DEFECTS: Mapping[str, tuple[str, ...]] = {
     "customers": ("missing_email", "malformed_email", "impossible_age"),
     "transactions": (
         "missing_amount", "zero_amount", "negative_amount", "future_timestamp", "unknown_customer",
-        "unknown_product", "untidy_payment_method", "unknown_payment_method", "exact_repeat", "changed_status",
+        "unknown_product", "untidy_payment_method", "unknown_payment_method", "exact_duplicate", "changed_status",
     ),
 }  # fmt: skip
 MILLION = 1_000_000
 ROWS_PER_FILE = 6 * MILLION  # at most: 140 to 210 MB in the large tables; just above it, two files of half the size
 HISTORY = 30  # runs that the report and the search for anomalies look back on
-HIGHLIGHTS = 10  # rows of each gold table, and of each ranking, that the run record holds
+PREVIEW_ROWS = 10  # rows of each gold table, and of each ranking, that the run record holds
 
 
 @dataclass(frozen=True, slots=True)
-class Vocabulary:
+class NamePools:
     """The words that generated rows are made of."""
 
     first_names: Sequence[str]
@@ -209,7 +209,7 @@ class Vocabulary:
 
 
 @functools.cache
-def vocabulary(seed: int) -> Vocabulary:
+def name_pools(seed: int) -> NamePools:
     """Draws the words from Faker; the same seed and version of Faker give the same words."""
     from faker import Factory
 
@@ -224,7 +224,7 @@ def vocabulary(seed: int) -> Vocabulary:
             words[draw()] = None
         return list(words)
 
-    return Vocabulary(
+    return NamePools(
         first_names=distinct(fake.first_name, 200),
         last_names=[name for name in distinct(fake.last_name, 300) if name.isalpha()],
         cities={city: 100 // (rank + 4) for rank, city in enumerate(distinct(fake.city, 25))},
@@ -342,7 +342,7 @@ SERVER = r"[^\s,/]+:\d+"
 MASTER = rf"local(\[(\*|[1-9]\d*)(, ?\d+)?\])?|local-cluster\[.+\]|yarn|spark://{SERVER}(,{SERVER})*|(k8s|mesos)://\S+"
 
 # How a value of each type is read, from an attribute, a flag or a variable alike, and what to call it in an error.
-READERS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
+PARSERS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "int": (_whole_number, "a whole number"),
     "float": (lambda value: float(str(value)), "a number"),
     "Decimal": (_money, "an amount in dollars and cents"),
@@ -443,7 +443,7 @@ class DataPipelineConfig:
         kind, _, optional = str(field.type).partition(" | ")
         if value is None and optional:
             return None
-        read, expected = READERS[kind]
+        read, expected = PARSERS[kind]
         limits = field.metadata
         try:
             result = read(value)
@@ -459,7 +459,7 @@ class DataPipelineConfig:
             raise ConfigurationError(f"{field.name} must be {expected}{shown}") from None
         return result
 
-    def shown(self) -> dict[str, Any]:
+    def redacted(self) -> dict[str, Any]:
         """The values by field; of a secret one no more than that it is set."""
         secret = [field.name for field in dataclasses.fields(self) if "secret" in field.metadata]
         return {name: "***" if name in secret and value else value for name, value in dataclasses.asdict(self).items()}
@@ -734,7 +734,7 @@ def _check_storage(config: DataPipelineConfig) -> None:
             f"not enough room in data_dir {config.root}: {free / MILLION:,.0f} MB free, about {needed / MILLION:,.0f} "
             "MB needed; free some, choose another with --data-dir, or make fewer rows"
         )
-    store.check()
+    store.check_layout()
 
 
 def preflight(config: DataPipelineConfig, starts_spark: bool = True) -> None:
@@ -760,15 +760,15 @@ def preflight(config: DataPipelineConfig, starts_spark: bool = True) -> None:
     if remote:
         server = urllib.parse.urlsplit(os.environ["SPARK_REMOTE"])
         if server.scheme == "sc":
-            _knock("no Spark Connect server", server.netloc, "unset SPARK_REMOTE", 15002)
+            check_reachable("no Spark Connect server", server.netloc, "unset SPARK_REMOTE", 15002)
     elif starts_spark and config.engine == "spark":
         _check_java()
         scheme, _, masters = config.master.partition("://")
         if scheme == "spark":
-            _knock("no Spark master", masters, "choose another with --spark-master")
+            check_reachable("no Spark master", masters, "choose another with --spark-master")
 
 
-def _knock(absence: str, servers: str, otherwise: str, port: int | None = None) -> None:
+def check_reachable(absence: str, servers: str, otherwise: str, port: int | None = None) -> None:
     """Checks that one of the servers, host:port with commas between, answers; Spark itself would try for minutes.
 
     A server that names no port is asked at `port`.
@@ -797,7 +797,7 @@ def _spark_settings(config: DataPipelineConfig) -> Mapping[str, str]:
     rows = config.num_customers + config.num_transactions
     return {
         # To plan again what has one partition is all cost.
-        "spark.sql.adaptive.enabled": str(not _is_small(config)).lower(),
+        "spark.sql.adaptive.enabled": str(not startup_dominates(config)).lower(),
         "spark.sql.session.timeZone": "UTC",
         # A larger method Java only interprets; above the limit Spark makes several of it.
         "spark.sql.codegen.hugeMethodLimit": "8000",
@@ -807,7 +807,7 @@ def _spark_settings(config: DataPipelineConfig) -> Mapping[str, str]:
     }
 
 
-def _is_small(config: DataPipelineConfig) -> bool:
+def startup_dominates(config: DataPipelineConfig) -> bool:
     """Whether starting costs more than working: then nothing pays that only long runs get back."""
     return config.num_customers + config.num_transactions < MILLION
 
@@ -824,7 +824,7 @@ def _jvm_options(config: DataPipelineConfig) -> Iterator[None]:
     """What a JVM started meanwhile is told, besides what its user has it told."""
     archive = _class_archive(config)
     options = archive.options() if archive else []
-    if _is_small(config):
+    if startup_dominates(config):
         # The quick compiler alone: the thorough one takes longer than it saves.
         options += ["-XX:TieredStopAtLevel=1", "-XX:ReservedCodeCacheSize=240m"]
     before = os.environ.get("SPARK_SUBMIT_OPTS")
@@ -869,7 +869,7 @@ def _is_remote() -> bool:
     return bool(is_remote())
 
 
-class _Remembered:
+class _Py4JCache:
     """A Java package or class whose members are looked up once: Py4J would ask for them at each use.
 
     Spark's functions are found only after some packages have been searched for them, in each of Spark's jars.
@@ -880,7 +880,7 @@ class _Remembered:
 
     def __getattr__(self, name: str) -> Any:
         member = getattr(self._java, name)
-        found = _Remembered(member) if type(member).__name__ == "JavaPackage" else member
+        found = _Py4JCache(member) if type(member).__name__ == "JavaPackage" else member
         setattr(self, name, found)
         return found
 
@@ -932,7 +932,7 @@ def create_spark_session(config: DataPipelineConfig, spark_log: str = os.devnull
         if _is_local(master):
             # Spark's workers would take the `python3` of the PATH.
             os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-        if _is_small(config):
+        if startup_dominates(config):
             # Nobody looks at a run of seconds.
             builder = builder.config("spark.ui.enabled", "false")
         from py4j.protocol import Py4JError
@@ -954,7 +954,7 @@ def create_spark_session(config: DataPipelineConfig, spark_log: str = os.devnull
                 f"and --driver-host an address of this machine{_reference(spark_log)}"
             ) from error
         if not _is_remote():
-            _Remembered.in_jvm(spark.sparkContext._jvm)
+            _Py4JCache.in_jvm(spark.sparkContext._jvm)
     # Spark's own handler calls the JVM in the midst of whatever call was interrupted, and so fails now and then;
     # Sail's ends the server, which has to see to the end of the run.
     if threading.current_thread() is threading.main_thread():
@@ -1002,7 +1002,7 @@ def _session(config: DataPipelineConfig, given: SparkSession | None, spark_log: 
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
+class SeededRandom:
     """Repeatable randomness for the rows numbered by `row`.
 
     Every value follows from the hash of (seed, name of the draw, row number) by whole-number or exact arithmetic,
@@ -1016,11 +1016,11 @@ class Draw:
         """64 random bits."""
         return F.xxhash64(F.lit(self.seed).cast("bigint"), F.lit(name), self.row)
 
-    def below(self, name: str, bound: Column | int) -> Column:
+    def randrange(self, name: str, bound: Column | int) -> Column:
         """A whole number from 0 to `bound` - 1."""
         return F.pmod(self.bits(name), bound if not isinstance(bound, int) else F.lit(bound).cast("bigint"))
 
-    def pick(self, name: str, words: Sequence[Any] | Mapping[Any, int]) -> Column:
+    def choice(self, name: str, words: Sequence[Any] | Mapping[Any, int]) -> Column:
         """One of the words, as text; a mapping gives their weights.
 
         Lists of the same length or weights drawn under the same name give words of the same rank.
@@ -1029,7 +1029,7 @@ class Draw:
             words = [word for word, weight in words.items() for _ in range(weight)]
         # One literal that the optimizer splits once; as many literals as words cost a call to the JVM each.
         table = F.split(F.lit("\n".join(map(str, words))), "\n")
-        return F.element_at(table, (self.below(name, len(words)) + 1).cast("int"))
+        return F.element_at(table, (self.randrange(name, len(words)) + 1).cast("int"))
 
 
 def _defect_number(row: str, config: DataPipelineConfig) -> Column:
@@ -1045,7 +1045,7 @@ def _with_defect(records: DataFrame, table: str, config: DataPipelineConfig) -> 
     return records.withColumn("defect", F.when(number > _defect_number("id - 1", config), kind))
 
 
-def planted_defects(table: str, rows: int, defect_rate: float) -> Mapping[str, int]:
+def injected_defects(table: str, rows: int, defect_rate: float) -> Mapping[str, int]:
     """How many records of each kind of defect the generator plants in so many rows of a table."""
     kinds = DEFECTS[table]
     total = rows * round(defect_rate * MILLION) // MILLION
@@ -1070,19 +1070,19 @@ def _padded(prefix: str, number: Column, digits: int, largest: int) -> Column:
 
 def generate_customers(spark: SparkSession, config: DataPipelineConfig) -> DataFrame:
     """One row per customer record. Customers sign up evenly over the history, in the order of their ids."""
-    words = vocabulary(config.seed)
-    draw = Draw(config.seed, F.col("id"))
+    words = name_pools(config.seed)
+    draw = SeededRandom(config.seed, F.col("id"))
     email_name = F.lower(F.concat_ws(".", "first_name", "last_name"))
-    domain = draw.pick("customer domain", ("example.com", "example.org", "example.net"))
+    domain = draw.choice("customer domain", ("example.com", "example.org", "example.net"))
     signed_up_after = F.expr(f"(id - 1) * {config.history_days} div {max(config.num_customers, 1)}").cast("int")
-    age = 18 + draw.below("customer age", 32) + draw.below("customer age too", 32)
+    age = 18 + draw.randrange("customer age", 32) + draw.randrange("customer age too", 32)
     return (
         _records(spark, config.num_customers, config)
         .transform(_with_defect, "customers", config)
         .withColumns(
             {
-                "first_name": draw.pick("first name", words.first_names),
-                "last_name": draw.pick("last name", words.last_names),
+                "first_name": draw.choice("first name", words.first_names),
+                "last_name": draw.choice("last name", words.last_names),
             }
         )
         .select(
@@ -1093,103 +1093,103 @@ def generate_customers(spark: SparkSession, config: DataPipelineConfig) -> DataF
             .when(~_is("missing_email"), F.concat(email_name, "id", F.lit("@"), domain))
             .alias("email"),
             F.when(_is("impossible_age"), age + 200).otherwise(age).cast("int").alias("age"),
-            draw.pick("customer city", words.cities).alias("city"),
+            draw.choice("customer city", words.cities).alias("city"),
             F.date_add(F.lit(config.first_day), signed_up_after).alias("signup_date"),
         )
     )
 
 
-def _product_category(draw: Draw, values: Sequence[Any]) -> Column:
+def _product_category(draw: SeededRandom, values: Sequence[Any]) -> Column:
     """The value, of the eight given, that belongs to the product's category."""
     weights = [category.weight for category in CATEGORIES.values()]
-    return draw.pick("product category", [value for value, n in zip(values, weights, strict=True) for _ in range(n)])
+    return draw.choice("product category", [value for value, n in zip(values, weights, strict=True) for _ in range(n)])
 
 
-def _product_price(draw: Draw) -> Column:
+def _product_price(draw: SeededRandom) -> Column:
     """The price as DECIMAL(8,2), from the product's number alone: transactions need no join to know it."""
     cheapest, dearest = (
         _product_category(draw, [getattr(category, bound) for category in CATEGORIES.values()]).cast("bigint")
         for bound in ("lowest_price", "highest_price")
     )
     # The product of two uniform numbers below 2^10: many cheap products, few dear ones.
-    parts = draw.below("product price", 1024) * draw.below("product price too", 1024)
+    parts = draw.randrange("product price", 1024) * draw.randrange("product price too", 1024)
     cents = (cheapest + F.shiftright((dearest - cheapest) * parts, 20)) * 100 + 99
     return (cents.cast("decimal(8,0)") * F.lit(Decimal("0.01"))).cast("decimal(8,2)")
 
 
 def generate_products(spark: SparkSession, config: DataPipelineConfig) -> DataFrame:
     """One row per product record. Every product is older than the history, so that it was there to be bought."""
-    words = vocabulary(config.seed)
-    draw = Draw(config.seed, F.col("id"))
+    words = name_pools(config.seed)
+    draw = SeededRandom(config.seed, F.col("id"))
     nouns = F.split(_product_category(draw, [",".join(category.nouns) for category in CATEGORIES.values()]), ",")
     noun = F.element_at(nouns, (F.pmod(draw.bits("product noun"), F.size(nouns)) + 1).cast("int"))
-    in_stock = draw.below("product in stock", 100) < 95
+    in_stock = draw.randrange("product in stock", 100) < 95
     return _records(spark, config.num_products, config).select(
         _padded("PROD_", F.col("id"), 4, config.num_products).alias("product_id"),
-        F.concat_ws(" ", draw.pick("product adjective", words.adjectives), noun).alias("product_name"),
+        F.concat_ws(" ", draw.choice("product adjective", words.adjectives), noun).alias("product_name"),
         _product_category(draw, list(CATEGORIES)).alias("category"),
         _product_price(draw).alias("price"),
-        F.when(in_stock, draw.below("product stock", 500) + 1).otherwise(0).cast("int").alias("stock_quantity"),
-        draw.pick("product supplier", words.suppliers).alias("supplier"),
-        ((draw.below("product weight", 2000) + 5) / 100).cast("double").alias("weight_kg"),
-        F.date_sub(F.lit(config.first_day), (draw.below("product age", 365) + 1).cast("int")).alias("created_date"),
-        (draw.below("product active", 100) < 92).alias("is_active"),
+        F.when(in_stock, draw.randrange("product stock", 500) + 1).otherwise(0).cast("int").alias("stock_quantity"),
+        draw.choice("product supplier", words.suppliers).alias("supplier"),
+        ((draw.randrange("product weight", 2000) + 5) / 100).cast("double").alias("weight_kg"),
+        F.date_sub(F.lit(config.first_day), (draw.randrange("product age", 365) + 1).cast("int")).alias("created_date"),
+        (draw.randrange("product active", 100) < 92).alias("is_active"),
     )
 
 
-def _transaction_days_ago(draw: Draw, config: DataPipelineConfig) -> Column:
+def _transaction_days_ago(draw: SeededRandom, config: DataPipelineConfig) -> Column:
     """Days before the as-of date: more orders lately than long ago, with a weekly rhythm.
 
     The days of a last, partial week that lie before the history are wrapped to its end.
     """
     weeks = math.ceil(config.history_days / 7)
-    weeks_ago = F.least(draw.below("week", weeks), draw.below("week too", weeks))
+    weeks_ago = F.least(draw.randrange("week", weeks), draw.randrange("week too", weeks))
     weekdays = [(config.as_of_date.weekday() - days) % 7 for days in range(7)]
-    in_week = draw.pick("weekday", {days: WEEKDAY_WEIGHTS[weekday] for days, weekday in enumerate(weekdays)})
+    in_week = draw.choice("weekday", {days: WEEKDAY_WEIGHTS[weekday] for days, weekday in enumerate(weekdays)})
     return F.pmod(weeks_ago * 7 + in_week.cast("bigint"), F.lit(config.history_days))
 
 
-def _transaction_customer(draw: Draw, config: DataPipelineConfig) -> Column:
+def _transaction_customer(draw: SeededRandom, config: DataPipelineConfig) -> Column:
     """A customer who had signed up by then; of two candidates the more loyal one, so that few customers buy much."""
     customers = F.expr(
         f"(({config.history_days} - days_ago) * {config.num_customers} + {config.history_days - 1})"
         f" div {config.history_days}"
     )
-    candidates = (draw.below(name, customers) + 1 for name in ("customer", "customer too"))
-    ranked = (F.struct(Draw(config.seed, one).bits("loyalty"), one.alias("customer")) for one in candidates)
+    candidates = (draw.randrange(name, customers) + 1 for name in ("customer", "customer too"))
+    ranked = (F.struct(SeededRandom(config.seed, one).bits("loyalty"), one.alias("customer")) for one in candidates)
     return F.greatest(*ranked)["customer"]
 
 
 def generate_transactions(spark: SparkSession, config: DataPipelineConfig) -> DataFrame:
     """One row per transaction record. An amount is price × quantity; a repeat is a second record of the one before."""
-    words = vocabulary(config.seed)
-    draw = Draw(config.seed, F.col("number"))
-    customer = Draw(config.seed, F.col("customer"))
+    words = name_pools(config.seed)
+    draw = SeededRandom(config.seed, F.col("number"))
+    customer = SeededRandom(config.seed, F.col("customer"))
     midnight = (config.as_of_date - date(1970, 1, 1)).days
-    days_ago = F.when(_is("future_timestamp"), -1 - draw.below("days ahead", 30)).otherwise(F.col("days_ago"))
-    second = draw.pick("hour", dict(enumerate(HOUR_WEIGHTS))).cast("bigint") * 3600 + draw.below("second", 3540)
+    days_ago = F.when(_is("future_timestamp"), -1 - draw.randrange("days ahead", 30)).otherwise(F.col("days_ago"))
+    second = draw.choice("hour", dict(enumerate(HOUR_WEIGHTS))).cast("bigint") * 3600 + draw.randrange("second", 3540)
     # The changed status follows a minute later, in the same hour: seconds are drawn from the first 59 minutes.
     second += F.when(_is("changed_status"), 60).otherwise(0)
-    status = draw.pick("status", STATUSES)
+    status = draw.choice("status", STATUSES)
     changed_status = F.when(status == "completed", "refunded").otherwise("completed")
-    amount = (_product_price(Draw(config.seed, F.col("product"))) * F.col("quantity")).cast("decimal(8,2)")
+    amount = (_product_price(SeededRandom(config.seed, F.col("product"))) * F.col("quantity")).cast("decimal(8,2)")
     times = F.when(_is("zero_amount"), 0).when(_is("negative_amount"), -1).when(~_is("missing_amount"), 1)
-    payment_method = draw.pick("payment method", PAYMENT_METHODS)
+    payment_method = draw.choice("payment method", PAYMENT_METHODS)
     untidy = F.concat(F.lit("  "), F.initcap(F.translate(payment_method, "_", " ")), F.lit(" "))
-    session = F.split(draw.pick("device and browser", DEVICES_AND_BROWSERS), "/")
-    at_home = draw.below("at home", 10) < 9
+    session = F.split(draw.choice("device and browser", DEVICES_AND_BROWSERS), "/")
+    at_home = draw.randrange("at home", 10) < 9
     stranger = F.col("customer") + config.num_customers
     # There is no product 0.
     product = F.when(_is("unknown_product"), 0).otherwise(F.col("product"))
     return (
         _records(spark, config.num_transactions, config)
         .transform(_with_defect, "transactions", config)
-        .withColumn("number", F.col("id") - (_is("exact_repeat") | _is("changed_status")).cast("bigint"))
+        .withColumn("number", F.col("id") - (_is("exact_duplicate") | _is("changed_status")).cast("bigint"))
         .withColumns(
             {
                 "days_ago": _transaction_days_ago(draw, config),
-                "product": draw.below("product", max(config.num_products, 1)) + 1,
-                "quantity": draw.pick("quantity", QUANTITIES).cast("int"),
+                "product": draw.randrange("product", max(config.num_products, 1)) + 1,
+                "quantity": draw.choice("quantity", QUANTITIES).cast("int"),
             }
         )
         .withColumn("customer", _transaction_customer(draw, config))
@@ -1207,8 +1207,8 @@ def generate_transactions(spark: SparkSession, config: DataPipelineConfig) -> Da
             F.when(_is("changed_status"), changed_status).otherwise(status).alias("status"),
             F.element_at(session, 1).alias("device"),
             F.element_at(session, 2).alias("browser"),
-            F.when(at_home, customer.pick("customer city", words.cities))
-            .otherwise(draw.pick("location", words.cities))
+            F.when(at_home, customer.choice("customer city", words.cities))
+            .otherwise(draw.choice("location", words.cities))
             .alias("location"),
         )
     )
@@ -1216,7 +1216,7 @@ def generate_transactions(spark: SparkSession, config: DataPipelineConfig) -> Da
 
 # ── Quality ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-ERROR, WARN, GATE = "error", "warn", "gate"
+REJECT, WARN, ABORT = "reject", "warn", "abort"
 
 
 def _one_of(words: Iterable[str]) -> str:
@@ -1241,13 +1241,13 @@ class Rule(NamedTuple):
 
     name: str
     column: str
-    fails: str
-    severity: str = ERROR
-    clears: bool = False
+    violation: str
+    severity: str = REJECT
+    nullify: bool = False
 
-    def failed(self, config: DataPipelineConfig) -> Column:
+    def is_violated(self, config: DataPipelineConfig) -> Column:
         """Whether the row breaks the rule; never null."""
-        return F.coalesce(F.expr(self.fails.replace(":as_of_date", f"DATE'{config.as_of_date}'")), F.lit(False))
+        return F.coalesce(F.expr(self.violation.replace(":as_of_date", f"DATE'{config.as_of_date}'")), F.lit(False))
 
 
 def _required(*columns: str) -> tuple[Rule, ...]:
@@ -1264,16 +1264,16 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
         *_required("customer_id"),
         *_required_text("first_name", "last_name"),
         Rule("email_missing", "email", "email IS NULL", WARN),
-        Rule("email_malformed", "email", r"NOT email RLIKE '^[^@\\s]+@[^@\\s]+[.][^@\\s.]+\\z'", WARN, clears=True),
-        Rule("age_impossible", "age", "age NOT BETWEEN 0 AND 120", WARN, clears=True),
-        Rule("signup_date_in_future", "signup_date", "signup_date > :as_of_date", WARN, clears=True),
+        Rule("email_malformed", "email", r"NOT email RLIKE '^[^@\\s]+@[^@\\s]+[.][^@\\s.]+\\z'", WARN, nullify=True),
+        Rule("age_impossible", "age", "age NOT BETWEEN 0 AND 120", WARN, nullify=True),
+        Rule("signup_date_in_future", "signup_date", "signup_date > :as_of_date", WARN, nullify=True),
     ),
     "products": (
         *_required_text("product_id", "product_name", "category", "supplier"),
         *_required("price", "stock_quantity", "created_date", "is_active"),
         Rule("price_not_positive", "price", "price <= 0"),
         Rule("stock_quantity_negative", "stock_quantity", "stock_quantity < 0"),
-        Rule("weight_kg_not_positive", "weight_kg", "weight_kg <= 0 OR isnan(weight_kg)", WARN, clears=True),
+        Rule("weight_kg_not_positive", "weight_kg", "weight_kg <= 0 OR isnan(weight_kg)", WARN, nullify=True),
     ),
     "transactions": (
         *_required_text("transaction_id", "product_id", "payment_method", "status"),
@@ -1282,7 +1282,7 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
         Rule("amount_not_positive", "amount", "amount <= 0"),
         Rule("timestamp_in_future", "timestamp", "to_date(timestamp) > :as_of_date"),
         # A time in 1970 is a zero or a wrong unit: then no other time of the delivery can be trusted.
-        Rule("timestamp_near_epoch", "timestamp", "year(timestamp) < 1971", GATE),
+        Rule("timestamp_near_epoch", "timestamp", "year(timestamp) < 1971", ABORT),
         Rule("payment_method_unknown", "payment_method", f"{PAYMENT_METHOD} NOT IN {_one_of(PAYMENT_METHODS)}"),
         Rule("payment_method_untidy", "payment_method", f"payment_method <> {PAYMENT_METHOD}", WARN),
         Rule("status_unknown", "status", f"status NOT IN {_one_of(STATUSES)}"),
@@ -1290,7 +1290,7 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
 }
 
 
-class OddKeys(NamedTuple):
+class KeyViolations(NamedTuple):
     """The few keys of a bronze table about whose rows not the row alone decides."""
 
     # One row per hash of a key that more than one row carries: `_key_hash`, and `count`, the number of rows.
@@ -1299,9 +1299,9 @@ class OddKeys(NamedTuple):
     unknown: Mapping[str, DataFrame]
 
 
-def odd_keys(received: DataFrame, table: Table, parents: Mapping[str, DataFrame]) -> OddKeys:
+def find_key_violations(received: DataFrame, table: Table, parents: Mapping[str, DataFrame]) -> KeyViolations:
     """Finds them by shuffling nothing but keys; `parents` are the valid rows of the parent of each foreign key."""
-    return OddKeys(
+    return KeyViolations(
         received.groupBy(F.xxhash64(*table.key).alias("_key_hash")).count().where("count > 1"),
         {
             key: received.select(key).where(F.col(key).isNotNull()).distinct().join(parent, key, how="left_anti")
@@ -1314,27 +1314,27 @@ def _any(conditions: Iterable[Column]) -> Column:
     return functools.reduce(lambda one, other: one | other, conditions)
 
 
-def errors(table: Table, unknown: Iterable[str] = ()) -> list[Rule]:
+def rejecting_rules(table: Table, unknown: Iterable[str] = ()) -> list[Rule]:
     """The rules that refuse a row, those on the foreign keys of which some are unknown included."""
-    return [rule for rule in (*table.rules, *map(unknown_key, unknown)) if rule.severity != WARN]
+    return [rule for rule in (*table.rules, *map(foreign_key_rule, unknown)) if rule.severity != WARN]
 
 
-def unknown_key(key: str) -> Rule:
+def foreign_key_rule(key: str) -> Rule:
     """The rule on a foreign key; it fails where the column of that name is true, which `mark` adds."""
     return Rule(f"{key}_unknown", key, f"_{key}_unknown")
 
 
-def is_refused(table: Table, config: DataPipelineConfig, unknown: Iterable[str] = ()) -> Column:
+def is_rejected(table: Table, config: DataPipelineConfig, unknown: Iterable[str] = ()) -> Column:
     """Whether a rule refuses the row; never null."""
-    return _any(rule.failed(config) for rule in errors(table, unknown))
+    return _any(rule.is_violated(config) for rule in rejecting_rules(table, unknown))
 
 
-def count_failing(rules: Iterable[Rule], config: DataPipelineConfig) -> dict[str, Column]:
+def violation_counts(rules: Iterable[Rule], config: DataPipelineConfig) -> dict[str, Column]:
     """The rows that break each rule, by its name."""
-    return {rule.name: F.count_if(rule.failed(config)) for rule in rules}
+    return {rule.name: F.count_if(rule.is_violated(config)) for rule in rules}
 
 
-def mark(received: DataFrame, table: Table, odd: OddKeys, config: DataPipelineConfig) -> DataFrame:
+def flag_rows(received: DataFrame, table: Table, odd: KeyViolations, config: DataPipelineConfig) -> DataFrame:
     """The rows received for a bronze table, whole, with what is to be known of them.
 
     `_refused` says whether a rule refuses the row, `_repeated` whether other rows carry its key too, and
@@ -1345,9 +1345,9 @@ def mark(received: DataFrame, table: Table, odd: OddKeys, config: DataPipelineCo
         hashes = odd.repeated.select("_key_hash", F.lit(True).alias("_found"))
         rows = rows.join(hashes, "_key_hash", how="left").withColumn("_repeated", F.col("_found").isNotNull())
     for key, values in odd.unknown.items():
-        rows = rows.join(values.select(key, F.lit(True).alias(unknown_key(key).fails)), key, how="left")
-    unknown = [unknown_key(key).fails for key in odd.unknown]
-    refused = is_refused(table, config, odd.unknown).alias("_refused")
+        rows = rows.join(values.select(key, F.lit(True).alias(foreign_key_rule(key).violation)), key, how="left")
+    unknown = [foreign_key_rule(key).violation for key in odd.unknown]
+    refused = is_rejected(table, config, odd.unknown).alias("_refused")
     return rows.select(*received.columns, *unknown, "_repeated", refused)
 
 
@@ -1357,9 +1357,9 @@ def _received(marked: DataFrame, table: Table) -> list[str]:
     return [name for name, _ in table.columns if name in present]
 
 
-def quarantined(marked: DataFrame, table: Table, odd: OddKeys, config: DataPipelineConfig) -> DataFrame:
+def quarantined(marked: DataFrame, table: Table, odd: KeyViolations, config: DataPipelineConfig) -> DataFrame:
     """The rows that are refused, whole, with `_reasons`: the names of the rules that refuse them."""
-    reasons = (F.when(rule.failed(config), rule.name) for rule in errors(table, odd.unknown))
+    reasons = (F.when(rule.is_violated(config), rule.name) for rule in rejecting_rules(table, odd.unknown))
     return marked.where("_refused").select(
         *_received(marked, table), F.array_compact(F.array(*reasons)).alias("_reasons")
     )
@@ -1367,17 +1367,19 @@ def quarantined(marked: DataFrame, table: Table, odd: OddKeys, config: DataPipel
 
 def valid(marked: DataFrame, table: Table, config: DataPipelineConfig) -> DataFrame:
     """The rows that no rule refuses, without the values that a rule clears."""
-    cleared = {rule.column: F.when(~rule.failed(config), F.col(rule.column)) for rule in table.rules if rule.clears}
+    cleared = {
+        rule.column: F.when(~rule.is_violated(config), F.col(rule.column)) for rule in table.rules if rule.nullify
+    }
     columns = (cleared.get(name, F.col(name)).alias(name) for name in _received(marked, table))
     return marked.where("NOT _refused").select(*columns)
 
 
-def latest(records: DataFrame, table: Table) -> DataFrame:
-    """One row per key of the table: the greatest by `table.latest_by`, then by all columns in order.
+def latest_per_key(records: DataFrame, table: Table) -> DataFrame:
+    """One row per key of the table: the greatest by `table.sequence_by`, then by all columns in order.
 
     The column `_copies` says of how many records it is the latest.
     """
-    order = F.struct(*(F.expr(by).alias(f"_order_{n}") for n, by in enumerate(table.latest_by)), *records.columns)
+    order = F.struct(*(F.expr(by).alias(f"_order_{n}") for n, by in enumerate(table.sequence_by)), *records.columns)
     return (
         records.groupBy(*(F.col(column).alias(f"_{column}") for column in table.key))
         .agg(F.max(order).alias("latest"), F.count(F.lit(1)).alias("_copies"))
@@ -1394,7 +1396,7 @@ ON_SALE = "is_active AND stock_quantity > 0"
 COMPLETED = "status = 'completed'"
 
 
-def label(value: Column, bounds: Mapping[str, Any]) -> Column:
+def band(value: Column, bounds: Mapping[str, Any]) -> Column:
     """The first label whose bound the value does not exceed; null for null."""
     cases = F.lit(None).cast("string")
     for name, bound in reversed(list(bounds.items())):
@@ -1402,7 +1404,7 @@ def label(value: Column, bounds: Mapping[str, Any]) -> Column:
     return cases
 
 
-def average(total: Column, count: Column, kind: str = "decimal(8,2)") -> Column:
+def mean_or_zero(total: Column, count: Column, kind: str = "decimal(8,2)") -> Column:
     """The total divided by the count, rounded half up; 0 where there is nothing to count."""
     return F.when(count == 0, F.lit(0)).otherwise(total / count).cast(kind)
 
@@ -1412,7 +1414,7 @@ def money(total: Column) -> Column:
     return total.cast("decimal(18,2)")
 
 
-def share(column: str) -> Column:
+def share_of_total(column: str) -> Column:
     """The row's part of the column's total over all rows, from 0 to 1."""
     return F.expr(f"CAST({column} AS DOUBLE) / CAST(sum({column}) OVER () AS DOUBLE)")
 
@@ -1430,8 +1432,8 @@ def products_active(products: DataFrame) -> DataFrame:
             "product_name",
             "category",
             "supplier",
-            label(F.col("price"), PRICE_BANDS).alias("price_band"),
-            label(F.col("stock_quantity"), STOCK_STATUSES).alias("stock_status"),
+            band(F.col("price"), PRICE_BANDS).alias("price_band"),
+            band(F.col("stock_quantity"), STOCK_STATUSES).alias("stock_status"),
             "price",
             "stock_quantity",
             money(F.col("price") * F.col("stock_quantity")).alias("inventory_value"),
@@ -1494,20 +1496,20 @@ def customers_enriched(customers: DataFrame, transactions_clean: DataFrame, conf
         F.concat_ws(" ", "first_name", "last_name").alias("full_name"),
         "email",
         "city",
-        label(F.col("age"), AGE_GROUPS).alias("age_group"),
-        label(total_spent, config.segments).alias("customer_segment"),
+        band(F.col("age"), AGE_GROUPS).alias("age_group"),
+        band(total_spent, config.segments).alias("customer_segment"),
         "age",
         F.date_diff(F.lit(config.as_of_date), "signup_date").cast("int").alias("tenure_days"),
         total_orders.alias("total_orders"),
         total_spent.alias("total_spent"),
-        average(total_spent, total_orders).alias("avg_order_value"),
+        mean_or_zero(total_spent, total_orders).alias("avg_order_value"),
         "signup_date",
         "first_order_date",
         "last_order_date",
     )
 
 
-def sales(transactions_clean: DataFrame) -> DataFrame:
+def orders_by_dimension(transactions_clean: DataFrame) -> DataFrame:
     """One row per category, payment method, device and browser: what three gold tables add up further."""
     return transactions_clean.groupBy(
         "product_category",
@@ -1523,7 +1525,7 @@ def sales(transactions_clean: DataFrame) -> DataFrame:
     )
 
 
-def _sales_by(sales: DataFrame, *keys: str) -> DataFrame:
+def _orders_by(sales: DataFrame, *keys: str) -> DataFrame:
     return sales.groupBy(*keys).agg(
         F.sum("orders").alias("orders"),
         money(F.sum("revenue")).alias("revenue"),
@@ -1548,9 +1550,9 @@ def customer_analytics(customers_enriched: DataFrame) -> DataFrame:
             "customer_segment",
             "city",
             F.col("customers").alias("customer_count"),
-            average(F.col("years").cast("decimal(18,0)"), F.col("ages"), "decimal(4,1)").alias("avg_age"),
-            average(F.col("revenue"), F.col("customers"), "decimal(18,2)").alias("avg_total_spent"),
-            average(F.col("revenue"), F.col("orders")).alias("avg_order_value"),
+            mean_or_zero(F.col("years").cast("decimal(18,0)"), F.col("ages"), "decimal(4,1)").alias("avg_age"),
+            mean_or_zero(F.col("revenue"), F.col("customers"), "decimal(18,2)").alias("avg_total_spent"),
+            mean_or_zero(F.col("revenue"), F.col("orders")).alias("avg_order_value"),
             F.col("revenue").alias("segment_revenue"),
         )
     )
@@ -1558,37 +1560,37 @@ def customer_analytics(customers_enriched: DataFrame) -> DataFrame:
 
 def category_analytics(sales: DataFrame) -> DataFrame:
     """One row per product category. Money in dollars; `revenue_share` from 0 to 1."""
-    return _sales_by(sales, "product_category").select(
+    return _orders_by(sales, "product_category").select(
         "product_category",
         F.col("orders").alias("transaction_count"),
         F.col("revenue").alias("total_revenue"),
-        average(F.col("revenue"), F.col("orders")).alias("avg_transaction_value"),
+        mean_or_zero(F.col("revenue"), F.col("orders")).alias("avg_transaction_value"),
         F.col("least").alias("min_transaction"),
         F.col("most").alias("max_transaction"),
         F.col("units").alias("units_sold"),
-        share("revenue").alias("revenue_share"),
+        share_of_total("revenue").alias("revenue_share"),
     )
 
 
 def payment_analytics(sales: DataFrame) -> DataFrame:
     """One row per payment method. Money in dollars; `usage_share`, of the orders, from 0 to 1."""
-    return _sales_by(sales, "payment_method").select(
+    return _orders_by(sales, "payment_method").select(
         "payment_method",
         F.col("orders").alias("usage_count"),
         F.col("revenue").alias("total_amount"),
-        average(F.col("revenue"), F.col("orders")).alias("avg_amount"),
-        share("orders").alias("usage_share"),
+        mean_or_zero(F.col("revenue"), F.col("orders")).alias("avg_amount"),
+        share_of_total("orders").alias("usage_share"),
     )
 
 
 def device_analytics(sales: DataFrame) -> DataFrame:
     """One row per device and browser. Money in dollars."""
-    return _sales_by(sales, "device", "browser").select(
+    return _orders_by(sales, "device", "browser").select(
         "device",
         "browser",
         F.col("orders").alias("transaction_count"),
         F.col("revenue").alias("total_revenue"),
-        average(F.col("revenue"), F.col("orders")).alias("avg_transaction_value"),
+        mean_or_zero(F.col("revenue"), F.col("orders")).alias("avg_transaction_value"),
         F.col("units").alias("units_sold"),
     )
 
@@ -1607,7 +1609,7 @@ def product_analytics(products_active: DataFrame) -> DataFrame:
             "category",
             "supplier",
             F.col("products").alias("product_count"),
-            average(F.col("prices"), F.col("products")).alias("avg_price"),
+            mean_or_zero(F.col("prices"), F.col("products")).alias("avg_price"),
             "total_stock",
             "inventory_value",
         )
@@ -1639,7 +1641,7 @@ def customers_by_segment(customer_analytics: DataFrame) -> DataFrame:
 
 def customers_by_city(customer_analytics: DataFrame) -> DataFrame:
     """The cities that lead by revenue, in dollars."""
-    return _customers_by(customer_analytics, "city", "-revenue", "city").limit(HIGHLIGHTS)
+    return _customers_by(customer_analytics, "city", "-revenue", "city").limit(PREVIEW_ROWS)
 
 
 def _stock_by(product_analytics: DataFrame, column: str) -> DataFrame:
@@ -1651,7 +1653,7 @@ def _stock_by(product_analytics: DataFrame, column: str) -> DataFrame:
             money(F.sum("inventory_value")).alias("value"),
         )
         .orderBy(*map(_sort_order, ("-value", column)))
-        .limit(HIGHLIGHTS)
+        .limit(PREVIEW_ROWS)
     )
 
 
@@ -1678,8 +1680,8 @@ class Table:
     key: tuple[str, ...]
     build: Callable[..., DataFrame]
     # Bronze: by what the latest record of a key is known, in Spark SQL; and where its foreign keys lead.
-    latest_by: tuple[str, ...] = ()
-    references: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    sequence_by: tuple[str, ...] = ()
+    foreign_keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
     # Silver: the bronze table of whose valid rows it has one each, and of which of them, in Spark SQL.
     of: tuple[str, str] = ("", "")
     # The column whose sum is the revenue, which is the same in all tables that have one.
@@ -1708,15 +1710,15 @@ STATUS_RANK = f"array_position(array{_one_of(STATUSES)}, status)"
 
 # In the order in which they are built: each after those it is made of.
 TABLES: tuple[Table, ...] = (
-    Table(BRONZE, "customers", ("customer_id",), generate_customers, latest_by=("signup_date",)),
-    Table(BRONZE, "products", ("product_id",), generate_products, latest_by=("created_date",)),
+    Table(BRONZE, "customers", ("customer_id",), generate_customers, sequence_by=("signup_date",)),
+    Table(BRONZE, "products", ("product_id",), generate_products, sequence_by=("created_date",)),
     Table(
         BRONZE,
         "transactions",
         ("transaction_id",),
         generate_transactions,
-        latest_by=("timestamp", STATUS_RANK),
-        references={"customer_id": "customers", "product_id": "products"},
+        sequence_by=("timestamp", STATUS_RANK),
+        foreign_keys={"customer_id": "customers", "product_id": "products"},
     ),
     Table(SILVER, "products_active", ("product_id",), products_active, of=("products", ON_SALE)),
     Table(
@@ -1777,8 +1779,8 @@ def tables(layer: str) -> list[Table]:
 
 
 def count_parts(table: Table, among: Column | None = None) -> dict[str, Column]:
-    """Counts rows of a bronze table: all of them, as `kept`, and those of each silver table; only those `among`."""
-    which = {"kept": "true"} | {made.name: made.of[1] for made in tables(SILVER) if made.of[0] == table.name}
+    """Counts rows of a bronze table: all of them, as `accepted`, and those of each silver table; only those `among`."""
+    which = {"accepted": "true"} | {made.name: made.of[1] for made in tables(SILVER) if made.of[0] == table.name}
     return {
         part: F.count_if(F.expr(condition) if among is None else among & F.expr(condition))
         for part, condition in which.items()
@@ -1799,13 +1801,13 @@ RUN_ID = re.compile(r"(\d{8}T\d{6}Z)-[0-9a-f]{4}")
 RUN_TIME = "%Y%m%dT%H%M%SZ"
 
 
-class BusyError(PipelineError):
+class LockedError(PipelineError):
     """Another run is writing to the data folder."""
 
     exit_code = 4
 
 
-class RefusedError(PipelineError):
+class NotPublishedError(PipelineError):
     """The run's data did not pass the gate or the audit; nothing was published."""
 
     exit_code = 3
@@ -1832,11 +1834,11 @@ class Store:
         """A path below the data folder."""
         return "/".join((self.root, *names))
 
-    def place(self, run_id: str, *names: str) -> str:
+    def table_uri(self, run_id: str, *names: str) -> str:
         """Where a part of a snapshot lies, as Spark is told: with a scheme, since the default may be another one."""
         return ("file://" if self.is_local else "") + self.path("snapshots", run_id, *names)
 
-    def check(self) -> None:
+    def check_layout(self) -> None:
         """Raises PipelineError when something in the data folder stands where this pipeline puts its links."""
         targets = {layer: f"current/{layer}" for layer in LAYERS}
         for name in (*targets, "current"):
@@ -1855,7 +1857,7 @@ class Store:
         """Lets one run write at a time; the lock of a dead process is gone with it.
 
         Raises:
-            BusyError: another run still writes after `timeout` seconds.
+            LockedError: another run still writes after `timeout` seconds.
         """
         if not self.is_local:
             yield
@@ -1873,7 +1875,7 @@ class Store:
                 except BlockingIOError:
                     if time.monotonic() >= deadline:
                         file.seek(0)
-                        raise BusyError(
+                        raise LockedError(
                             f"another run is writing to {self.root} ({file.read().strip() or 'just started'}): "
                             "wait for it, with --lock-timeout SECONDS for example, or choose another --data-dir"
                         ) from None
@@ -1922,7 +1924,7 @@ class Store:
             return os.path.basename(os.readlink(self.path("current")))
         return None
 
-    def mark(self, run_id: str, mark: str) -> None:
+    def set_status(self, run_id: str, mark: str) -> None:
         """Says of a snapshot that it is complete and good, or that it was refused."""
         if self.is_local:
             with open(self.path("snapshots", run_id, mark), "w"):
@@ -1952,7 +1954,7 @@ class Store:
             if os.path.exists(folder):
                 logger.warning("Cannot remove all of %s: are there files of another user?", folder)
 
-    def clear_leftovers(self) -> None:
+    def recover(self) -> None:
         """Removes what dead runs left behind, and says so in their records. Only for who holds the lock."""
         known = {*self.snapshots(AUDITED), *self.snapshots(REFUSED)}
         dead = [run_id for run_id in self.snapshots() if run_id not in known]
@@ -1965,7 +1967,7 @@ class Store:
                     "Run %s was killed, %s its data was published", run_id, "after" if was_published else "before"
                 )
 
-    def retain(self, keep: int) -> None:
+    def expire_snapshots(self, keep: int) -> None:
         """Removes all but the newest audited snapshots, so many, and the newest refused one."""
         self.remove([*self.snapshots(AUDITED)[:-keep], *self.snapshots(REFUSED)[:-1]])
 
@@ -1984,9 +1986,9 @@ class Store:
             shutil.rmtree(folder)
         return lines
 
-    def add_columns(self, run_id: str, layer: str, name: str, rows: DataFrame) -> None:
+    def write_empty_parquet(self, run_id: str, layer: str, name: str, rows: DataFrame) -> None:
         """Gives a table without rows the file that tells its columns, where the engine wrote none: Sail does not."""
-        folder = self.place(run_id, layer, name).removeprefix("file://")
+        folder = self.table_uri(run_id, layer, name).removeprefix("file://")
         if is_uri(folder) or os.path.exists(folder):
             return
         import pyarrow.parquet
@@ -2000,9 +2002,9 @@ class Store:
         """Writes a run record whole or not at all."""
         if not self.is_local:
             return
-        self.save_text(f"runs/{run_id}.json", json.dumps(record, indent=1, default=str, ensure_ascii=False))
+        self.write_atomic(f"runs/{run_id}.json", json.dumps(record, indent=1, default=str, ensure_ascii=False))
 
-    def save_text(self, name: str, text: str) -> None:
+    def write_atomic(self, name: str, text: str) -> None:
         """Writes a file below the data folder whole or not at all."""
         path = self.path(name)
         with open(f"{path}.next", "w", encoding="utf-8") as file:
@@ -2032,9 +2034,15 @@ class Store:
 
     @staticmethod
     def completed(record: Mapping[str, Any]) -> dict[str, Any]:
-        """The record, with the fields that it lacks as they are in an empty one."""
+        """Returns the record with today's names of its fields; fields that it lacks are as in an empty record."""
+
+        def renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
+            return {RENAMED_FIELDS.get(name, name): value for name, value in fields.items()}
+
+        record = renamed(record)
+        quality = {table: renamed(fields) for table, fields in record.get("quality", {}).items()}
         empty = RunRecord("", "", "", {}, dict.fromkeys(VERSIONS))
-        return {**dataclasses.asdict(empty), **record}
+        return {**dataclasses.asdict(empty), **record, "quality": quality, "schema_version": empty.schema_version}
 
     def spark_log(self, run_id: str) -> str:
         """The file for Spark's own log of a run."""
@@ -2064,11 +2072,11 @@ def rollback(store: Store, run_id: str, timeout: float) -> str:
     """
     if not store.is_local:
         raise PipelineError(f"{store.root} has no link to switch: point its readers to another snapshot instead")
-    store.check()
+    store.check_layout()
     if not os.path.isdir(store.root):
         raise PipelineError(f"nothing to return to: there is no data folder {store.root}")
     with store.lock(timeout):
-        store.clear_leftovers()
+        store.recover()
         published, known = store.published(), store.snapshots(AUDITED)
         chosen = run_id or next((known_id for known_id in reversed(known) if known_id < (published or "")), "")
         if chosen not in known:
@@ -2089,31 +2097,37 @@ def rollback(store: Store, run_id: str, timeout: float) -> str:
 
 @dataclass(slots=True)
 class Quality:
-    """What became of the rows received for a bronze table: `received` = `kept` + `quarantined` + `duplicates`."""
+    """What became of the rows received for a bronze table: `received` = `accepted` + `quarantined` + `duplicates`."""
 
     received: int
-    kept: int
+    accepted: int
     quarantined: int
     duplicates: int
     # Rows that break a rule, by its name; a row may break several.
-    failed: Mapping[str, int]
+    violations: Mapping[str, int]
 
     @property
-    def unaccounted(self) -> int:
+    def unreconciled(self) -> int:
         """Rows received that are neither kept nor quarantined nor duplicates: 0, or something is wrong."""
-        return self.received - self.kept - self.quarantined - self.duplicates
+        return self.received - self.accepted - self.quarantined - self.duplicates
 
     def broken(self) -> str:
         """The rules that rows break, each with their number."""
-        return ", ".join(f"{name} {count:,}" for name, count in self.failed.items() if count)
+        return ", ".join(f"{name} {count:,}" for name, count in self.violations.items() if count)
 
     def describe(self, table: str) -> str:
         """One line for the log."""
         return (
-            f"{table}: {self.received:,} received = {self.kept:,} kept + {self.quarantined:,} quarantined"
+            f"{table}: {self.received:,} received = {self.accepted:,} accepted + {self.quarantined:,} quarantined"
             f" + {self.duplicates:,} duplicates removed; rules broken: {self.broken() or 'none'}"
         )
 
+
+# The fields of a record of schema version 1, and of its `quality`, by the names that they have since version 2.
+RENAMED_FIELDS: Mapping[str, str] = {
+    "at": "current_step", "offsets": "started_after", "highlights": "previews", "missed": "gate_failures",
+    "kept": "accepted", "failed": "violations",
+}  # fmt: skip
 
 VERSIONS = ("pipeline", "python", "spark", "java", "sail")  # that a run record names
 
@@ -2122,10 +2136,9 @@ VERSIONS = ("pipeline", "python", "spark", "java", "sail")  # that a run record 
 class RunRecord:
     """What a run did; written to `runs/<run id>.json`, whose fields are these.
 
-    `result` is running, succeeded, refused (by the gate or the audit), failed, interrupted or killed. `at` is the
-    table that the run works on, or ended in. `seconds` are by layer and table, and so are `offsets`, when each of them
-    began; `rows` and `bytes` by table (`silver.customers_enriched`), `quality` by bronze table, `profile` by bronze
-    table and column.
+    `result` is running, succeeded, refused (by the gate or the audit), failed, interrupted or killed. `current_step` is
+    the table that the run works on, or ended in. `seconds` and `started_after` are by layer and table, `rows` and
+    `bytes` by table (`silver.customers_enriched`), `quality` by bronze table, `profile` by bronze table and column.
     """
 
     run_id: str
@@ -2133,26 +2146,26 @@ class RunRecord:
     data_dir: str
     config: Mapping[str, Any]
     versions: dict[str, str | None]
-    schema_version: int = 1
+    schema_version: int = 2
     result: str = "running"
     exit_code: int | None = None
     finished_at: str | None = None
-    at: str = "start-up"
+    current_step: str = "start-up"
     rows: dict[str, int] = dataclasses.field(default_factory=dict)
     bytes: dict[str, int | None] = dataclasses.field(default_factory=dict)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    offsets: dict[str, float] = dataclasses.field(default_factory=dict)
+    started_after: dict[str, float] = dataclasses.field(default_factory=dict)
     quality: dict[str, Quality] = dataclasses.field(default_factory=dict)
     profile: dict[str, dict[str, dict[str, Any]]] = dataclasses.field(default_factory=dict)
     # Of completed orders, in dollars; and the first rows of each gold table, in the order of its readers.
     revenue: Decimal | None = None
-    highlights: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
+    previews: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
     # What the report shows besides, by the names of SUMMARIES.
     summaries: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
     # What differs much from the last runs, a line each.
     anomalies: list[str] = dataclasses.field(default_factory=list)
     # What kept the run from being published: the table, the rule, the rows that broke it, examples of them.
-    missed: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    gate_failures: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     error: dict[str, str] | None = None
 
     @property
@@ -2163,7 +2176,7 @@ class RunRecord:
     def sort(self) -> None:
         """Puts the tables in the order in which they are declared, instead of that in which they were finished."""
         names = [name for layer, table in SNAPSHOT_TABLES for name in (f"{layer}.{table.name}", table.name)]
-        parts: tuple[dict[str, Any], ...] = (self.rows, self.bytes, self.quality, self.profile, self.highlights)
+        parts: tuple[dict[str, Any], ...] = (self.rows, self.bytes, self.quality, self.profile, self.previews)
         for found in parts:
             ordered = {name: found[name] for name in names if name in found}
             found.clear()
@@ -2240,12 +2253,12 @@ class _Run:
     def timed(self, name: str) -> Iterator[None]:
         """Notes when the work of the block began, and how long it took."""
         started = time.perf_counter()
-        self.record.offsets[name] = started - self.started
+        self.record.started_after[name] = started - self.started
         yield
         self.record.seconds[name] = time.perf_counter() - started
 
     @contextlib.contextmanager
-    def in_memory(self) -> Iterator[Callable[[DataFrame], DataFrame]]:
+    def cached(self) -> Iterator[Callable[[DataFrame], DataFrame]]:
         """Keeps what is used several times in memory, or on local disk, until the end of the block.
 
         Sail keeps nothing, and would compute it each time: there it is written, and read back.
@@ -2265,7 +2278,7 @@ class _Run:
 
             yield keep
 
-    def together(self, work: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+    def parallel(self, work: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
         """Does work on several tables at once: Spark plans one while it runs another, and small ones are all plan.
 
         Returns the results by the names of the work.
@@ -2285,7 +2298,7 @@ class _Run:
                 return {name: future.result() for future, name in futures.items()}
         except Exception:
             # Only now that no other thread says what it is at.
-            self.record.at = failed
+            self.record.current_step = failed
             raise
 
     def tag(self) -> None:
@@ -2309,7 +2322,7 @@ class _Run:
                 Spark itself would wait for ever.
         """
         if _is_remote() and self.config.engine == "spark":
-            self.probe()
+            self.check_shared_storage()
         if _is_remote() or _is_local(self.spark.sparkContext.master):
             yield
             return
@@ -2333,7 +2346,7 @@ class _Run:
         watcher.start()
         try:
             self.wait_for_executors()
-            self.probe()
+            self.check_shared_storage()
             yield
         except PipelineError:
             raise
@@ -2345,8 +2358,8 @@ class _Run:
             else:
                 raise
             raise PipelineError(
-                f"{self.spark.sparkContext.master} {problem}, in {self.record.at}: see on the master's page and in "
-                "the workers' logs whether workers are there, with the memory and the cores that are asked for, "
+                f"{self.spark.sparkContext.master} {problem}, in {self.record.current_step}: see on the "
+                "master's page and in the workers' logs whether workers are there, with the memory and the cores that are asked for, "
                 "whether they reach this machine, by --driver-host, and whether their executors die, for want of "
                 "--executor-memory for example; what was published is as it was"
                 f"{_reference(self.store.spark_log(self.record.run_id))}"
@@ -2358,7 +2371,7 @@ class _Run:
                 self.cancel()
                 self.spark.sparkContext.removeJobTag(self.record.run_id)
 
-    def is_for_want(self, error: Exception) -> bool:
+    def is_infrastructure_failure(self, error: Exception) -> bool:
         """Whether an error is for want of machines or room, and so says nothing of the data."""
         return self.lost.is_set() or bool(re.search(f"{CLUSTER_FAILED}|{DISK_FULL}", str(error)))
 
@@ -2370,7 +2383,7 @@ class _Run:
 
     def wait_for_executors(self) -> None:
         """Waits for the first one, and then until their number has not risen for three seconds."""
-        self.record.at = "start of the executors"
+        self.record.current_step = "start of the executors"
         # A cluster may start none before there is something to do.
         self.spark.sql("SELECT count(*) FROM range(1)").collect()
         before = 0
@@ -2379,7 +2392,7 @@ class _Run:
             time.sleep(3)
         logger.info("Executors on %s: %d", self.spark.sparkContext.master, there)
 
-    def probe(self) -> None:
+    def check_shared_storage(self) -> None:
         """Has the executors write to the data folder, and looks here for what they wrote.
 
         Where each of them has a folder of its own, Spark ends as if all were well, and the tables are empty.
@@ -2387,13 +2400,13 @@ class _Run:
         from py4j.protocol import Py4JError
         from pyspark.errors import PySparkException
 
-        self.record.at = "storage probe"
+        self.record.current_step = "storage probe"
         lines = 10_000
         advice = (
             "it has to be the same folder on every machine (by NFS, for example), with workers that run as the same "
             "user as this process, who may write there, or else a URI such as hdfs:// or s3a://"
         )
-        path = self.store.place(self.record.run_id, "probe")
+        path = self.store.table_uri(self.record.run_id, "probe")
         try:
             self.spark.sql(f"SELECT CAST(id AS STRING) FROM range({lines})").write.text(path)  # noqa: S608
             if self.store.is_local:
@@ -2405,7 +2418,7 @@ class _Run:
                     folder: Any = context._jvm.org.apache.hadoop.fs.Path(path)  # type: ignore[union-attr]
                     folder.getFileSystem(context._jsc.hadoopConfiguration()).delete(folder, True)
         except (PySparkException, Py4JError, OSError) as error:
-            if self.is_for_want(error):
+            if self.is_infrastructure_failure(error):
                 raise
             raise PipelineError(f"cannot use data_dir {self.store.root}: {_root_cause(error)}; {advice}") from error
         if seen != lines:
@@ -2418,9 +2431,9 @@ class _Run:
         """Writes the tables as received; on the way, counts which rows break which rule, and profiles each column."""
 
         def receive(table: Table) -> None:
-            rules = count_failing(table.rules, self.config)
+            rules = violation_counts(table.rules, self.config)
             columns = {name: kind for name, kind in table.columns if not name.startswith("_")}
-            sound = count_parts(table, ~is_refused(table, self.config))
+            sound = count_parts(table, ~is_rejected(table, self.config))
             counts = self.save(BRONZE, table, self.build(table), {**rules, **sound, **profile_metrics(columns)})
             self.failed[table.name] = {name: counts[name] for name in rules}
             self.sound[table.name] = {part: counts[part] for part in sound}
@@ -2435,15 +2448,15 @@ class _Run:
                 for name in columns
             }
 
-        self.together({f"{BRONZE}.{table.name}": functools.partial(receive, table) for table in tables(BRONZE)})
+        self.parallel({f"{BRONZE}.{table.name}": functools.partial(receive, table) for table in tables(BRONZE)})
 
     def silver(self) -> None:
         """Divides bronze into valid and refused rows, writes the refused ones, and enriches the valid ones."""
-        with self.in_memory() as keep:
+        with self.cached() as keep:
             received = {table.name: self.read(BRONZE, table) for table in tables(BRONZE)}
             with self.timed("survey"):
                 odd = self.survey(received, keep)
-            self.together(
+            self.parallel(
                 {
                     f"{QUARANTINE}.{table.name}": functools.partial(
                         self.divide, table, received[table.name], odd[table.name], keep
@@ -2461,19 +2474,19 @@ class _Run:
             while waiting:
                 missing = {table.name for table in waiting}
                 ready = [table for table in waiting if missing.isdisjoint(inspect.signature(table.build).parameters)]
-                self.together({f"{SILVER}.{table.name}": functools.partial(enrich, table) for table in ready})
+                self.parallel({f"{SILVER}.{table.name}": functools.partial(enrich, table) for table in ready})
                 waiting = [table for table in waiting if table not in ready]
 
     def survey(
         self, received: Mapping[str, DataFrame], keep: Callable[[DataFrame], DataFrame]
-    ) -> Mapping[str, OddKeys]:
+    ) -> Mapping[str, KeyViolations]:
         """Finds the odd keys of all tables; what there is none of costs no join later."""
-        self.record.at = "survey of keys"
-        sound = {table.name: received[table.name].where(~is_refused(table, self.config)) for table in tables(BRONZE)}
+        self.record.current_step = "survey of keys"
+        sound = {table.name: received[table.name].where(~is_rejected(table, self.config)) for table in tables(BRONZE)}
         odd = {}
         for table in tables(BRONZE):
-            parents = {key: sound[parent].select(key) for key, parent in table.references.items()}
-            odd[table.name] = odd_keys(received[table.name], table, parents)
+            parents = {key: sound[parent].select(key) for key, parent in table.foreign_keys.items()}
+            odd[table.name] = find_key_violations(received[table.name], table, parents)
         found = {
             (name, kind): rows
             for name, keys in odd.items()
@@ -2487,76 +2500,78 @@ class _Run:
             [[keys, more]] = rows.agg(F.count(F.lit(1)), extra).collect()
             return keys, more or 0
 
-        counts = self.together(
+        counts = self.parallel(
             {f"survey of {name}.{kind}": functools.partial(count, name, kind) for name, kind in found}
         )
         odd = {}
         for table in tables(BRONZE):
             keys, more = counts[f"survey of {table.name}.repeated"]
             self.record.profile[table.name][table.key[0]]["duplicates"] = more
-            some = [key for key in table.references if counts[f"survey of {table.name}.{key}"][0]]
-            odd[table.name] = OddKeys(
+            some = [key for key in table.foreign_keys if counts[f"survey of {table.name}.{key}"][0]]
+            odd[table.name] = KeyViolations(
                 found[table.name, "repeated"] if keys else None, {key: found[table.name, key] for key in some}
             )
         return odd
 
-    def divide(self, table: Table, received: DataFrame, odd: OddKeys, keep: Callable[[DataFrame], DataFrame]) -> None:
+    def divide(
+        self, table: Table, received: DataFrame, odd: KeyViolations, keep: Callable[[DataFrame], DataFrame]
+    ) -> None:
         """Writes the refused rows of a bronze table, makes the valid ones an input of silver, and accounts for both."""
-        marked = mark(received, table, odd, self.config)
+        marked = flag_rows(received, table, odd, self.config)
         self.inputs[table.name] = valid(marked.where("NOT _repeated"), table, self.config)
         # The few rows that are not passed on as they are; what is to be known of the others was counted in bronze.
         special = keep(marked.where("_refused OR _repeated"))
         metrics = {
             "refused": F.count_if("_refused"),
-            **count_parts(table, ~is_refused(table, self.config)),
-            **count_failing(map(unknown_key, odd.unknown), self.config),
+            **count_parts(table, ~is_rejected(table, self.config)),
+            **violation_counts(map(foreign_key_rule, odd.unknown), self.config),
         }
         counts = special.agg(*(metric.alias(name) for name, metric in metrics.items())).collect()[0].asDict()
 
         def quarantine() -> None:
             refused = quarantined(special, table, odd, self.config)
-            self.save(QUARANTINE, table, self.joined_up(refused, 1 + counts["refused"] // ROWS_PER_FILE))
+            self.save(QUARANTINE, table, self.coalesced(refused, 1 + counts["refused"] // ROWS_PER_FILE))
 
         work: dict[str, Callable[[], Any]] = {"quarantine": quarantine}
         parts = count_parts(table)
         if odd.repeated is not None:
-            once = latest(valid(special, table, self.config), table)
-            once = keep(self.joined_up(once, 1 + counts["kept"] // ROWS_PER_FILE))
+            once = latest_per_key(valid(special, table, self.config), table)
+            once = keep(self.coalesced(once, 1 + counts["accepted"] // ROWS_PER_FILE))
             self.inputs[table.name] = self.inputs[table.name].unionByName(once.drop("_copies"))
             copies = F.coalesce(F.sum("_copies"), F.lit(0)).alias("copies")
             work["once"] = once.agg(copies, *(metric.alias(part) for part, metric in parts.items())).first
-        once_each = self.together(work).get("once", dict.fromkeys(("copies", *parts), 0))
+        once_each = self.parallel(work).get("once", dict.fromkeys(("copies", *parts), 0))
         kept = {part: self.sound[table.name][part] - counts[part] + once_each[part] for part in parts}
         self.expected |= {f"{SILVER}.{part}": kept[part] for part in parts}
         self.record.quality[table.name] = quality = Quality(
             received=self.record.rows[f"{BRONZE}.{table.name}"],
-            kept=kept["kept"],
+            accepted=kept["accepted"],
             quarantined=self.record.rows[f"{QUARANTINE}.{table.name}"],
-            duplicates=once_each["copies"] - once_each["kept"],
-            failed=self.failed[table.name]
-            | {rule.name: counts.get(rule.name, 0) for rule in map(unknown_key, table.references)},
+            duplicates=once_each["copies"] - once_each["accepted"],
+            violations=self.failed[table.name]
+            | {rule.name: counts.get(rule.name, 0) for rule in map(foreign_key_rule, table.foreign_keys)},
         )
         for line in describe_profile(table.name, self.record.profile[table.name]):
             logger.info("%s", line)
         logger.info("%s", quality.describe(table.name))
 
     def gate(self) -> None:
-        """Raises RefusedError when too many rows were refused, a gate rule is broken, or nothing was received."""
-        self.record.at = "gate"
+        """Raises NotPublishedError when too many rows were refused, a gate rule is broken, or nothing was received."""
+        self.record.current_step = "gate"
         for table in tables(BRONZE):
             quality = self.record.quality[table.name]
             rate = quality.quarantined / quality.received if quality.received else 0.0
             if not quality.received and getattr(self.config, f"num_{table.name}"):
                 self.miss(table, "received", 0, "no rows were received")
             for rule in table.rules:
-                if rule.severity == GATE and (rows := quality.failed[rule.name]):
+                if rule.severity == ABORT and (rows := quality.violations[rule.name]):
                     self.miss(table, rule.name, rows, f"{rows:,} rows break the gate rule {rule.name}", rule.name)
             if rate > (limit := self.config.max_quarantine_rate):
                 message = f"{quality.quarantined:,} rows are quarantined, {rate:.2%}: more than {limit:.2%}"
                 self.miss(table, "max_quarantine_rate", quality.quarantined, message)
-        if self.record.missed:
-            rules = ", ".join(f"{miss['table']}.{miss['rule']}" for miss in self.record.missed)
-            raise RefusedError(
+        if self.record.gate_failures:
+            rules = ", ".join(f"{miss['table']}.{miss['rule']}" for miss in self.record.gate_failures)
+            raise NotPublishedError(
                 f"GATE MISSED, nothing is published: {rules}; the refused snapshot lies in "
                 f"{self.store.path('snapshots', self.record.run_id)}; mend the source, or change the limit"
             )
@@ -2567,7 +2582,7 @@ class _Run:
         if reason:
             refused = refused.where(F.array_contains("_reasons", reason))
         examples = [row[0] for row in refused.select(F.to_json(F.struct("*"))).limit(3).collect()]
-        self.record.missed.append(
+        self.record.gate_failures.append(
             {"table": table.name, "rule": rule, "rows": rows, "message": message, "examples": examples}
         )
         logger.error("%s: %s", table.name, message)
@@ -2576,22 +2591,22 @@ class _Run:
 
     def gold(self) -> None:
         """Writes the aggregates, three of them from one pass over the transactions."""
-        with self.in_memory() as keep:
-            self.inputs["sales"] = keep(sales(self.inputs["transactions_clean"]))
+        with self.cached() as keep:
+            self.inputs["sales"] = keep(orders_by_dimension(self.inputs["transactions_clean"]))
 
             def aggregate(table: Table) -> None:
                 self.save(GOLD, table, self.build(table))
 
-            self.together({f"{GOLD}.{table.name}": functools.partial(aggregate, table) for table in tables(GOLD)})
+            self.parallel({f"{GOLD}.{table.name}": functools.partial(aggregate, table) for table in tables(GOLD)})
 
     def audit(self) -> None:
         """Reads the snapshot back and adds it up.
 
         Raises:
-            RefusedError: a table cannot be read or lacks rows, a key is repeated, a row is unaccounted for, or two
+            NotPublishedError: a table cannot be read or lacks rows, a key is repeated, a row is unaccounted for, or two
                 tables differ in the revenue.
         """
-        self.record.at = "audit"
+        self.record.current_step = "audit"
         found: dict[str, Decimal | None] = {}
         wrong: list[str] = []
 
@@ -2616,48 +2631,48 @@ class _Run:
         checks = {f"{layer}.{table.name}": functools.partial(check, layer, table) for layer, table in SNAPSHOT_TABLES}
         try:
             with self.timed("audit"):
-                self.together(checks)
+                self.parallel(checks)
         except Exception as error:
-            if self.is_for_want(error):
+            if self.is_infrastructure_failure(error):
                 raise
-            raise RefusedError(
+            raise NotPublishedError(
                 f"AUDIT FAILED, nothing is published: the snapshot cannot be read: {_root_cause(error)}"
             ) from error
-        self.record.at = "audit"
+        self.record.current_step = "audit"
         wrong += [
-            f"{table}: {quality.unaccounted:,} of {quality.received:,} rows received are unaccounted for"
+            f"{table}: {quality.unreconciled:,} of {quality.received:,} rows received are unaccounted for"
             for table, quality in self.record.quality.items()
-            if quality.unaccounted
+            if quality.unreconciled
         ]
         if len(set(found.values())) > 1:
             wrong.append("revenue differs: " + ", ".join(f"{name} {revenue:,}" for name, revenue in found.items()))
         if wrong:
-            raise RefusedError("AUDIT FAILED, nothing is published: " + "; ".join(wrong))
+            raise NotPublishedError("AUDIT FAILED, nothing is published: " + "; ".join(wrong))
         [self.record.revenue] = set(found.values())
         logger.info("AUDIT: rows, keys and revenue add up (%.1f s)", self.record.seconds["audit"])
 
     def summarize(self) -> None:
         """Reads back what a person is shown: the first rows of gold, and the summaries."""
-        self.record.at = "summary"
+        self.record.current_step = "summary"
         by_name = {table.name: functools.partial(self.read, table.layer, table) for table in TABLES}
 
         def first_rows(table: Table) -> None:
             # They lie in the order of their readers.
-            self.record.highlights[table.name] = [row.asDict() for row in by_name[table.name]().head(HIGHLIGHTS)]
+            self.record.previews[table.name] = [row.asDict() for row in by_name[table.name]().head(PREVIEW_ROWS)]
 
         def summary(build: Callable[..., DataFrame]) -> None:
             rows = build(*(by_name[name]() for name in inspect.signature(build).parameters))
             self.record.summaries[build.__name__] = [row.asDict() for row in rows.collect()]
 
         with self.timed("summary"):
-            self.together(
+            self.parallel(
                 {f"{GOLD}.{table.name}": functools.partial(first_rows, table) for table in tables(GOLD)}
                 | {build.__name__: functools.partial(summary, build) for build in SUMMARIES}
             )
 
     def build(self, table: Table) -> DataFrame:
         """The table's rows, as declared."""
-        self.record.at = f"{table.layer}.{table.name}"
+        self.record.current_step = f"{table.layer}.{table.name}"
         names = inspect.signature(table.build).parameters
         rows = table.build(**{name: self.inputs[name] for name in names})
         if table.layer == BRONZE:
@@ -2667,12 +2682,12 @@ class _Run:
         if rows.dtypes != table.columns:
             raise TypeError(f"{table.name} is built as {rows.dtypes}, but declared as {table.columns}")
         if table.layer == SILVER:
-            rows = self.joined_up(rows, self.config.partitions(self.record.rows[f"{BRONZE}.{table.of[0]}"]))
+            rows = self.coalesced(rows, self.config.partitions(self.record.rows[f"{BRONZE}.{table.of[0]}"]))
         elif table.layer == GOLD:
             rows = rows.coalesce(1).sortWithinPartitions(*map(_sort_order, table.order))
         return rows
 
-    def joined_up(self, rows: DataFrame, partitions: int) -> DataFrame:
+    def coalesced(self, rows: DataFrame, partitions: int) -> DataFrame:
         """The rows in so many partitions at most; not over Spark Connect: Sail hangs where large ones become two."""
         return rows if _is_remote() and partitions > 1 else rows.coalesce(partitions)
 
@@ -2686,7 +2701,7 @@ class _Run:
         """Writes a table as Parquet; returns its `rows`, and the metrics over them."""
         from pyspark.sql import Observation
 
-        self.record.at = at = f"{layer}.{table.name}"
+        self.record.current_step = at = f"{layer}.{table.name}"
         if layer == table.layer:
             logger.log(PROGRESS, "[%d/%d] %s …", TABLES.index(table) + 1, len(TABLES), at)
         path = self.path(layer, table)
@@ -2704,7 +2719,7 @@ class _Run:
                 rows.observe(observation, *columns).write.mode("error").parquet(path)
                 counts = observation.get
         if not counts["rows"]:
-            self.store.add_columns(self.record.run_id, layer, table.name, rows)
+            self.store.write_empty_parquet(self.record.run_id, layer, table.name, rows)
         self.record.rows[at], seconds = counts["rows"], self.record.seconds[at]
         self.record.bytes[at] = self.store.size(self.record.run_id, layer, table.name)
         saved = path.removeprefix("file://")
@@ -2718,7 +2733,7 @@ class _Run:
 
     def path(self, layer: str, table: Table) -> str:
         """Where a table lies, as the engine is told; Sail would read the %41 of a folder's name as an A in a URI."""
-        path = self.store.place(self.record.run_id, layer, table.name)
+        path = self.store.table_uri(self.record.run_id, layer, table.name)
         return path.removeprefix("file://") if self.config.engine == "sail" else path
 
 
@@ -2745,7 +2760,7 @@ def _recorded(record: RunRecord, store: Store) -> Iterator[float]:
         yield started
         record.result, record.exit_code = "succeeded", 0
     except BaseException as error:
-        refused, interrupted = isinstance(error, RefusedError), isinstance(error, KeyboardInterrupt)
+        refused, interrupted = isinstance(error, NotPublishedError), isinstance(error, KeyboardInterrupt)
         record.result = "refused" if refused else "interrupted" if interrupted else "failed"
         record.exit_code = getattr(error, "exit_code", 130 if interrupted else 1)
         error.recorded = True  # type: ignore[attr-defined]
@@ -2760,7 +2775,7 @@ def _recorded(record: RunRecord, store: Store) -> Iterator[float]:
         record.seconds["total"] = time.perf_counter() - started
         record.sort()
         # A full disk must not hide what filled it.
-        with _harmless("The run record is not complete"):
+        with best_effort("The run record is not complete"):
             store.save_record(record.run_id, dataclasses.asdict(record))
 
 
@@ -2773,8 +2788,8 @@ def run_pipeline(config: DataPipelineConfig | None = None, spark: SparkSession |
 
     Raises:
         PipelineError: something that the user can mend.
-        RefusedError: the data missed the gate or the audit.
-        BusyError: another run is writing.
+        NotPublishedError: the data missed the gate or the audit.
+        LockedError: another run is writing.
         Exception: anything else, from Spark for example. Whatever is raised, what was published stays as it was.
     """
     config = config or DataPipelineConfig()
@@ -2783,16 +2798,16 @@ def run_pipeline(config: DataPipelineConfig | None = None, spark: SparkSession |
     store = Store(config.root)
     # Not while others wait for the lock: a webhook may be slow.
     with contextlib.ExitStack() as afterwards, store.lock(config.lock_timeout):
-        store.clear_leftovers()
+        store.recover()
         run_id = store.next_run_id()
         record = RunRecord(
             run_id=run_id,
             started_at=_now().isoformat(timespec="seconds"),
             data_dir=config.root if store.is_local else store.path("snapshots", run_id),
-            config=config.shown(),
+            config=config.redacted(),
             versions=_versions(),
         )
-        afterwards.callback(tell, record, store, config)
+        afterwards.callback(notify, record, store, config)
         logger.info("STARTING DATA PIPELINE EXECUTION")
         logger.info("Run %s as of %s, into %s", record.run_id, config.as_of_date, config.root)
         with _recorded(record, store) as started:
@@ -2807,10 +2822,11 @@ def run_pipeline(config: DataPipelineConfig | None = None, spark: SparkSession |
                     machine = f" on {task[1]}" if task else ""
                     raise PipelineError(
                         f"the disk of {config.root}, or of Spark's own files{machine}, is full ({full[0]}, in "
-                        f"{record.at}): free some room, or choose another folder with --data-dir, or for Spark's own "
+                        f"{record.current_step}): free some room, or choose another folder with --data-dir, or for "
+                        "Spark's own "
                         "files with SPARK_LOCAL_DIRS; what was published is as it was"
                     ) from error
-                logger.error("FAILED in %s%s", record.at, _reference(store.spark_log(record.run_id)))
+                logger.error("FAILED in %s%s", record.current_step, _reference(store.spark_log(record.run_id)))
                 raise
         logger.info("PIPELINE EXECUTION COMPLETED SUCCESSFULLY")
         for line in record.summary():
@@ -2834,22 +2850,22 @@ def _run_layers(run: _Run) -> None:
             run.layer(GOLD, "Business Aggregations", run.gold)
             run.audit()
             run.summarize()
-        with _harmless("The run is not compared with the last ones"):
+        with best_effort("The run is not compared with the last ones"):
             run.record.anomalies = anomalies(run.record, store.history(), run.config.anomaly_factor)
         for line in run.record.anomalies:
             logger.warning("%s", line)
         # All but its end, should it be killed once it is published.
         store.save_record(run_id, dataclasses.asdict(run.record))
-        store.mark(run_id, AUDITED)
+        store.set_status(run_id, AUDITED)
         store.publish(run_id)
-    except RefusedError:
-        store.mark(run_id, REFUSED)
+    except NotPublishedError:
+        store.set_status(run_id, REFUSED)
         raise
     except BaseException:
         store.remove([run_id])
         raise
     finally:
-        store.retain(run.config.keep_snapshots)
+        store.expire_snapshots(run.config.keep_snapshots)
 
 
 # ── Report ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2858,7 +2874,7 @@ def _run_layers(run: _Run) -> None:
 
 
 @contextlib.contextmanager
-def _harmless(what: str) -> Iterator[None]:
+def best_effort(what: str) -> Iterator[None]:
     """Makes a warning of what goes wrong in the block: it must not change the result of a run."""
     try:
         yield
@@ -2868,11 +2884,11 @@ def _harmless(what: str) -> Iterator[None]:
         logger.warning("%s", what, exc_info=True)
 
 
-def tell(record: RunRecord, store: Store, config: DataPipelineConfig) -> None:
+def notify(record: RunRecord, store: Store, config: DataPipelineConfig) -> None:
     """Tells of a run that has ended: by the job's summary, the webhook, the report and the metrics."""
-    with _harmless("There is no summary of the job"):
-        add_to_step_summary(run_page(record))
-    with _harmless("No alert could be sent"):
+    with best_effort("There is no summary of the job"):
+        add_to_step_summary(job_summary(record))
+    with best_effort("No alert could be sent"):
         if config.alert_webhook and (text := alert(record, store.history())):
             send_alert(config.alert_webhook, text)
     save_report(store)
@@ -2883,7 +2899,7 @@ def save_report(store: Store) -> None:
 
     Nothing is written on storage that is named by a URI, and before the first run has ended.
     """
-    with _harmless("The records of the runs cannot be read"):
+    with best_effort("The records of the runs cannot be read"):
         history = [run for run in store.history() if run["result"] in RESULTS]
         if not history:
             return
@@ -2891,9 +2907,9 @@ def save_report(store: Store) -> None:
         published = next((run for run in history if run["run_id"] == run_id), None)
         if published is None and isinstance(older := dict(store.records()).get(run_id or ""), dict):
             published = store.completed(older)
-        for name, page in (("report.html", report_page), ("metrics.prom", metrics)):
-            with _harmless(f"{name} is not renewed"):
-                store.save_text(name, page(history, published))
+        for name, page in (("report.html", html_report), ("metrics.prom", metrics)):
+            with best_effort(f"{name} is not renewed"):
+                store.write_atomic(name, page(history, published))
 
 
 def _quarantine_rates(run: Mapping[str, Any]) -> dict[str, float]:
@@ -2943,7 +2959,7 @@ def alert(record: RunRecord, history: Sequence[Mapping[str, Any]]) -> str | None
     where = f"run {record.run_id} on {socket.gethostname()}, {record.data_dir}"
     if record.result in ("failed", "refused"):
         reason = (record.error or {}).get("message", "").partition("\n")[0][:500]
-        return f"❌ {record.config['app_name']} {record.result} in {record.at}: {reason} ({where})"
+        return f"❌ {record.config['app_name']} {record.result} in {record.current_step}: {reason} ({where})"
     if record.result == "succeeded":
         lines = [f"⚠️ {line}" for line in record.anomalies]
         if before and before[-1] not in ("succeeded", "interrupted"):
@@ -3016,7 +3032,9 @@ def metrics(history: Sequence[Mapping[str, Any]], published: Mapping[str, Any] |
     gauge("stage_duration_seconds", "How long the layers and tables of the last run took.", stages, "stage")
     if checked:
         failed = {
-            (name, rule): rows for name, table in checked["quality"].items() for rule, rows in table["failed"].items()
+            (name, rule): rows
+            for name, table in checked["quality"].items()
+            for rule, rows in table["violations"].items()
         }
         gauge("rule_failing_rows", "Rows received that break a rule.", failed, "table", "rule")
         rates = {(name,): rate for name, rate in _quarantine_rates(checked).items()}
@@ -3058,7 +3076,7 @@ def _points(rows: Sequence[Mapping[str, Any]], name: str, width: int, height: in
     return " ".join(f"{n * step:.1f},{height - 0.95 * height * value / most:.1f}" for n, value in enumerate(values))
 
 
-def report_page(history: Sequence[Mapping[str, Any]], published: Mapping[str, Any] | None) -> str:
+def html_report(history: Sequence[Mapping[str, Any]], published: Mapping[str, Any] | None) -> str:
     """The page on the last run and the published data, as HTML that needs nothing but itself.
 
     It is drawn by `report.html.jinja`, in HTML and SVG: libraries for charts weigh more than the page, and follow
@@ -3086,11 +3104,11 @@ def report_page(history: Sequence[Mapping[str, Any]], published: Mapping[str, An
     broken = [
         {"rule": f"{name}: {rule}", "rows": rows, "kept": rule in rules and rules[rule].severity == WARN}
         for name, table in quality.items()
-        for rule, rows in table["failed"].items()
+        for rule, rows in table["violations"].items()
         if rows
     ]
     broken.sort(key=lambda row: -row["rows"])
-    devices = published["highlights"].get("device_analytics", []) if published else []
+    devices = published["previews"].get("device_analytics", []) if published else []
     facts = {
         "Finished (UTC)": (last["finished_at"] or "")[:16].replace("T", " "),
         "As of": last["config"]["as_of_date"],
@@ -3123,7 +3141,7 @@ def report_page(history: Sequence[Mapping[str, Any]], published: Mapping[str, An
         flow=[{"table": name, "then": _then(name, checked["rows"])} | table for name, table in quality.items()],
         timeline=[
             {"name": name, "start": start, "took": last["seconds"].get(name, total - start)}
-            for name, start in sorted(last["offsets"].items(), key=lambda item: item[1])
+            for name, start in sorted(last["started_after"].items(), key=lambda item: item[1])
         ],
         trends=[
             {
@@ -3143,7 +3161,7 @@ def _then(name: str, rows: Mapping[str, int]) -> list[tuple[str, int]]:
     """What becomes of the rows kept of a bronze table: its table in silver, and those of gold made from that."""
     # Three tables of gold are made from the transactions by way of `sales`.
     silver = [table.name for table in tables(SILVER) if table.of[0] == name]
-    sources = {*silver, *(["sales"] if set(inspect.signature(sales).parameters) & set(silver) else [])}
+    sources = {*silver, *(["sales"] if set(inspect.signature(orders_by_dimension).parameters) & set(silver) else [])}
     gold = [table.name for table in tables(GOLD) if sources & set(inspect.signature(table.build).parameters)]
     names = [f"{SILVER}.{table}" for table in silver] + [f"{GOLD}.{table}" for table in gold]
     return [(table, rows[table]) for table in names if table in rows]
@@ -3189,7 +3207,7 @@ def _markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> It
     yield ""
 
 
-def run_page(record: RunRecord) -> str:
+def job_summary(record: RunRecord) -> str:
     """A page of Markdown on a run, good or bad, from its record alone."""
     return "\n".join(_run_page(record))
 
@@ -3204,15 +3222,17 @@ def _run_page(record: RunRecord) -> Iterator[str]:
     )
     yield ""
     if record.error:
-        yield f"**{record.error['type']}** in {_markdown(record.at)}: {_markdown(record.error['message'][:1000])}"
+        message = _markdown(record.error["message"][:1000])
+        yield f"**{record.error['type']}** in {_markdown(record.current_step)}: {message}"
         yield ""
     for line in record.anomalies:
         yield from (f"⚠️ {_markdown(line)}", "")
-    if record.missed:
+    if record.gate_failures:
         yield from _markdown_table(
-            ("gate missed", "rule", "rows"), ((miss["table"], miss["rule"], miss["rows"]) for miss in record.missed)
+            ("gate missed", "rule", "rows"),
+            ((miss["table"], miss["rule"], miss["rows"]) for miss in record.gate_failures),
         )
-    categories = record.highlights.get("category_analytics")
+    categories = record.previews.get("category_analytics")
     if categories and record.revenue is not None:
         first = categories[0]
         figures = (
@@ -3229,9 +3249,9 @@ def _run_page(record: RunRecord) -> Iterator[str]:
         yield from ("```", "")
     if record.quality:
         yield from _markdown_table(
-            ("quality", "received", "kept", "quarantined", "duplicates", "rules broken"),
+            ("quality", "received", "accepted", "quarantined", "duplicates", "rules broken"),
             (
-                (name, table.received, table.kept, table.quarantined, table.duplicates, table.broken() or "none")
+                (name, table.received, table.accepted, table.quarantined, table.duplicates, table.broken() or "none")
                 for name, table in record.quality.items()
             ),
         )
@@ -3327,7 +3347,7 @@ def _variable(field: str) -> str:
     return DataPipelineConfig.ENVIRONMENT_PREFIX + field.upper()
 
 
-def configure(
+def load_config(
     flags: argparse.Namespace, environment: Mapping[str, str], config: DataPipelineConfig | None = None
 ) -> DataPipelineConfig:
     """The configuration with the environment's values over its own, and the flags' over those.
@@ -3394,7 +3414,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with _interrupts() as interrupted:
         try:
             flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-            config = configure(flags, os.environ)
+            config = load_config(flags, os.environ)
             if flags.quiet:
                 config.log_level = "WARNING"
             logger.setLevel(PROGRESS if config.log_level == "INFO" and _on_terminal() else config.log_level)

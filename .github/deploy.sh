@@ -169,7 +169,7 @@ collect() {
     folder=$(find_environment)
     cd ~
     data=$(PYTHONPATH=$release "$folder/bin/python" -c 'import os, data_pipeline as pipeline
-print(pipeline.configure(pipeline.parse_arguments([]), os.environ).root)')
+print(pipeline.load_config(pipeline.parse_arguments([]), os.environ).root)')
     for file in "$data"/runs/*.json "$data"/runs/*.log "$data"/report.html; do
         [[ ! $file -nt $log.started ]] || cp "$file" "$target"
     done

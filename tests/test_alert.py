@@ -22,7 +22,7 @@ import pytest
 from pyspark.sql import SparkSession
 
 import data_pipeline
-from data_pipeline import DataPipelineConfig, RefusedError, RunRecord, alert, anomalies, run_pipeline, send_alert
+from data_pipeline import DataPipelineConfig, NotPublishedError, RunRecord, alert, anomalies, run_pipeline, send_alert
 
 SECRET = "T0P-SECRET"  # noqa: S105 - of a URL that only the tests know
 
@@ -117,7 +117,7 @@ def test_runs_that_tell(
     assert receiver.received == []
     config.max_quarantine_rate = 0.0
     receiver.status = 500
-    with pytest.raises(RefusedError):
+    with pytest.raises(NotPublishedError):
         run_pipeline(config, spark)
     [refused] = receiver.received
     assert refused["text"].startswith("❌ EcommerceDataPipeline refused in gate: GATE MISSED")
@@ -196,7 +196,7 @@ def test_anomaly_is_told_everywhere(
     assert line in record.anomalies
     assert line in [found.getMessage() for found in log.records if found.levelname == "WARNING"]
     assert f"⚠ {line}" in Path(config.data_dir, "report.html").read_text(encoding="utf-8")
-    assert line.replace("_", r"\_") in data_pipeline.run_page(record)
+    assert line.replace("_", r"\_") in data_pipeline.job_summary(record)
     [sent] = receiver.received
     assert f"⚠️ {line}" in sent["text"]
     assert f'data_pipeline_anomalies{{data_dir="{config.data_dir}"}} {len(record.anomalies)}.0' in (
@@ -216,7 +216,7 @@ def test_report_that_fails_costs_no_alert(
         num_customers=50, num_transactions=200, num_products=10, alert_webhook=receiver.url, max_quarantine_rate=0.0
     )
     Path(config.data_dir, "report.html").mkdir()
-    with pytest.raises(RefusedError):
+    with pytest.raises(NotPublishedError):
         run_pipeline(config, spark)
     assert len(receiver.received) == 1
     assert "report.html is not renewed" in log.text
@@ -255,7 +255,7 @@ def test_alert_of_a_run(report: RunRecord) -> None:
     assert alert(report, [good]) is None
     assert "has recovered: the run before was killed" in (alert(report, [bad]) or "")
     error = {"type": "E", "message": "first\nsecond", "traceback": ""}
-    failed = dataclasses.replace(report, result="failed", at="gold.x", error=error)
+    failed = dataclasses.replace(report, result="failed", current_step="gold.x", error=error)
     assert "failed in gold.x: first (run" in (alert(failed, [good]) or "")
     assert alert(dataclasses.replace(report, result="interrupted"), [good]) is None, "who stopped it knows"
 

@@ -28,7 +28,15 @@ from test_command import start
 from test_gate import receive, record_of_last_run
 
 import data_pipeline
-from data_pipeline import DataPipelineConfig, PipelineError, RefusedError, RunRecord, Store, preflight, run_pipeline
+from data_pipeline import (
+    DataPipelineConfig,
+    NotPublishedError,
+    PipelineError,
+    RunRecord,
+    Store,
+    preflight,
+    run_pipeline,
+)
 
 pytestmark = pytest.mark.skipif(ENGINE == "sail", reason="Sail runs within one process")
 
@@ -187,15 +195,15 @@ def test_nothing_to_run_on(
 def test_audit_blames_the_data_only_while_there_are_machines(
     lost: bool, config: DataPipelineConfig, report: RunRecord, spark: SparkSession
 ) -> None:
-    record = dataclasses.replace(report, run_id="19991231T235959Z-0000", seconds={}, offsets={})
+    record = dataclasses.replace(report, run_id="19991231T235959Z-0000", seconds={}, started_after={})
     run = data_pipeline._Run(config, spark, Store(config.root), record, 0.0)
     died = (
         "Job aborted due to stage failure: … ExecutorLostFailure (executor 8 exited caused by one of the running tasks)"
     )
-    assert run.is_for_want(RuntimeError(died))
+    assert run.is_infrastructure_failure(RuntimeError(died))
     if lost:
         run.lost.set()
-    with pytest.raises(AnalysisException if lost else RefusedError):
+    with pytest.raises(AnalysisException if lost else NotPublishedError):
         run.audit()
 
 
@@ -219,7 +227,7 @@ def test_probe_leaves_nothing(
     scheme: str, config: DataPipelineConfig, report: RunRecord, spark: SparkSession, tmp_path: Path
 ) -> None:
     record = copy.deepcopy(report)
-    data_pipeline._Run(config, spark, Store(f"{scheme}{tmp_path}/data"), record, 0.0).probe()
+    data_pipeline._Run(config, spark, Store(f"{scheme}{tmp_path}/data"), record, 0.0).check_shared_storage()
     assert list(tmp_path.glob("data/snapshots/*")) == [tmp_path / "data/snapshots" / record.run_id]
     assert list(tmp_path.glob("data/snapshots/*/*")) == []
 
@@ -262,7 +270,7 @@ def test_bad_input_is_joined_by_shuffle_and_its_skew_split(
     assert expected.quality["transactions"].quarantined > 7_000
     assert expected.quality["transactions"].duplicates > 1_000
 
-    monkeypatch.setattr(data_pipeline, "_is_small", lambda _: False)
+    monkeypatch.setattr(data_pipeline, "startup_dominates", lambda _: False)
     monkeypatch.setattr(DataPipelineConfig, "partitions", lambda *_: 4)
     large = {
         "spark.sql.autoBroadcastJoinThreshold": "-1",

@@ -104,7 +104,7 @@ def test_failure_in_the_middle(tmp_path: Path) -> None:
     assert not (tmp_path / "pipeline-data" / "silver").exists()
     [record] = (tmp_path / "pipeline-data" / "runs").glob("*.json")
     content = json.loads(record.read_text())
-    assert (content["result"], content["exit_code"], content["at"]) == ("failed", 1, "silver.products_active")
+    assert (content["result"], content["exit_code"], content["current_step"]) == ("failed", 1, "silver.products_active")
     assert "no_such_column" in content["error"]["traceback"]
     assert content["rows"]["bronze.customers"] == 50
     assert list((tmp_path / "pipeline-data" / "snapshots").iterdir()) == [], "what it had written is removed"

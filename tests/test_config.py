@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import ConfigurationError, DataPipelineConfig, configure, parse_arguments
+from data_pipeline import ConfigurationError, DataPipelineConfig, load_config, parse_arguments
 
 
 def test_defaults() -> None:
@@ -113,7 +113,7 @@ def test_data_dir_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_flag_beats_variable_beats_attribute() -> None:
     config = DataPipelineConfig(num_customers=1, num_products=1, num_transactions=1)
     environment = {"PIPELINE_NUM_CUSTOMERS": "2", "PIPELINE_NUM_PRODUCTS": "2"}
-    result = configure(parse_arguments(["--num-customers", "3"]), environment, config)
+    result = load_config(parse_arguments(["--num-customers", "3"]), environment, config)
     assert (result.num_customers, result.num_products, result.num_transactions) == (3, 2, 1)
 
 
@@ -129,8 +129,8 @@ def test_every_field_is_a_flag_and_a_variable() -> None:
     }  # fmt: skip
     assert set(given) == {field.name for field in dataclasses.fields(DataPipelineConfig)}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-    by_flag = configure(parse_arguments(flags), {})
-    assert by_flag == configure(
+    by_flag = load_config(parse_arguments(flags), {})
+    assert by_flag == load_config(
         parse_arguments([]), {f"PIPELINE_{name.upper()}": value for name, value in given.items()}
     )
     assert by_flag.silver_above == Decimal("6.50")
@@ -152,7 +152,7 @@ def test_every_field_is_a_flag_and_a_variable() -> None:
 )
 def test_bad_command_line(flags: list[str], environment: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        configure(parse_arguments(flags), environment)
+        load_config(parse_arguments(flags), environment)
 
 
 @pytest.mark.parametrize("cores", [1, 2, 64])

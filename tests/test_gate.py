@@ -26,13 +26,13 @@ from test_command import start
 import data_pipeline
 from data_pipeline import (
     DataPipelineConfig,
+    NotPublishedError,
     PipelineError,
-    RefusedError,
     RunRecord,
     Store,
+    foreign_key_rule,
     run_pipeline,
     tables,
-    unknown_key,
 )
 
 KILLS = int(os.environ.get("KILLS", "2"))
@@ -70,7 +70,7 @@ def refused(config: DataPipelineConfig, spark: SparkSession, match: str) -> dict
     """A run that is refused: nothing is published, and its snapshot is kept for a look. Returns its record."""
     store = Store(config.root)
     before = store.published()
-    with pytest.raises(RefusedError, match=match) as failure:
+    with pytest.raises(NotPublishedError, match=match) as failure:
         run_pipeline(config, spark)
     assert failure.value.exit_code == 3
     assert store.published() == before
@@ -100,7 +100,7 @@ def test_too_many_refused_rows(
         published, spark, r"GATE MISSED, nothing is published: transactions.max_quarantine_rate; .*snapshots"
     )
     assert "transactions: 140 rows are quarantined, 14.00%: more than 5.00%" in caplog.text
-    [missed] = record["missed"]
+    [missed] = record["gate_failures"]
     assert (missed["table"], missed["rows"], len(missed["examples"])) == ("transactions", 140, 3)
     for example in missed["examples"]:
         assert json.loads(example)["_reasons"]
@@ -118,7 +118,7 @@ def test_gate_rule_fails_at_once(
         lambda rows: rows.withColumn("timestamp", F.when(chosen, wrong_unit).otherwise(F.col("timestamp"))),
     )
     record = refused(published, spark, "GATE MISSED, nothing is published: transactions.timestamp_near_epoch")
-    [missed] = record["missed"]
+    [missed] = record["gate_failures"]
     assert missed["rows"] == 1
     assert [json.loads(example)["transaction_id"] for example in missed["examples"]] == ["TXN_0000007"]
     assert "silver.transactions_clean" not in record["rows"]
@@ -151,9 +151,9 @@ def test_lost_refused_row(published: DataPipelineConfig, spark: SparkSession, mo
 
 
 def test_lost_duplicate(published: DataPipelineConfig, spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = data_pipeline.latest
+    real = data_pipeline.latest_per_key
     monkeypatch.setattr(
-        data_pipeline, "latest", lambda records, table: real(records, table).withColumn("_copies", F.lit(1))
+        data_pipeline, "latest_per_key", lambda records, table: real(records, table).withColumn("_copies", F.lit(1))
     )
     refused(published, spark, "AUDIT FAILED.*transactions: 4 of 1,000 rows received are unaccounted for")
 
@@ -192,7 +192,7 @@ def test_damage_is_found_at_the_audit(table: str, damage: Callable[[Path], None]
     finished.audit()
     for file in folder(finished, table).glob("*.parquet"):
         damage(file)
-    with pytest.raises(RefusedError, match=f"AUDIT FAILED, nothing is published: .*{message}"):
+    with pytest.raises(NotPublishedError, match=f"AUDIT FAILED, nothing is published: .*{message}"):
         finished.audit()
 
 
@@ -218,7 +218,7 @@ def test_wrong_table_is_found_at_the_audit(
     written = spark.read.parquet(f"file://{path}")
     changed = spark.createDataFrame(change(written).collect(), written.schema)
     changed.write.mode("overwrite").parquet(f"file://{path}")
-    with pytest.raises(RefusedError, match=f"AUDIT FAILED, nothing is published: .*{message}"):
+    with pytest.raises(NotPublishedError, match=f"AUDIT FAILED, nothing is published: .*{message}"):
         finished.audit()
 
 
@@ -237,7 +237,7 @@ def test_record_of_a_run(published: DataPipelineConfig) -> None:
     record = record_of_last_run(published)
     assert set(record) == {field.name for field in dataclasses.fields(data_pipeline.RunRecord)}
     assert (record["schema_version"], record["result"], record["exit_code"], record["error"]) == (
-        1,
+        2,
         "succeeded",
         0,
         None,
@@ -254,8 +254,8 @@ def test_record_of_a_run(published: DataPipelineConfig) -> None:
         assert rows >= 0
     assert sum(record["seconds"][layer] for layer in ("bronze", "silver", "gold", "audit")) < record["seconds"]["total"]
     for table in tables("bronze"):
-        rules = {rule.name for rule in (*table.rules, *map(unknown_key, table.references))}
-        assert set(record["quality"][table.name]["failed"]) == rules
+        rules = {rule.name for rule in (*table.rules, *map(foreign_key_rule, table.foreign_keys))}
+        assert set(record["quality"][table.name]["violations"]) == rules
 
 
 def test_profile(published: DataPipelineConfig) -> None:

@@ -19,8 +19,8 @@ from data_pipeline import (
     generate_customers,
     generate_products,
     generate_transactions,
-    planted_defects,
-    vocabulary,
+    injected_defects,
+    name_pools,
 )
 
 GENERATORS = [generate_customers, generate_products, generate_transactions]
@@ -62,11 +62,11 @@ def test_another_seed_gives_other_rows(spark: SparkSession, small: Callable[...,
 
 
 def test_vocabulary_is_drawn_once_and_repeatable() -> None:
-    first = vocabulary(7)
-    assert vocabulary(7) is first
-    vocabulary.cache_clear()
-    assert vocabulary(7) == first
-    assert vocabulary(8) != first
+    first = name_pools(7)
+    assert name_pools(7) is first
+    name_pools.cache_clear()
+    assert name_pools(7) == first
+    assert name_pools(8) != first
     assert len(first.cities) == 25
     assert min(first.cities.values()) >= 1
 
@@ -77,7 +77,7 @@ def test_planted_kinds_are_as_many_as_said(
 ) -> None:
     config = small(defect_rate=rate)
     for table, rows in (("customers", config.num_customers), ("transactions", config.num_transactions)):
-        planted = planted_defects(table, rows, rate)
+        planted = injected_defects(table, rows, rate)
         records = _with_defect(_records(spark, rows, config), table, config).where("defect IS NOT NULL")
         assert {row["defect"]: row["count"] for row in records.groupBy("defect").count().collect()} == planted
         assert set(planted) == set(DEFECTS[table])
@@ -86,14 +86,14 @@ def test_planted_kinds_are_as_many_as_said(
 
 
 def test_every_planted_defect_is_found(config: DataPipelineConfig, report: RunRecord) -> None:
-    customers = planted_defects("customers", config.num_customers, config.defect_rate)
-    transactions = planted_defects("transactions", config.num_transactions, config.defect_rate)
+    customers = injected_defects("customers", config.num_customers, config.defect_rate)
+    transactions = injected_defects("transactions", config.num_transactions, config.defect_rate)
     planted = {**customers, **transactions}
-    found = {**report.quality["customers"].failed, **report.quality["transactions"].failed}
+    found = {**report.quality["customers"].violations, **report.quality["transactions"].violations}
     for kind, rule in FOUND_AS.items():
         assert found.pop(rule) == planted.pop(kind) > 0, kind
     assert found.pop("amount_not_positive") == planted.pop("zero_amount") + planted.pop("negative_amount")
-    assert report.quality["transactions"].duplicates == planted.pop("exact_repeat") + planted.pop("changed_status")
+    assert report.quality["transactions"].duplicates == planted.pop("exact_duplicate") + planted.pop("changed_status")
     assert not planted, "a kind that nothing finds"
     assert not any(found.values()), "found, but never planted"
 
@@ -103,8 +103,8 @@ def test_changed_status_is_later_and_wins(db: duckdb.DuckDBPyConnection, config:
         SELECT transaction_id, count(*) n, count(DISTINCT status) s, count(DISTINCT timestamp) t,
             arg_max(status, timestamp) AS last
         FROM bronze_transactions GROUP BY 1 HAVING n > 1"""
-    planted = planted_defects("transactions", config.num_transactions, config.defect_rate)
-    assert one(db, f"SELECT count(*) FROM ({versions}) WHERE s = 1 AND t = 1") == planted["exact_repeat"]
+    planted = injected_defects("transactions", config.num_transactions, config.defect_rate)
+    assert one(db, f"SELECT count(*) FROM ({versions}) WHERE s = 1 AND t = 1") == planted["exact_duplicate"]
     assert one(db, f"SELECT count(*) FROM ({versions}) WHERE s = 2 AND t = 2") == planted["changed_status"]
     kept_of_changed = f"({versions}) v JOIN transactions_clean t USING (transaction_id) WHERE s = 2"
     assert one(db, f"SELECT count(*) FROM {kept_of_changed} AND last <> 'completed'") == 0

@@ -14,16 +14,16 @@ from data_pipeline import (
     SCHEMAS,
     TABLES,
     DataPipelineConfig,
-    average,
+    band,
     category_analytics,
     customer_analytics,
     customers_enriched,
     device_analytics,
-    label,
+    mean_or_zero,
+    orders_by_dimension,
     payment_analytics,
     product_analytics,
     products_active,
-    sales,
     transactions_clean,
 )
 
@@ -98,7 +98,7 @@ def test_orders_of_a_customer(frame: Frame, config: DataPipelineConfig) -> None:
     ],
 )
 def test_age_groups(age: int | None, group: str | None, frame: Frame) -> None:
-    assert frame("age INT", {"age": age}).select(label(F.col("age"), AGE_GROUPS)).collect()[0][0] == group
+    assert frame("age INT", {"age": age}).select(band(F.col("age"), AGE_GROUPS)).collect()[0][0] == group
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_age_groups(age: int | None, group: str | None, frame: Frame) -> None:
 )
 def test_average_rounds_half_up(total: str, count: int, expected: str, frame: Frame) -> None:
     row = frame("total DECIMAL(18,2), count BIGINT", {"total": Decimal(total), "count": count})
-    assert row.select(average(F.col("total"), F.col("count"))).collect()[0][0] == Decimal(expected)
+    assert row.select(mean_or_zero(F.col("total"), F.col("count"))).collect()[0][0] == Decimal(expected)
 
 
 def test_transactions_clean(frame: Frame) -> None:
@@ -155,7 +155,9 @@ def test_products_active(frame: Frame) -> None:
 
 def test_gold_names_what_is_unknown(frame: Frame) -> None:
     order = {"product_category": "Toys", "payment_method": "paypal", "amount": Decimal("2.00"), "quantity": 1}
-    cube = sales(frame(schema("transactions_clean"), order, {**order, "device": "mobile", "browser": "Safari"}))
+    cube = orders_by_dimension(
+        frame(schema("transactions_clean"), order, {**order, "device": "mobile", "browser": "Safari"})
+    )
     devices = {(row["device"], row["browser"]) for row in device_analytics(cube).collect()}
     assert devices == {("Unknown", "Unknown"), ("mobile", "Safari")}
     customer = {"customer_segment": "Bronze", "total_orders": 0, "total_spent": Decimal("0.00")}
@@ -164,7 +166,7 @@ def test_gold_names_what_is_unknown(frame: Frame) -> None:
 
 
 def test_gold_of_nothing_is_empty(frame: Frame) -> None:
-    cube = sales(frame(schema("transactions_clean")))
+    cube = orders_by_dimension(frame(schema("transactions_clean")))
     assert category_analytics(cube).count() == payment_analytics(cube).count() == device_analytics(cube).count() == 0
     assert product_analytics(frame(schema("products_active"))).count() == 0
 
@@ -174,7 +176,7 @@ def test_shares_add_up_to_one(frame: Frame) -> None:
         {"product_category": category, "payment_method": category, "amount": Decimal(amount), "quantity": 1}
         for category, amount in (("a", "1.00"), ("b", "2.00"), ("b", "5.00"))
     ]
-    cube = sales(frame(schema("transactions_clean"), *orders))
+    cube = orders_by_dimension(frame(schema("transactions_clean"), *orders))
     assert {row["product_category"]: row["revenue_share"] for row in rows(category_analytics(cube))} == {
         "a": 0.125,
         "b": 0.875,

@@ -20,8 +20,8 @@ from data_pipeline import (
     LAYERS,
     REFUSED,
     SNAPSHOT_TABLES,
-    BusyError,
     DataPipelineConfig,
+    LockedError,
     PipelineError,
     Store,
     list_runs,
@@ -47,7 +47,7 @@ def add(store: Store, run_id: str, mark: str | None = AUDITED, result: str = "su
         folder.mkdir(parents=True)
         (folder / "part-0.parquet").write_text(run_id)
     if mark:
-        store.mark(run_id, mark)
+        store.set_status(run_id, mark)
     rows = {"bronze.customers": 1_000, "bronze.products": 200, "gold.customer_analytics": 9}
     record = {"run_id": run_id, "result": result, "started_at": "2026-03-01T12:00:00+00:00", "rows": rows}
     written = {f"{layer}.{table.name}": len(run_id) for layer, table in SNAPSHOT_TABLES}
@@ -102,7 +102,7 @@ def test_retention_keeps_the_newest_and_the_published(store: Store) -> None:
     add(store, IDS[4], REFUSED)
     add(store, IDS[5], REFUSED)
     store.publish(IDS[0])
-    store.retain(2)
+    store.expire_snapshots(2)
     assert store.snapshots() == [IDS[0], IDS[2], IDS[3], IDS[5]]
 
 
@@ -113,8 +113,8 @@ def test_leftovers_of_a_dead_run_are_removed_and_said(store: Store, caplog: pyte
     others = [Path(store.path("snapshots", name)) for name in ("notes of the team", f"{IDS[2]}.backup")]
     for other in others:
         other.mkdir()
-    store.clear_leftovers()
-    store.retain(1)
+    store.recover()
+    store.expire_snapshots(1)
     assert store.snapshots() == [IDS[0]]
     assert all(other.is_dir() for other in others), "what no run made is left alone"
     assert dict(store.records())[IDS[1]]["result"] == "killed"  # type: ignore[index]
@@ -124,7 +124,7 @@ def test_leftovers_of_a_dead_run_are_removed_and_said(store: Store, caplog: pyte
 def test_run_killed_after_publishing_has_succeeded(store: Store) -> None:
     add(store, IDS[0], result="running")
     store.publish(IDS[0])
-    store.clear_leftovers()
+    store.recover()
     assert dict(store.records())[IDS[0]]["result"] == "succeeded"  # type: ignore[index]
     assert seen(store) == {IDS[0]}
 
@@ -143,7 +143,7 @@ def test_unreadable_record_is_named_and_passed_over(text: str, store: Store) -> 
     add(store, IDS[0])
     Path(store.path("runs", f"{IDS[1]}.json")).write_text(text)
     store.publish(IDS[0])
-    store.clear_leftovers()
+    store.recover()
     lines = list(list_runs(store))
     assert any(line.startswith(f"* {IDS[0]}") for line in lines)
     assert any(line.startswith(f"  {IDS[1]} unreadable record") for line in lines)
@@ -227,15 +227,17 @@ def test_run_ids_rise_though_the_clock_is_set_back(store: Store, caplog: pytest.
 def test_second_writer_is_refused_at_once_or_waits(store: Store) -> None:
     with store.lock(0):
         started = time.monotonic()
-        with pytest.raises(BusyError, match=rf"another run is writing to .*process {os.getpid()} on .*--lock-timeout"):
+        with pytest.raises(
+            LockedError, match=rf"another run is writing to .*process {os.getpid()} on .*--lock-timeout"
+        ):
             with Store(store.root).lock(0):
                 pass
         assert time.monotonic() - started < 1
-        with pytest.raises(BusyError):
+        with pytest.raises(LockedError):
             with Store(store.root).lock(0.3):
                 pass
         assert time.monotonic() - started > 0.3
-        assert main(["--rollback", "--data-dir", store.root]) == BusyError.exit_code == 4
+        assert main(["--rollback", "--data-dir", store.root]) == LockedError.exit_code == 4
     with store.lock(0):
         pass
 
@@ -255,7 +257,7 @@ def test_lock_of_a_killed_process_does_not_block(store: Store) -> None:
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "locked\n"
-        with pytest.raises(BusyError, match=f"process {process.pid}"):
+        with pytest.raises(LockedError, match=f"process {process.pid}"):
             with store.lock(0):
                 pass
         process.send_signal(signal.SIGKILL)

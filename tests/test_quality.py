@@ -10,18 +10,18 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from data_pipeline import (
-    ERROR,
-    GATE,
+    ABORT,
+    REJECT,
     RULES,
     SCHEMAS,
     TABLES,
     WARN,
     DataPipelineConfig,
-    OddKeys,
+    KeyViolations,
     Table,
-    latest,
-    mark,
-    odd_keys,
+    find_key_violations,
+    flag_rows,
+    latest_per_key,
     quarantined,
     tables,
     valid,
@@ -98,11 +98,11 @@ def received(frame: Frame, table: Table, *changes: dict[str, Any]) -> DataFrame:
 )
 def test_rule(table: str, rule: Any, frame: Frame, config: DataPipelineConfig) -> None:
     """Each rule with rows that break it, rows that do not, and one without the value."""
-    blank = [" "] if dict(BY_NAME[table].columns)[rule.column] == "string" and rule.severity == ERROR else []
+    blank = [" "] if dict(BY_NAME[table].columns)[rule.column] == "string" and rule.severity == REJECT else []
     breaking, passing = VALUES.get(rule.name, ([None, *blank], [GOOD[table][rule.column]]))
     missing = [] if rule.name.endswith("_missing") else [None]
     rows = received(frame, BY_NAME[table], *({rule.column: value} for value in [*breaking, *passing, *missing]))
-    verdicts = [row[0] for row in rows.select(rule.failed(config)).collect()]
+    verdicts = [row[0] for row in rows.select(rule.is_violated(config)).collect()]
     assert verdicts == [True] * len(breaking) + [False] * (len(passing) + len(missing))
 
 
@@ -124,11 +124,11 @@ def split_of(
     """What becomes of some rows of a table; their parents are the good customer and the good product."""
     table = BY_NAME[name]
     rows = received(frame, table, *changes)
-    known = {key: received(frame, BY_NAME[parent], {}) for key, parent in table.references.items()} | parents
-    odd = odd_keys(rows, table, {key: known[key].select(key) for key in known})
-    marked = mark(rows, table, odd, config)
+    known = {key: received(frame, BY_NAME[parent], {}) for key, parent in table.foreign_keys.items()} | parents
+    odd = find_key_violations(rows, table, {key: known[key].select(key) for key in known})
+    marked = flag_rows(rows, table, odd, config)
     single, repeated = (valid(marked.where(which), table, config) for which in ("NOT _repeated", "_repeated"))
-    kept = single.withColumn("_copies", F.lit(1).cast("bigint")).unionByName(latest(repeated, table))
+    kept = single.withColumn("_copies", F.lit(1).cast("bigint")).unionByName(latest_per_key(repeated, table))
     return Split(kept, quarantined(marked, table, odd, config))
 
 
@@ -136,9 +136,9 @@ def test_what_no_key_is_odd_of_needs_no_join(frame: Frame, config: DataPipelineC
     """With and without the joins the verdicts are the same."""
     table = BY_NAME["transactions"]
     rows = received(frame, table, {}, {"transaction_id": "TXN_0000002", "amount": None})
-    none = mark(rows, table, OddKeys(None, {}), config).select(*rows.columns, "_repeated", "_refused")
-    parents = {key: received(frame, BY_NAME[parent], {}).select(key) for key, parent in table.references.items()}
-    found = mark(rows, table, odd_keys(rows, table, parents), config).select(*none.columns)
+    none = flag_rows(rows, table, KeyViolations(None, {}), config).select(*rows.columns, "_repeated", "_refused")
+    parents = {key: received(frame, BY_NAME[parent], {}).select(key) for key, parent in table.foreign_keys.items()}
+    found = flag_rows(rows, table, find_key_violations(rows, table, parents), config).select(*none.columns)
     assert sorted(map(str, none.collect())) == sorted(map(str, found.collect()))
 
 
@@ -216,5 +216,5 @@ def test_reference_to_a_refused_customer_is_refused(frame: Frame, config: DataPi
 
 
 def test_only_warnings_clear_values() -> None:
-    assert {rule.severity for rules in RULES.values() for rule in rules} == {ERROR, WARN, GATE}
-    assert {rule.severity for rules in RULES.values() for rule in rules if rule.clears} == {WARN}
+    assert {rule.severity for rules in RULES.values() for rule in rules} == {REJECT, WARN, ABORT}
+    assert {rule.severity for rules in RULES.values() for rule in rules if rule.nullify} == {WARN}

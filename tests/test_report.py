@@ -21,13 +21,13 @@ from pyspark.sql import SparkSession
 import data_pipeline
 from data_pipeline import (
     GOLD,
-    HIGHLIGHTS,
+    PREVIEW_ROWS,
     Annotations,
     DataPipelineConfig,
-    RefusedError,
+    NotPublishedError,
     RunRecord,
+    job_summary,
     logger,
-    run_page,
     run_pipeline,
     tables,
 )
@@ -36,8 +36,8 @@ from data_pipeline import (
 def test_record_holds_the_first_rows_of_gold(report: RunRecord, db: duckdb.DuckDBPyConnection) -> None:
     assert report.revenue == one(db, "SELECT sum(amount) FROM transactions_clean")
     for table in tables(GOLD):
-        expected = db.sql(f"FROM {table.name} LIMIT {HIGHLIGHTS}")
-        found = report.highlights[table.name]
+        expected = db.sql(f"FROM {table.name} LIMIT {PREVIEW_ROWS}")
+        found = report.previews[table.name]
         assert [list(map(str, row.values())) for row in found] == [
             [str(value) for value in row] for row in expected.fetchall()
         ]
@@ -45,7 +45,7 @@ def test_record_holds_the_first_rows_of_gold(report: RunRecord, db: duckdb.DuckD
 
 
 def test_page_of_a_good_run(report: RunRecord, db: duckdb.DuckDBPyConnection) -> None:
-    page = run_page(report)
+    page = job_summary(report)
     assert f"## ✅ Pipeline run {report.run_id}: succeeded" in page
     assert f"| Revenue | {one(db, 'SELECT sum(amount) FROM transactions_clean'):,} \\$ |" in page
     for category, revenue in db.sql("SELECT product_category, total_revenue FROM category_analytics").fetchall():
@@ -53,7 +53,7 @@ def test_page_of_a_good_run(report: RunRecord, db: duckdb.DuckDBPyConnection) ->
     for name, rows in report.rows.items():
         assert f"| {name.replace('_', chr(92) + '_')} | {rows:,} |" in page
     quality = report.quality["transactions"]
-    assert f"| transactions | {quality.received:,} | {quality.kept:,} | {quality.quarantined:,} | " in page
+    assert f"| transactions | {quality.received:,} | {quality.accepted:,} | {quality.quarantined:,} | " in page
 
 
 def test_page_of_a_refused_run(
@@ -61,12 +61,12 @@ def test_page_of_a_refused_run(
 ) -> None:
     page = tmp_path / "page.md"
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(page))
-    with pytest.raises(RefusedError):
+    with pytest.raises(NotPublishedError):
         run_pipeline(small(num_transactions=500, max_quarantine_rate=0), spark)
     text = page.read_text()
     assert text.startswith("## ⛔ Pipeline run ")
     assert "| transactions | max\\_quarantine\\_rate | 7 |" in text
-    assert "**RefusedError** in gate: GATE MISSED" in text
+    assert "**NotPublishedError** in gate: GATE MISSED" in text
     assert "mermaid" not in text, "there is no gold to show"
 
 
@@ -74,7 +74,7 @@ def test_page_of_a_run_that_failed_at_once(report: RunRecord) -> None:
     failed = RunRecord(report.run_id, report.started_at, report.data_dir, report.config, report.versions)
     failed = dataclasses.replace(failed, result="failed", seconds={"total": 1.0})
     failed.error = {"type": "OSError", "message": "a | b\n<img src=x> @all", "traceback": ""}
-    page = run_page(failed)
+    page = job_summary(failed)
     assert f"## ❌ Pipeline run {report.run_id}: failed" in page
     assert "a \\| b \\<img src=x\\> \\@all" in page, "no value can become markup"
     assert "| table |" not in page
@@ -82,7 +82,7 @@ def test_page_of_a_run_that_failed_at_once(report: RunRecord) -> None:
 
 def test_page_takes_any_category(report: RunRecord) -> None:
     odd = {"product_category": 'Toys "R" #1; 50 % | <b>', "total_revenue": Decimal("1.00"), "revenue_share": 1.0}
-    page = run_page(dataclasses.replace(report, highlights={"category_analytics": [odd]}))
+    page = job_summary(dataclasses.replace(report, previews={"category_analytics": [odd]}))
     assert '    "Toys  R   1  50 % | <b>" : 1.00\n' in page
     assert 'Toys "R" \\#1; 50 % \\| \\<b\\>, 100.0% of the revenue' in page
 

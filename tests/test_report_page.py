@@ -14,7 +14,7 @@ import duckdb
 import pytest
 from conftest import one
 
-from data_pipeline import DataPipelineConfig, RunRecord, Store, anomalies, report_page, save_report, tables
+from data_pipeline import DataPipelineConfig, RunRecord, Store, anomalies, html_report, save_report, tables
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 # Where to leave pictures of the page, to look at.
@@ -159,22 +159,22 @@ def test_page_is_small_and_whole(report: RunRecord, config: DataPipelineConfig) 
 
 
 def test_failed_run_shows_what_is_published(report: RunRecord) -> None:
-    error = {"type": "RefusedError", "message": "GATE <b>MISSED</b>", "traceback": ""}
+    error = {"type": "NotPublishedError", "message": "GATE <b>MISSED</b>", "traceback": ""}
     failed = {
         "result": "refused",
         "error": error,
         "quality": {},
         "profile": {},
         "rows": {},
-        "highlights": {},
+        "previews": {},
         "revenue": None,
     }
     records = history(report, failed)
-    page = report_page(records, records[0])
+    page = html_report(records, records[0])
     assert "GATE &lt;b&gt;MISSED&lt;/b&gt;" in page, "what was in the data is text"
     assert f"Published is run {report.run_id}" in page
     assert "Revenue by category" in page
-    assert "Revenue by category" not in report_page(records[1:], None)
+    assert "Revenue by category" not in html_report(records[1:], None)
 
 
 @pytest.mark.parametrize("lacks", [field.name for field in dataclasses.fields(RunRecord)][6:])
@@ -196,6 +196,29 @@ def test_records_of_an_older_version(
     assert newer["run_id"] in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "data_pipeline_last_run_result" in (tmp_path / "metrics.prom").read_text()
     assert anomalies(report, [store.completed(older)] * 3, factor=2.0) == []
+
+
+def test_record_of_version_1_is_read_by_its_own_names(report: RunRecord, tmp_path: Path) -> None:
+    """A run that an earlier release has recorded counts for trends, anomalies and the report."""
+    store = Store(str(tmp_path))
+    os.makedirs(store.path("runs"))
+    today, _ = history(report, {})
+    names = {
+        "current_step": "at", "started_after": "offsets", "previews": "highlights", "gate_failures": "missed",
+        "accepted": "kept", "violations": "failed",
+    }  # fmt: skip
+    older = {names.get(name, name): value for name, value in today.items()} | {"schema_version": 1}
+    older["quality"] = {
+        table: {names.get(name, name): value for name, value in found.items()}
+        for table, found in today["quality"].items()
+    }
+    assert {"at", "offsets", "highlights", "missed"} < set(older) and "kept" in older["quality"]["customers"]
+    store.save_record(report.run_id, older)
+    assert store.history() == [today]
+    save_report(store)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"{report.quality['transactions'].accepted:,} accepted" in page
+    assert "rule_failing_rows" in (tmp_path / "metrics.prom").read_text()
 
 
 def test_thirty_runs(report: RunRecord, tmp_path: Path) -> None:

@@ -34,16 +34,16 @@ def test_every_row_is_accounted_for(db: duckdb.DuckDBPyConnection, report: RunRe
     for table, quality in report.quality.items():
         assert quality.received == one(db, f"SELECT count(*) FROM bronze_{table}")
         assert quality.quarantined == one(db, f"SELECT count(*) FROM quarantine_{table}")
-        assert quality.received == quality.kept + quality.quarantined + quality.duplicates
-        assert quality.unaccounted == 0
-    assert report.quality["customers"].kept == one(db, "SELECT count(*) FROM customers_enriched")
-    assert report.quality["transactions"].kept >= one(db, "SELECT count(*) FROM transactions_clean")
+        assert quality.received == quality.accepted + quality.quarantined + quality.duplicates
+        assert quality.unreconciled == 0
+    assert report.quality["customers"].accepted == one(db, "SELECT count(*) FROM customers_enriched")
+    assert report.quality["transactions"].accepted >= one(db, "SELECT count(*) FROM transactions_clean")
     assert report.quality["transactions"].quarantined > 0
 
 
 def test_reasons_in_quarantine_are_those_reported(db: duckdb.DuckDBPyConnection, report: RunRecord) -> None:
     reasons = db.sql("SELECT unnest(_reasons), count(*) FROM quarantine_transactions GROUP BY 1").fetchall()
-    counted = {rule: rows for rule, rows in report.quality["transactions"].failed.items() if rows}
+    counted = {rule: rows for rule, rows in report.quality["transactions"].violations.items() if rows}
     assert counted.pop("payment_method_untidy") > 0, "a warning, which quarantine does not know"
     assert dict(reasons) == counted
 

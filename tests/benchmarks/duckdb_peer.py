@@ -17,7 +17,7 @@ from datetime import date
 from typing import Any
 
 import duckdb
-from peer import Audited, ColumnProfile, Peer, clears, errors, main, profiled, reference_rules, salt, weighted
+from peer import Audited, ColumnProfile, Peer, clears, main, profiled, reference_rules, rejecting_rules, salt, weighted
 
 from data_pipeline import (
     AGE_GROUPS,
@@ -42,8 +42,8 @@ from data_pipeline import (
     Quality,
     Rule,
     Table,
+    name_pools,
     tables,
-    vocabulary,
 )
 
 # What the rules call Spark's functions. With a time zone DuckDB computes slowly, and all times are in UTC.
@@ -56,7 +56,7 @@ MACROS = f"""
         ELSE regexp_replace(lower(trim(method)), '[ _-]+', '_', 'g') END;
     -- Half up, in whole numbers.
     CREATE MACRO quotient(total, n) AS CASE WHEN n = 0 THEN 0 ELSE (2 * total + n) // (2 * n) END;
-    CREATE MACRO average(amount, n) AS quotient((amount * 100)::HUGEINT, n) * 0.01::DECIMAL(2, 2);
+    CREATE MACRO mean_or_zero(amount, n) AS quotient((amount * 100)::HUGEINT, n) * 0.01::DECIMAL(2, 2);
 """
 
 
@@ -72,7 +72,7 @@ def literal(value: Any) -> str:
     return "'" + str(value).replace("'", "''") + "'" if not isinstance(value, int) else str(value)
 
 
-def label(value: str, bounds: Mapping[str, Any]) -> str:
+def band(value: str, bounds: Mapping[str, Any]) -> str:
     """The first label whose bound the value does not exceed; null for null."""
     cases = (
         f"WHEN {value} {'IS NOT NULL' if bound is None else f'<= {bound}'} THEN '{name}'"
@@ -85,7 +85,7 @@ def label(value: str, bounds: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
+class SeededRandom:
     """Repeatable randomness, as SQL, for the rows numbered by `row`."""
 
     seed: int
@@ -95,15 +95,15 @@ class Draw:
         """64 random bits."""
         return f"hash(xor({self.row}, {salt(self.seed, name)}))"
 
-    def below(self, name: str, bound: int | str) -> str:
+    def randrange(self, name: str, bound: int | str) -> str:
         """A whole number from 0 to `bound` - 1."""
         # The bits are unsigned; with a signed bound DuckDB would divide in 128 bits.
         return f"({self.bits(name)} % ({bound})::UBIGINT)::BIGINT"
 
-    def pick(self, name: str, words: Iterable[Any]) -> str:
+    def choice(self, name: str, words: Iterable[Any]) -> str:
         """One of the words; a mapping gives their weights."""
         words = weighted(words)
-        return f"[{', '.join(map(literal, words))}][{self.below(name, len(words))} + 1]"
+        return f"[{', '.join(map(literal, words))}][{self.randrange(name, len(words))} + 1]"
 
 
 def records(rows: int) -> str:
@@ -128,16 +128,16 @@ def padded(prefix: str, number: str, digits: int, largest: int) -> str:
 
 def customers(config: DataPipelineConfig) -> str:
     """One row per customer record."""
-    draw, words = Draw(config.seed, "id"), vocabulary(config.seed)
+    draw, words = SeededRandom(config.seed, "id"), name_pools(config.seed)
     return f"""
         WITH person AS (
             SELECT
                 id, {defect("customers", config)} AS defect,
-                {draw.pick("first name", words.first_names)} AS first_name,
-                {draw.pick("last name", words.last_names)} AS last_name,
+                {draw.choice("first name", words.first_names)} AS first_name,
+                {draw.choice("last name", words.last_names)} AS last_name,
                 lower(first_name || '.' || last_name) AS mailbox,
-                {draw.pick("customer domain", ("example.com", "example.org", "example.net"))} AS domain,
-                18 + {draw.below("customer age", 32)} + {draw.below("customer age too", 32)} AS years
+                {draw.choice("customer domain", ("example.com", "example.org", "example.net"))} AS domain,
+                18 + {draw.randrange("customer age", 32)} + {draw.randrange("customer age too", 32)} AS years
             FROM {records(config.num_customers)}
         )
         SELECT
@@ -145,7 +145,7 @@ def customers(config: DataPipelineConfig) -> str:
             CASE WHEN defect = 'malformed_email' THEN mailbox || '(at)' || domain
                 WHEN defect IS DISTINCT FROM 'missing_email' THEN mailbox || id || '@' || domain END AS email,
             CASE WHEN defect = 'impossible_age' THEN years + 200 ELSE years END AS age,
-            {draw.pick("customer city", words.cities)} AS city,
+            {draw.choice("customer city", words.cities)} AS city,
             DATE '{config.first_day}' + ((id - 1) * {config.history_days} // {config.num_customers})::INT
                 AS signup_date
         FROM person"""
@@ -153,61 +153,63 @@ def customers(config: DataPipelineConfig) -> str:
 
 def products(config: DataPipelineConfig) -> str:
     """One row per product record."""
-    draw, words = Draw(config.seed, "id"), vocabulary(config.seed)
+    draw, words = SeededRandom(config.seed, "id"), name_pools(config.seed)
     names = weighted({name: category.weight for name, category in CATEGORIES.items()})
     kinds = {name: {**kind._asdict(), "nouns": list(kind.nouns)} for name, kind in CATEGORIES.items()}
     return f"""
         WITH kind AS (
-            SELECT id, {draw.pick("product category", names)} AS category, MAP {kinds}[category] AS kind,
-                {draw.below("product price", 1024)} * {draw.below("product price too", 1024)} AS rank
+            SELECT id, {draw.choice("product category", names)} AS category, MAP {kinds}[category] AS kind,
+                {draw.randrange("product price", 1024)} * {draw.randrange("product price too", 1024)} AS rank
             FROM {records(config.num_products)}
         )
         SELECT
             {padded("PROD_", "id", 4, config.num_products)} AS product_id,
-            concat_ws(' ', {draw.pick("product adjective", words.adjectives)},
-                kind.nouns[{draw.below("product noun", "len(kind.nouns)")} + 1]) AS product_name,
+            concat_ws(' ', {draw.choice("product adjective", words.adjectives)},
+                kind.nouns[{draw.randrange("product noun", "len(kind.nouns)")} + 1]) AS product_name,
             category,
             kind.lowest_price + ((kind.highest_price - kind.lowest_price) * rank >> 20) + 0.99 AS price,
-            CASE WHEN {draw.below("product in stock", 100)} < 95 THEN {draw.below("product stock", 500)} + 1 ELSE 0 END
-                AS stock_quantity,
-            {draw.pick("product supplier", words.suppliers)} AS supplier,
-            ({draw.below("product weight", 2000)} + 5) / 100 AS weight_kg,
-            DATE '{config.first_day}' - ({draw.below("product age", 365)} + 1)::INT AS created_date,
-            {draw.below("product active", 100)} < 92 AS is_active
+            CASE WHEN {draw.randrange("product in stock", 100)} < 95
+                THEN {draw.randrange("product stock", 500)} + 1 ELSE 0 END AS stock_quantity,
+            {draw.choice("product supplier", words.suppliers)} AS supplier,
+            ({draw.randrange("product weight", 2000)} + 5) / 100 AS weight_kg,
+            DATE '{config.first_day}' - ({draw.randrange("product age", 365)} + 1)::INT AS created_date,
+            {draw.randrange("product active", 100)} < 92 AS is_active
         FROM kind"""
 
 
 def transactions(config: DataPipelineConfig) -> str:
     """One row per transaction record; a product's id and price are looked up by its number."""
-    draw, words, days = Draw(config.seed, "number"), vocabulary(config.seed), config.history_days
+    draw, words, days = SeededRandom(config.seed, "number"), name_pools(config.seed), config.history_days
     weeks = math.ceil(days / 7)
     weekdays = {ago: WEEKDAY_WEIGHTS[(config.as_of_date.weekday() - ago) % 7] for ago in range(7)}
     signed_up = f"(({days} - days_ago) * {config.num_customers} + {days - 1}) // {days}"
-    loyalty = (Draw(config.seed, one).bits("loyalty") for one in ("one", "other"))
+    loyalty = (SeededRandom(config.seed, one).bits("loyalty") for one in ("one", "other"))
     devices, browsers = zip(*(pair.split("/") for pair in weighted(DEVICES_AND_BROWSERS)), strict=True)
     midnight = (config.as_of_date - date(1970, 1, 1)).days
     return f"""
         WITH numbered AS (
-            SELECT defect, CASE WHEN defect IN ('exact_repeat', 'changed_status') THEN id - 1 ELSE id END AS number
+            SELECT defect, CASE WHEN defect IN ('exact_duplicate', 'changed_status') THEN id - 1 ELSE id END AS number
             FROM (SELECT id, {defect("transactions", config)} AS defect FROM {records(config.num_transactions)})
         ), dated AS (
             SELECT *,
-                (least({draw.below("week", weeks)}, {draw.below("week too", weeks)}) * 7
-                    + {draw.pick("weekday", weekdays)}) % {days} AS days_ago
+                (least({draw.randrange("week", weeks)}, {draw.randrange("week too", weeks)}) * 7
+                    + {draw.choice("weekday", weekdays)}) % {days} AS days_ago
             FROM numbered
         ), candidates AS (
             SELECT *,
-                {draw.below("customer", signed_up)} + 1 AS one, {draw.below("customer too", signed_up)} + 1 AS other
+                {draw.randrange("customer", signed_up)} + 1 AS one,
+                {draw.randrange("customer too", signed_up)} + 1 AS other
             FROM dated
         ), drawn AS (
             SELECT *,
                 CASE WHEN {" > ".join(loyalty)} THEN one ELSE other END AS customer,
-                {draw.below("product", config.num_products)} + 1 AS product,
-                {draw.pick("quantity", QUANTITIES)} AS quantity,
-                {draw.pick("payment method", PAYMENT_METHODS)} AS method,
-                {draw.pick("status", STATUSES)} AS first_status,
-                CASE WHEN defect = 'future_timestamp' THEN -1 - {draw.below("days ahead", 30)} ELSE days_ago END AS ago,
-                {draw.pick("hour", dict(enumerate(HOUR_WEIGHTS)))} * 3600 + {draw.below("second", 3540)}
+                {draw.randrange("product", config.num_products)} + 1 AS product,
+                {draw.choice("quantity", QUANTITIES)} AS quantity,
+                {draw.choice("payment method", PAYMENT_METHODS)} AS method,
+                {draw.choice("status", STATUSES)} AS first_status,
+                CASE WHEN defect = 'future_timestamp'
+                    THEN -1 - {draw.randrange("days ahead", 30)} ELSE days_ago END AS ago,
+                {draw.choice("hour", dict(enumerate(HOUR_WEIGHTS)))} * 3600 + {draw.randrange("second", 3540)}
                     + CASE WHEN defect = 'changed_status' THEN 60 ELSE 0 END AS second
             FROM candidates
         )
@@ -225,11 +227,11 @@ def transactions(config: DataPipelineConfig) -> str:
                 WHEN defect = 'unknown_payment_method' THEN 'seashells' ELSE method END AS payment_method,
             CASE WHEN defect IS DISTINCT FROM 'changed_status' THEN first_status
                 WHEN first_status = 'completed' THEN 'refunded' ELSE 'completed' END AS status,
-            {draw.pick("device and browser", devices)} AS device,
-            {draw.pick("device and browser", browsers)} AS browser,
-            CASE WHEN {draw.below("at home", 10)} < 9
-                THEN {Draw(config.seed, "customer").pick("customer city", words.cities)}
-                ELSE {draw.pick("location", words.cities)} END AS location
+            {draw.choice("device and browser", devices)} AS device,
+            {draw.choice("device and browser", browsers)} AS browser,
+            CASE WHEN {draw.randrange("at home", 10)} < 9
+                THEN {SeededRandom(config.seed, "customer").choice("customer city", words.cities)}
+                ELSE {draw.choice("location", words.cities)} END AS location
         FROM drawn JOIN priced USING (product)"""
 
 
@@ -244,7 +246,7 @@ TRANSACTIONS_CLEAN = """
     WHERE status = 'completed'"""
 
 PRODUCTS_ACTIVE = f"""
-    SELECT *, {label("price", PRICE_BANDS)} AS price_band, {label("stock_quantity", STOCK_STATUSES)} AS stock_status,
+    SELECT *, {band("price", PRICE_BANDS)} AS price_band, {band("stock_quantity", STOCK_STATUSES)} AS stock_status,
         price * stock_quantity AS inventory_value
     FROM products
     WHERE is_active AND stock_quantity > 0"""
@@ -258,11 +260,11 @@ def customers_enriched(config: DataPipelineConfig) -> str:
                 min(transaction_date) AS first_order_date, max(transaction_date) AS last_order_date
             FROM transactions_clean GROUP BY customer_id
         )
-        SELECT *, concat_ws(' ', first_name, last_name) AS full_name, {label("age", AGE_GROUPS)} AS age_group,
+        SELECT *, concat_ws(' ', first_name, last_name) AS full_name, {band("age", AGE_GROUPS)} AS age_group,
             coalesce(orders, 0) AS total_orders, coalesce(spent, 0) AS total_spent,
-            {label("total_spent", config.segments)} AS customer_segment,
+            {band("total_spent", config.segments)} AS customer_segment,
             DATE '{config.as_of_date}' - signup_date AS tenure_days,
-            average(total_spent, total_orders) AS avg_order_value
+            mean_or_zero(total_spent, total_orders) AS avg_order_value
         FROM customers LEFT JOIN orders USING (customer_id)"""
 
 
@@ -276,26 +278,26 @@ GOLD_QUERIES = {
     "customer_analytics": """
         SELECT customer_segment, coalesce(city, 'Unknown') AS city, count(*) AS customer_count,
             quotient(10 * sum(age), count(age)) * 0.1::DECIMAL(1, 1) AS avg_age,
-            sum(total_spent) AS segment_revenue, average(segment_revenue, customer_count) AS avg_total_spent,
-            average(segment_revenue, sum(total_orders)) AS avg_order_value
+            sum(total_spent) AS segment_revenue, mean_or_zero(segment_revenue, customer_count) AS avg_total_spent,
+            mean_or_zero(segment_revenue, sum(total_orders)) AS avg_order_value
         FROM customers_enriched GROUP BY ALL""",
     "category_analytics": """
         SELECT product_category, sum(orders) AS transaction_count, sum(revenue) AS total_revenue,
-            average(total_revenue, transaction_count) AS avg_transaction_value, min(least) AS min_transaction,
+            mean_or_zero(total_revenue, transaction_count) AS avg_transaction_value, min(least) AS min_transaction,
             max(most) AS max_transaction, sum(units) AS units_sold,
             total_revenue::DOUBLE / (sum(total_revenue) OVER ())::DOUBLE AS revenue_share
         FROM sales GROUP BY product_category""",
     "payment_analytics": """
         SELECT payment_method, sum(orders) AS usage_count, sum(revenue) AS total_amount,
-            average(total_amount, usage_count) AS avg_amount,
+            mean_or_zero(total_amount, usage_count) AS avg_amount,
             usage_count::DOUBLE / (sum(usage_count) OVER ())::DOUBLE AS usage_share
         FROM sales GROUP BY payment_method""",
     "device_analytics": """
         SELECT device, browser, sum(orders) AS transaction_count, sum(revenue) AS total_revenue,
-            average(total_revenue, transaction_count) AS avg_transaction_value, sum(units) AS units_sold
+            mean_or_zero(total_revenue, transaction_count) AS avg_transaction_value, sum(units) AS units_sold
         FROM sales GROUP BY device, browser""",
     "product_analytics": """
-        SELECT category, supplier, count(*) AS product_count, average(sum(price), product_count) AS avg_price,
+        SELECT category, supplier, count(*) AS product_count, mean_or_zero(sum(price), product_count) AS avg_price,
             sum(stock_quantity) AS total_stock, sum(inventory_value) AS inventory_value
         FROM products_active GROUP BY category, supplier""",
 }
@@ -365,21 +367,21 @@ class DuckDB(Peer):
         A hash is grouped faster than a text; keys that share one are set aside too, which does no harm.
         """
         name, [key] = table.name, table.key
-        fails = {rule.name: self.fails(rule) for rule in (*table.rules, *reference_rules(table))}
-        refusing = {rule.name: fails[rule.name] for rule in errors(table)}
+        fails = {rule.name: self.violation(rule) for rule in (*table.rules, *reference_rules(table))}
+        refusing = {rule.name: fails[rule.name] for rule in rejecting_rules(table)}
         reasons = ", ".join(f"CASE WHEN {condition} THEN '{rule}' END" for rule, condition in refusing.items())
         parents = " ".join(
             f"LEFT JOIN (SELECT {column}, true AS _{column}_known FROM {parent}) USING ({column})"
-            for column, parent in table.references.items()
+            for column, parent in table.foreign_keys.items()
         )
         columns = [column for column, _ in table.columns]
         cleared = {
             rule.column: f"CASE WHEN {fails[rule.name]} THEN NULL ELSE {rule.column} END" for rule in clears(table)
         }
         mended = ", ".join(f"{cleared.get(column, column)} AS {column}" for column in columns)
-        order = ", ".join(f"{sql(by)} DESC NULLS LAST" for by in (*table.latest_by, *columns))
+        order = ", ".join(f"{sql(by)} DESC NULLS LAST" for by in (*table.sequence_by, *columns))
         # Only what others refer to is worth its memory.
-        kind = "VIEW" if table.references else "TABLE"
+        kind = "VIEW" if table.foreign_keys else "TABLE"
         self.db.execute(f"""
             CREATE VIEW {name}_received AS FROM {self.read(BRONZE, table)};
             CREATE TEMP TABLE {name}_repeated AS
@@ -412,16 +414,16 @@ class DuckDB(Peer):
         counted = dict(zip((*warnings, *refusing), (*warned_rows, *refused_rows), strict=True))
         quality = Quality(
             received=received,
-            kept=kept,
+            accepted=kept,
             quarantined=self.rows[f"{QUARANTINE}.{name}"],
             duplicates=valid - latest,
-            failed={rule: counted[rule] for rule in fails},
+            violations={rule: counted[rule] for rule in fails},
         )
         self.account(table, quality, self.profiles(table), repeated)
 
-    def fails(self, rule: Rule) -> str:
+    def violation(self, rule: Rule) -> str:
         """Whether a row breaks the rule."""
-        return "(" + sql(rule.fails).replace(":as_of_date", f"DATE '{self.config.as_of_date}'") + ")"
+        return "(" + sql(rule.violation).replace(":as_of_date", f"DATE '{self.config.as_of_date}'") + ")"
 
     def profiles(self, table: Table) -> dict[str, ColumnProfile]:
         """The profile of each column of a bronze table."""

@@ -19,14 +19,14 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
 from data_pipeline import (
+    ABORT,
     BRONZE,
-    GATE,
     WARN,
     ConfigurationError,
     DataPipelineConfig,
+    NotPublishedError,
     PipelineError,
     Quality,
-    RefusedError,
     Rule,
     Store,
     Table,
@@ -111,22 +111,22 @@ class Peer(ABC):
             log(line)
 
     def gate(self) -> None:
-        """Raises RefusedError when too many rows were refused or a gate rule is broken."""
+        """Raises NotPublishedError when too many rows were refused or a gate rule is broken."""
         for table in tables(BRONZE):
             quality = self.quality[table.name]
-            broken = any(quality.failed[rule.name] for rule in table.rules if rule.severity == GATE)
+            broken = any(quality.violations[rule.name] for rule in table.rules if rule.severity == ABORT)
             if broken or quality.quarantined > self.config.max_quarantine_rate * quality.received:
-                raise RefusedError(f"GATE MISSED: {quality.describe(table.name)}")
+                raise NotPublishedError(f"GATE MISSED: {quality.describe(table.name)}")
 
     def audit(self) -> None:
-        """Raises RefusedError where what is read back is not what was written, or does not add up."""
+        """Raises NotPublishedError where what is read back is not what was written, or does not add up."""
         found = self.read_back()
-        wrong = [f"{name}: rows unaccounted for" for name, quality in self.quality.items() if quality.unaccounted]
+        wrong = [f"{name}: rows unaccounted for" for name, quality in self.quality.items() if quality.unreconciled]
         wrong += [f"{name}: {table}" for name, table in found.items() if table.rows != self.rows[name]]
         wrong += [f"{name}: {table}" for name, table in found.items() if table.keys not in (None, table.rows)]
         revenues = {table.revenue for table in found.values()} - {None}
         if wrong or len(revenues) > 1:
-            raise RefusedError(f"AUDIT FAILED: {wrong}, revenues {revenues}")
+            raise NotPublishedError(f"AUDIT FAILED: {wrong}, revenues {revenues}")
         log("audit: rows, keys and revenue add up")
 
     def save_record(self) -> None:
@@ -150,17 +150,17 @@ def profiled(table: Table) -> list[str]:
 
 def reference_rules(table: Table) -> list[Rule]:
     """A rule per foreign key, over a column `_<key>_known` that a peer joins."""
-    return [Rule(f"{key}_unknown", key, f"{key} IS NOT NULL AND _{key}_known IS NULL") for key in table.references]
+    return [Rule(f"{key}_unknown", key, f"{key} IS NOT NULL AND _{key}_known IS NULL") for key in table.foreign_keys]
 
 
-def errors(table: Table) -> list[Rule]:
+def rejecting_rules(table: Table) -> list[Rule]:
     """The rules whose breach refuses a row."""
     return [rule for rule in (*table.rules, *reference_rules(table)) if rule.severity != WARN]
 
 
 def clears(table: Table) -> list[Rule]:
     """The rules whose breach clears a value."""
-    return [rule for rule in table.rules if rule.clears]
+    return [rule for rule in table.rules if rule.nullify]
 
 
 def salt(seed: int, name: str) -> int:

@@ -17,7 +17,7 @@ from datetime import date, datetime
 from typing import Any
 
 import polars as pl
-from peer import Audited, ColumnProfile, Peer, clears, errors, main, profiled, reference_rules, salt, weighted
+from peer import Audited, ColumnProfile, Peer, clears, main, profiled, reference_rules, rejecting_rules, salt, weighted
 
 from data_pipeline import (
     AGE_GROUPS,
@@ -42,8 +42,8 @@ from data_pipeline import (
     Quality,
     Rule,
     Table,
+    name_pools,
     tables,
-    vocabulary,
 )
 
 TYPES: Mapping[str, pl.DataType] = {
@@ -80,7 +80,7 @@ def sql(spark_sql: str) -> pl.Expr:
     return pl.sql_expr(polars_sql)
 
 
-def label(value: pl.Expr, bounds: Mapping[str, Any]) -> pl.Expr:
+def band(value: pl.Expr, bounds: Mapping[str, Any]) -> pl.Expr:
     """The first label whose bound the value does not exceed; null for null."""
     labelled = pl.lit(None, pl.String)
     for name, bound in reversed(list(bounds.items())):
@@ -94,7 +94,7 @@ def label(value: pl.Expr, bounds: Mapping[str, Any]) -> pl.Expr:
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
+class SeededRandom:
     """Repeatable randomness for the rows numbered by `row`."""
 
     seed: int
@@ -104,15 +104,15 @@ class Draw:
         """64 random bits."""
         return self.row.hash(salt(self.seed, name))
 
-    def below(self, name: str, bound: pl.Expr | int) -> pl.Expr:
+    def randrange(self, name: str, bound: pl.Expr | int) -> pl.Expr:
         """A whole number from 0 to `bound` - 1."""
         # The bits are unsigned; with a signed bound Polars would divide in 128 bits.
         return (self.bits(name) % (pl.lit(bound) if isinstance(bound, int) else bound).cast(pl.UInt64)).cast(pl.Int64)
 
-    def pick(self, name: str, words: Iterable[Any]) -> pl.Expr:
+    def choice(self, name: str, words: Iterable[Any]) -> pl.Expr:
         """One of the words; a mapping gives their weights."""
         words = weighted(words)
-        return one_of(words, self.below(name, len(words)))
+        return one_of(words, self.randrange(name, len(words)))
 
 
 def one_of(words: Sequence[Any] | pl.Series, index: pl.Expr) -> pl.Expr:
@@ -144,17 +144,17 @@ def padded(prefix: str, number: pl.Expr, digits: int, largest: int) -> pl.Expr:
 
 def customers(config: DataPipelineConfig) -> pl.LazyFrame:
     """One row per customer record."""
-    draw, words = Draw(config.seed, pl.col("id")), vocabulary(config.seed)
+    draw, words = SeededRandom(config.seed, pl.col("id")), name_pools(config.seed)
     mailbox = pl.concat_str("first_name", "last_name", separator=".").str.to_lowercase()
-    domain = draw.pick("customer domain", ("example.com", "example.org", "example.net"))
-    age = 18 + draw.below("customer age", 32) + draw.below("customer age too", 32)
+    domain = draw.choice("customer domain", ("example.com", "example.org", "example.net"))
+    age = 18 + draw.randrange("customer age", 32) + draw.randrange("customer age too", 32)
     signed_up_after = (pl.col("id") - 1) * config.history_days // config.num_customers
     return (
         records(config.num_customers)
         .with_columns(
             defect("customers", config),
-            first_name=draw.pick("first name", words.first_names),
-            last_name=draw.pick("last name", words.last_names),
+            first_name=draw.choice("first name", words.first_names),
+            last_name=draw.choice("last name", words.last_names),
         )
         .select(
             pl.col("id").alias("customer_id"),
@@ -165,7 +165,7 @@ def customers(config: DataPipelineConfig) -> pl.LazyFrame:
             .when(~has("missing_email"))
             .then(mailbox + pl.col("id").cast(pl.String) + "@" + domain),
             age=pl.when(has("impossible_age")).then(age + 200).otherwise(age),
-            city=draw.pick("customer city", words.cities),
+            city=draw.choice("customer city", words.cities),
             signup_date=config.first_day + pl.duration(days=signed_up_after),
         )
     )
@@ -173,67 +173,69 @@ def customers(config: DataPipelineConfig) -> pl.LazyFrame:
 
 def products(config: DataPipelineConfig) -> pl.LazyFrame:
     """One row per product record."""
-    draw, words = Draw(config.seed, pl.col("id")), vocabulary(config.seed)
+    draw, words = SeededRandom(config.seed, pl.col("id")), name_pools(config.seed)
     kinds = weighted({name: category.weight for name, category in CATEGORIES.items()})
 
     def of_kind(values: Iterable[Any]) -> pl.Expr:
         """The value, of one for each category, that belongs to the product's."""
         by_name = dict(zip(CATEGORIES, values, strict=True))
-        return draw.pick("product category", [by_name[kind] for kind in kinds])
+        return draw.choice("product category", [by_name[kind] for kind in kinds])
 
     nouns = of_kind(list(category.nouns) for category in CATEGORIES.values())
     cheapest, dearest = (of_kind(category[bound] for category in CATEGORIES.values()) for bound in (1, 2))
     # The product of two uniform numbers below 2^10: many cheap products, few dear ones.
-    parts = draw.below("product price", 1024) * draw.below("product price too", 1024)
+    parts = draw.randrange("product price", 1024) * draw.randrange("product price too", 1024)
     cents = (cheapest + (dearest - cheapest) * parts // 2**20) * 100 + 99
-    in_stock = draw.below("product in stock", 100) < 95
+    in_stock = draw.randrange("product in stock", 100) < 95
     return records(config.num_products).select(
         product_id=padded("PROD_", pl.col("id"), 4, config.num_products),
         product_name=pl.concat_str(
-            draw.pick("product adjective", words.adjectives),
-            nouns.list.get(draw.below("product noun", nouns.list.len())),
+            draw.choice("product adjective", words.adjectives),
+            nouns.list.get(draw.randrange("product noun", nouns.list.len())),
             separator=" ",
         ),
         category=of_kind(CATEGORIES),
         price=cents / 100,
-        stock_quantity=pl.when(in_stock).then(draw.below("product stock", 500) + 1).otherwise(0),
-        supplier=draw.pick("product supplier", words.suppliers),
-        weight_kg=((draw.below("product weight", 2000) + 5) / 100).round(2),
-        created_date=config.first_day - pl.duration(days=draw.below("product age", 365) + 1),
-        is_active=draw.below("product active", 100) < 92,
+        stock_quantity=pl.when(in_stock).then(draw.randrange("product stock", 500) + 1).otherwise(0),
+        supplier=draw.choice("product supplier", words.suppliers),
+        weight_kg=((draw.randrange("product weight", 2000) + 5) / 100).round(2),
+        created_date=config.first_day - pl.duration(days=draw.randrange("product age", 365) + 1),
+        is_active=draw.randrange("product active", 100) < 92,
     )
 
 
 def transactions(config: DataPipelineConfig, products: pl.LazyFrame) -> pl.LazyFrame:
     """One row per transaction record; a product's id and price are looked up by its number."""
     product_ids, prices = products.select("product_id", "price").sort("product_id").collect()
-    draw, words, days = Draw(config.seed, pl.col("number")), vocabulary(config.seed), config.history_days
+    draw, words, days = SeededRandom(config.seed, pl.col("number")), name_pools(config.seed), config.history_days
     weeks = math.ceil(days / 7)
     weekdays = {ago: WEEKDAY_WEIGHTS[(config.as_of_date.weekday() - ago) % 7] for ago in range(7)}
-    weeks_ago = pl.min_horizontal(draw.below("week", weeks), draw.below("week too", weeks))
+    weeks_ago = pl.min_horizontal(draw.randrange("week", weeks), draw.randrange("week too", weeks))
     signed_up = ((days - pl.col("days_ago")) * config.num_customers + days - 1) // days
-    one, other = (draw.below(name, signed_up) + 1 for name in ("customer", "customer too"))
-    more_loyal = Draw(config.seed, pl.col("one")).bits("loyalty") > Draw(config.seed, pl.col("other")).bits("loyalty")
+    one, other = (draw.randrange(name, signed_up) + 1 for name in ("customer", "customer too"))
+    more_loyal = SeededRandom(config.seed, pl.col("one")).bits("loyalty") > SeededRandom(
+        config.seed, pl.col("other")
+    ).bits("loyalty")
     midnight = (config.as_of_date - date(1970, 1, 1)).days
-    ago = pl.when(has("future_timestamp")).then(-1 - draw.below("days ahead", 30)).otherwise("days_ago")
-    second = draw.pick("hour", dict(enumerate(HOUR_WEIGHTS))) * 3600 + draw.below("second", 3540)
+    ago = pl.when(has("future_timestamp")).then(-1 - draw.randrange("days ahead", 30)).otherwise("days_ago")
+    second = draw.choice("hour", dict(enumerate(HOUR_WEIGHTS))) * 3600 + draw.randrange("second", 3540)
     later = pl.when(has("changed_status")).then(60).otherwise(0)
     amount = one_of(prices, pl.col("product")) * pl.col("quantity")
-    method = draw.pick("payment method", PAYMENT_METHODS)
-    status = draw.pick("status", STATUSES)
+    method = draw.choice("payment method", PAYMENT_METHODS)
+    status = draw.choice("status", STATUSES)
     changed = pl.when(status == "completed").then(pl.lit("refunded")).otherwise(pl.lit("completed"))
     devices, browsers = zip(*(pair.split("/") for pair in weighted(DEVICES_AND_BROWSERS)), strict=True)
     unknown_product = padded("PROD_", pl.lit(0), 4, config.num_products)
-    at_home = draw.below("at home", 10) < 9
-    home = Draw(config.seed, pl.col("customer")).pick("customer city", words.cities)
+    at_home = draw.randrange("at home", 10) < 9
+    home = SeededRandom(config.seed, pl.col("customer")).choice("customer city", words.cities)
     return (
         records(config.num_transactions)
         .with_columns(defect("transactions", config))
-        .with_columns(number=pl.col("id") - (has("exact_repeat") | has("changed_status")).cast(pl.Int64))
+        .with_columns(number=pl.col("id") - (has("exact_duplicate") | has("changed_status")).cast(pl.Int64))
         .with_columns(
-            days_ago=(weeks_ago * 7 + draw.pick("weekday", weekdays)) % days,
-            product=draw.below("product", config.num_products),
-            quantity=draw.pick("quantity", QUANTITIES),
+            days_ago=(weeks_ago * 7 + draw.choice("weekday", weekdays)) % days,
+            product=draw.randrange("product", config.num_products),
+            quantity=draw.choice("quantity", QUANTITIES),
         )
         .with_columns(one=one, other=other)
         .with_columns(customer=pl.when(more_loyal).then("one").otherwise("other"))
@@ -257,9 +259,9 @@ def transactions(config: DataPipelineConfig, products: pl.LazyFrame) -> pl.LazyF
             .then(pl.lit("seashells"))
             .otherwise(method),
             status=pl.when(has("changed_status")).then(changed).otherwise(status),
-            device=draw.pick("device and browser", devices),
-            browser=draw.pick("device and browser", browsers),
-            location=pl.when(at_home).then(home).otherwise(draw.pick("location", words.cities)),
+            device=draw.choice("device and browser", devices),
+            browser=draw.choice("device and browser", browsers),
+            location=pl.when(at_home).then(home).otherwise(draw.choice("location", words.cities)),
         )
     )
 
@@ -272,12 +274,12 @@ def cents(amount: str) -> pl.Expr:
     return (pl.col(amount) * 100).cast(pl.Int64)
 
 
-def average(total: pl.Expr, count: str) -> pl.Expr:
+def mean_or_zero(total: pl.Expr, count: str) -> pl.Expr:
     """Whole numbers divided and rounded half up; 0 where there is nothing to count."""
     return pl.when(pl.col(count) == 0).then(0).otherwise((2 * total + pl.col(count)) // (2 * pl.col(count)))
 
 
-def share(column: str) -> pl.Expr:
+def share_of_total(column: str) -> pl.Expr:
     """The row's part of the column's total, from 0 to 1."""
     value = pl.col(column).cast(pl.Float64)
     # By a single number Polars divides as it multiplies by the inverse, which may be off by the last bit.
@@ -287,8 +289,8 @@ def share(column: str) -> pl.Expr:
 def products_active(products: pl.LazyFrame) -> pl.LazyFrame:
     """One row per active product in stock."""
     return products.filter("is_active", pl.col("stock_quantity") > 0).with_columns(
-        price_band=label(pl.col("price"), PRICE_BANDS),
-        stock_status=label(pl.col("stock_quantity"), STOCK_STATUSES),
+        price_band=band(pl.col("price"), PRICE_BANDS),
+        stock_status=band(pl.col("stock_quantity"), STOCK_STATUSES),
         inventory_value=pl.col("price") * pl.col("stock_quantity"),
     )
 
@@ -328,15 +330,15 @@ def customers_enriched(customers: pl.LazyFrame, orders: pl.LazyFrame, config: Da
         .with_columns(pl.col("total_orders", "total_spent").fill_null(0))
         .with_columns(
             full_name=pl.concat_str("first_name", "last_name", separator=" "),
-            age_group=label(pl.col("age"), AGE_GROUPS),
-            customer_segment=label(pl.col("total_spent"), config.segments),
+            age_group=band(pl.col("age"), AGE_GROUPS),
+            customer_segment=band(pl.col("total_spent"), config.segments),
             tenure_days=(config.as_of_date - pl.col("signup_date")).dt.total_days(),
-            avg_order_value=average(cents("total_spent"), "total_orders") / 100,
+            avg_order_value=mean_or_zero(cents("total_spent"), "total_orders") / 100,
         )
     )
 
 
-def sales(transactions_clean: pl.LazyFrame) -> pl.LazyFrame:
+def orders_by_dimension(transactions_clean: pl.LazyFrame) -> pl.LazyFrame:
     """One row per category, payment method, device and browser."""
     keys = ("product_category", "payment_method", pl.col("device", "browser").fill_null("Unknown"))
     return transactions_clean.group_by(*keys).agg(
@@ -353,7 +355,7 @@ def sales_by(sales: pl.LazyFrame, *keys: str) -> pl.LazyFrame:
     return (
         sales.group_by(keys)
         .agg(pl.col("orders", "revenue", "units").sum(), pl.col("least").min(), pl.col("most").max())
-        .with_columns(mean=average(cents("revenue"), "orders") / 100)
+        .with_columns(mean=mean_or_zero(cents("revenue"), "orders") / 100)
     )
 
 
@@ -369,9 +371,9 @@ def customer_analytics(customers_enriched: pl.LazyFrame) -> pl.LazyFrame:
             segment_revenue=pl.col("total_spent").sum(),
         )
         .with_columns(
-            avg_age=average(10 * pl.col("years"), "ages") / 10,
-            avg_total_spent=average(cents("segment_revenue"), "customer_count") / 100,
-            avg_order_value=average(cents("segment_revenue"), "orders") / 100,
+            avg_age=mean_or_zero(10 * pl.col("years"), "ages") / 10,
+            avg_total_spent=mean_or_zero(cents("segment_revenue"), "customer_count") / 100,
+            avg_order_value=mean_or_zero(cents("segment_revenue"), "orders") / 100,
         )
     )
 
@@ -386,14 +388,18 @@ def category_analytics(sales: pl.LazyFrame) -> pl.LazyFrame:
         min_transaction="least",
         max_transaction="most",
         units_sold="units",
-        revenue_share=share("revenue"),
+        revenue_share=share_of_total("revenue"),
     )
 
 
 def payment_analytics(sales: pl.LazyFrame) -> pl.LazyFrame:
     """One row per payment method."""
     return sales_by(sales, "payment_method").select(
-        "payment_method", usage_count="orders", total_amount="revenue", avg_amount="mean", usage_share=share("orders")
+        "payment_method",
+        usage_count="orders",
+        total_amount="revenue",
+        avg_amount="mean",
+        usage_share=share_of_total("orders"),
     )
 
 
@@ -419,7 +425,7 @@ def product_analytics(products_active: pl.LazyFrame) -> pl.LazyFrame:
             total_stock=pl.col("stock_quantity").cast(pl.Int64).sum(),
             inventory_value=pl.col("inventory_value").sum(),
         )
-        .with_columns(avg_price=average(cents("prices"), "product_count") / 100)
+        .with_columns(avg_price=mean_or_zero(cents("prices"), "product_count") / 100)
     )
 
 
@@ -487,7 +493,7 @@ class Polars(Peer):
             rows = self.build(table)
             if table.revenue == "amount":
                 self.inputs["orders"], self.inputs["sales"] = (
-                    found.lazy() for found in self.save(SILVER, table, rows, orders, sales)
+                    found.lazy() for found in self.save(SILVER, table, rows, orders, orders_by_dimension)
                 )
             else:
                 self.save(SILVER, table, rows)
@@ -500,10 +506,10 @@ class Polars(Peer):
         """
         [key] = table.key
         received = self.read(BRONZE, table)
-        if table.references:
+        if table.foreign_keys:
             received = received.with_columns(_tidy=tidy(received))
-        fails = {rule.name: self.fails(rule) for rule in (*table.rules, *reference_rules(table))}
-        refusing = {rule.name: fails[rule.name] for rule in errors(table)}
+        fails = {rule.name: self.violation(rule) for rule in (*table.rules, *reference_rules(table))}
+        refusing = {rule.name: fails[rule.name] for rule in rejecting_rules(table)}
         # A hash is grouped faster than a text. Keys that share one are set aside too, which does no harm.
         key_hash = pl.col(key).hash()
         counts, profile, repeated = collect(
@@ -513,7 +519,7 @@ class Polars(Peer):
         )
         marks = {
             f"_{column}_known": pl.when(is_any_of(column, self.inputs[parent])).then(pl.lit(value=True))
-            for column, parent in table.references.items()
+            for column, parent in table.foreign_keys.items()
         }
         again = key_hash.is_in(repeated["_hash"].implode())
         checked = received.with_columns(**marks).with_columns(_apart=pl.any_horizontal(*refusing.values(), again))
@@ -531,20 +537,20 @@ class Polars(Peer):
         counted = counts.row(0, named=True) | broken.row(0, named=True)
         quality = Quality(
             received=counted["len"],
-            kept=once_rows.item() + len(latest),
+            accepted=once_rows.item() + len(latest),
             quarantined=self.rows[f"{QUARANTINE}.{table.name}"],
             duplicates=len(valid) - len(latest),
-            failed={rule: counted[rule] for rule in fails},
+            violations={rule: counted[rule] for rule in fails},
         )
         repetitions = len(set_aside) - set_aside[key].n_unique()
         self.account(table, quality, profiles(profile, profiled(table)), repetitions)
         rows = pl.concat([once, latest.lazy()])
         # Only what others refer to is worth its memory.
-        return rows if table.references else rows.collect(engine="streaming").lazy()
+        return rows if table.foreign_keys else rows.collect(engine="streaming").lazy()
 
-    def fails(self, rule: Rule) -> pl.Expr:
+    def violation(self, rule: Rule) -> pl.Expr:
         """Whether a row breaks the rule; never null."""
-        return sql(rule.fails.replace(":as_of_date", f"DATE '{self.config.as_of_date}'")).fill_null(value=False)
+        return sql(rule.violation.replace(":as_of_date", f"DATE '{self.config.as_of_date}'")).fill_null(value=False)
 
     def gold(self) -> None:
         for table in tables(GOLD):
@@ -571,8 +577,8 @@ def collect(*queries: pl.LazyFrame) -> list[pl.DataFrame]:
 
 
 def one_per_key(records: pl.DataFrame, table: Table) -> pl.DataFrame:
-    """The greatest row of each key by `table.latest_by`, then by all columns in order."""
-    order = [*map(sql, table.latest_by), *(name for name, _ in table.columns)]
+    """The greatest row of each key by `table.sequence_by`, then by all columns in order."""
+    order = [*map(sql, table.sequence_by), *(name for name, _ in table.columns)]
     ordered = records.sort(order, descending=True, nulls_last=True)
     return ordered.unique(table.key, keep="first", maintain_order=True)
 

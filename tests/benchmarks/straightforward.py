@@ -15,7 +15,7 @@ from datetime import datetime, time, timedelta, timezone
 from decimal import Decimal
 from typing import Any
 
-from peer import Audited, ColumnProfile, Peer, clears, errors, main, profiled, reference_rules
+from peer import Audited, ColumnProfile, Peer, clears, main, profiled, reference_rules, rejecting_rules
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
@@ -41,8 +41,8 @@ from data_pipeline import (
     DataPipelineConfig,
     Quality,
     Table,
+    name_pools,
     tables,
-    vocabulary,
 )
 
 Row = tuple[Any, ...]
@@ -60,7 +60,7 @@ def defect_of(table: str, number: int, config: DataPipelineConfig) -> str | None
 
 def make_customers(config: DataPipelineConfig) -> list[Row]:
     """One row per customer record."""
-    rng, words = random.Random(config.seed), vocabulary(config.seed)
+    rng, words = random.Random(config.seed), name_pools(config.seed)
     rows: list[Row] = []
     for number in range(1, config.num_customers + 1):
         defect = defect_of("customers", number, config)
@@ -82,7 +82,7 @@ def make_customers(config: DataPipelineConfig) -> list[Row]:
 
 def make_products(config: DataPipelineConfig) -> list[Row]:
     """One row per product record."""
-    rng, words = random.Random(config.seed + 1), vocabulary(config.seed)
+    rng, words = random.Random(config.seed + 1), name_pools(config.seed)
     digits = max(4, len(str(config.num_products)))
     rows: list[Row] = []
     for number in range(1, config.num_products + 1):
@@ -108,7 +108,7 @@ def make_products(config: DataPipelineConfig) -> list[Row]:
 
 def make_transactions(config: DataPipelineConfig, customers: list[Row], products: list[Row]) -> list[Row]:
     """One row per transaction record."""
-    rng, words = random.Random(config.seed + 2), vocabulary(config.seed)
+    rng, words = random.Random(config.seed + 2), name_pools(config.seed)
     loyalty = [rng.random() for _ in customers]
     digits = max(7, len(str(config.num_transactions)))
     weeks = math.ceil(config.history_days / 7)
@@ -116,7 +116,7 @@ def make_transactions(config: DataPipelineConfig, customers: list[Row], products
     rows: list[Row] = []
     for number in range(1, config.num_transactions + 1):
         defect = defect_of("transactions", number, config)
-        if defect in ("exact_repeat", "changed_status"):
+        if defect in ("exact_duplicate", "changed_status"):
             repeated = rows[-1]
             if defect == "changed_status":
                 *before, moment, method, status, device, browser, location = repeated
@@ -180,7 +180,7 @@ def make_transactions(config: DataPipelineConfig, customers: list[Row], products
 # ── Refine ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def label(column: str, bounds: Mapping[str, Any]) -> Column:
+def band(column: str, bounds: Mapping[str, Any]) -> Column:
     """The first label whose bound the value does not exceed; null for null."""
     labels = F.when(F.lit(False), None)
     for name, bound in bounds.items():
@@ -188,7 +188,7 @@ def label(column: str, bounds: Mapping[str, Any]) -> Column:
     return labels
 
 
-def average(total: str, count: str) -> Column:
+def mean_or_zero(total: str, count: str) -> Column:
     """The total divided by the count; 0 where there is nothing to count."""
     return F.when(F.col(count) == 0, F.lit(0)).otherwise(F.col(total) / F.col(count))
 
@@ -197,8 +197,8 @@ def products_active(products: DataFrame) -> DataFrame:
     """One row per active product in stock."""
     return (
         products.filter("is_active AND stock_quantity > 0")
-        .withColumn("price_band", label("price", PRICE_BANDS))
-        .withColumn("stock_status", label("stock_quantity", STOCK_STATUSES))
+        .withColumn("price_band", band("price", PRICE_BANDS))
+        .withColumn("stock_status", band("stock_quantity", STOCK_STATUSES))
         .withColumn("inventory_value", F.col("price") * F.col("stock_quantity"))
     )
 
@@ -232,10 +232,10 @@ def customers_enriched(customers: DataFrame, transactions_clean: DataFrame, conf
         .withColumn("total_spent", F.coalesce("total_spent", F.lit(0)))
         .withColumn("total_spent", F.col("total_spent").cast("decimal(18,2)"))
         .withColumn("full_name", F.concat_ws(" ", "first_name", "last_name"))
-        .withColumn("age_group", label("age", AGE_GROUPS))
-        .withColumn("customer_segment", label("total_spent", config.segments))
+        .withColumn("age_group", band("age", AGE_GROUPS))
+        .withColumn("customer_segment", band("total_spent", config.segments))
         .withColumn("tenure_days", F.datediff(F.lit(config.as_of_date), "signup_date"))
-        .withColumn("avg_order_value", average("total_spent", "total_orders"))
+        .withColumn("avg_order_value", mean_or_zero("total_spent", "total_orders"))
     )
 
 
@@ -251,9 +251,9 @@ def customer_analytics(customers_enriched: DataFrame) -> DataFrame:
             F.sum("total_orders").alias("orders"),
             F.sum("total_spent").cast("decimal(18,2)").alias("segment_revenue"),
         )
-        .withColumn("avg_age", average("years", "ages"))
-        .withColumn("avg_total_spent", average("segment_revenue", "customer_count"))
-        .withColumn("avg_order_value", average("segment_revenue", "orders"))
+        .withColumn("avg_age", mean_or_zero("years", "ages"))
+        .withColumn("avg_total_spent", mean_or_zero("segment_revenue", "customer_count"))
+        .withColumn("avg_order_value", mean_or_zero("segment_revenue", "orders"))
     )
 
 
@@ -269,7 +269,7 @@ def category_analytics(transactions_clean: DataFrame) -> DataFrame:
             F.max("amount").alias("max_transaction"),
             F.sum("quantity").alias("units_sold"),
         )
-        .withColumn("avg_transaction_value", average("total_revenue", "transaction_count"))
+        .withColumn("avg_transaction_value", mean_or_zero("total_revenue", "transaction_count"))
         .withColumn("revenue_share", F.col("total_revenue").cast("double") / F.lit(float(total or 0)))
     )
 
@@ -280,7 +280,7 @@ def payment_analytics(transactions_clean: DataFrame) -> DataFrame:
     return (
         transactions_clean.groupBy("payment_method")
         .agg(F.count("*").alias("usage_count"), F.sum("amount").cast("decimal(18,2)").alias("total_amount"))
-        .withColumn("avg_amount", average("total_amount", "usage_count"))
+        .withColumn("avg_amount", mean_or_zero("total_amount", "usage_count"))
         .withColumn("usage_share", F.col("usage_count") / F.lit(total))
     )
 
@@ -295,7 +295,7 @@ def device_analytics(transactions_clean: DataFrame) -> DataFrame:
             F.sum("amount").cast("decimal(18,2)").alias("total_revenue"),
             F.sum("quantity").alias("units_sold"),
         )
-        .withColumn("avg_transaction_value", average("total_revenue", "transaction_count"))
+        .withColumn("avg_transaction_value", mean_or_zero("total_revenue", "transaction_count"))
     )
 
 
@@ -309,7 +309,7 @@ def product_analytics(products_active: DataFrame) -> DataFrame:
             F.sum("stock_quantity").alias("total_stock"),
             F.sum("inventory_value").alias("inventory_value"),
         )
-        .withColumn("avg_price", average("prices", "product_count"))
+        .withColumn("avg_price", mean_or_zero("prices", "product_count"))
     )
 
 
@@ -374,18 +374,18 @@ class Straightforward(Peer):
         [key] = table.key
         received = self.read(BRONZE, table)
         checked = received
-        for column, parent in table.references.items():
+        for column, parent in table.foreign_keys.items():
             known = valid[parent].select(column, F.lit(True).alias(f"_{column}_known"))
             checked = checked.join(known, column, "left")
-        failed = {rule.name: received.filter(rule.failed(self.config)).count() for rule in table.rules}
-        failed |= {rule.name: checked.filter(rule.failed(self.config)).count() for rule in reference_rules(table)}
-        reasons = [F.when(rule.failed(self.config), rule.name) for rule in errors(table)]
+        failed = {rule.name: received.filter(rule.is_violated(self.config)).count() for rule in table.rules}
+        failed |= {rule.name: checked.filter(rule.is_violated(self.config)).count() for rule in reference_rules(table)}
+        reasons = [F.when(rule.is_violated(self.config), rule.name) for rule in rejecting_rules(table)]
         checked = checked.withColumn("_reasons", F.array_compact(F.array(*reasons)))
         quarantined = self.save(QUARANTINE, table, checked.filter(F.size("_reasons") > 0))
         passed = checked.filter(F.size("_reasons") == 0).select(*received.columns)
         for rule in clears(table):
-            passed = passed.withColumn(rule.column, F.when(~rule.failed(self.config), F.col(rule.column)))
-        order = [F.expr(by).desc() for by in (*table.latest_by, *received.columns)]
+            passed = passed.withColumn(rule.column, F.when(~rule.is_violated(self.config), F.col(rule.column)))
+        order = [F.expr(by).desc() for by in (*table.sequence_by, *received.columns)]
         kept = (
             passed.withColumn("_rank", F.row_number().over(Window.partitionBy(key).orderBy(*order)))
             .filter("_rank = 1")
