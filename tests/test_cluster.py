@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import json
 import os
@@ -32,8 +31,15 @@ from data_pipeline import (
     DataPipelineConfig,
     NotPublishedError,
     PipelineError,
+    Run,
     RunRecord,
+    Snapshot,
+    SparkCluster,
     Store,
+    audit,
+    check_shared_storage,
+    choose_engine,
+    open_source,
     preflight,
     run_pipeline,
 )
@@ -70,8 +76,8 @@ class Cluster:
         return (*FLAGS, f"--spark-master={self.url}", "--driver-host=127.0.0.1", "--cluster-timeout=120")
 
     def start(self, name: str, program: str, *arguments: str, within: tuple[str, ...] = ()) -> None:
-        home = data_pipeline._spark_home()
-        java = data_pipeline._java_home(data_pipeline._spark_version(home))
+        home = data_pipeline.spark_home()
+        java = data_pipeline.java_home(data_pipeline.spark_version(home))
         command = (*within, str(home / "bin/spark-class"), f"org.apache.spark.deploy.{program}", "--host", "127.0.0.1")
         with open(self.folder / f"{name}.log", "wb") as log:
             self.machines[name] = subprocess.Popen(
@@ -153,7 +159,7 @@ def test_spark_submit_gives_the_tables_of_a_local_run(
         tmp_path,
         *FLAGS,
         program=(*submit, data_pipeline.__file__),
-        interpreter=str(data_pipeline._spark_home() / "bin/spark-submit"),
+        interpreter=str(data_pipeline.spark_home() / "bin/spark-submit"),
         PYSPARK_PYTHON=sys.executable,
     ) as process:
         # spark-submit sends all that Python writes to its standard output.
@@ -196,15 +202,17 @@ def test_audit_blames_the_data_only_while_there_are_machines(
     lost: bool, config: DataPipelineConfig, report: RunRecord, spark: SparkSession
 ) -> None:
     record = dataclasses.replace(report, run_id="19991231T235959Z-0000", seconds={}, started_after={})
-    run = data_pipeline._Run(config, spark, Store(config.root), record, 0.0)
+    engine = SparkCluster(config, 0, spark, "spark://nowhere:7077")
+    engine.spark = spark
+    run = Run(config, engine, Snapshot(Store(config.root), record), record)
     died = (
         "Job aborted due to stage failure: … ExecutorLostFailure (executor 8 exited caused by one of the running tasks)"
     )
-    assert run.is_infrastructure_failure(RuntimeError(died))
+    assert engine.is_infrastructure_failure(RuntimeError(died))
     if lost:
-        run.lost.set()
+        engine.lost.set()
     with pytest.raises(AnalysisException if lost else NotPublishedError):
-        run.audit()
+        audit(run)
 
 
 def test_disks_that_are_not_shared(make_cluster: MakeCluster, tmp_path: Path) -> None:
@@ -226,13 +234,16 @@ def test_disks_that_are_not_shared(make_cluster: MakeCluster, tmp_path: Path) ->
 def test_probe_leaves_nothing(
     scheme: str, config: DataPipelineConfig, report: RunRecord, spark: SparkSession, tmp_path: Path
 ) -> None:
-    record = copy.deepcopy(report)
-    data_pipeline._Run(config, spark, Store(f"{scheme}{tmp_path}/data"), record, 0.0).check_shared_storage()
-    assert list(tmp_path.glob("data/snapshots/*")) == [tmp_path / "data/snapshots" / record.run_id]
+    engine = choose_engine(config, open_source(config), spark)
+    with contextlib.closing(engine):
+        engine.start(os.devnull)
+        check_shared_storage(engine, Snapshot(Store(f"{scheme}{tmp_path}/data"), report))
+    assert list(tmp_path.glob("data/snapshots/*")) == [tmp_path / "data/snapshots" / report.run_id]
     assert list(tmp_path.glob("data/snapshots/*/*")) == []
 
 
-def test_no_master(small: Callable[..., DataPipelineConfig]) -> None:
+def test_no_master(small: Callable[..., DataPipelineConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_pipeline, "running_session", lambda: None)
     master = f"127.0.0.1:{free_port()},localhost:{free_port()}"
     with pytest.raises(PipelineError, match=f"no Spark master at {master} .*refused.*: start it, or choose another"):
         preflight(small(spark_master=f"spark://{master}"))
@@ -270,8 +281,8 @@ def test_bad_input_is_joined_by_shuffle_and_its_skew_split(
     assert expected.quality["transactions"].quarantined > 7_000
     assert expected.quality["transactions"].duplicates > 1_000
 
-    monkeypatch.setattr(data_pipeline, "startup_dominates", lambda _: False)
-    monkeypatch.setattr(DataPipelineConfig, "partitions", lambda *_: 4)
+    monkeypatch.setattr(data_pipeline, "SMALL_RUN", 0)
+    monkeypatch.setattr(data_pipeline, "partition_count", lambda *_: 4)
     large = {
         "spark.sql.autoBroadcastJoinThreshold": "-1",
         "spark.sql.adaptive.advisoryPartitionSizeInBytes": "8k",

@@ -54,7 +54,7 @@ def test_good_run(tmp_path: Path) -> None:
     assert code == 0, log
     assert all(LOG_LINE.match(line) for line in log.splitlines()), f"only our own lines:\n{log}"
     assert "[1/" not in log, "progress is for a terminal"
-    for table in TABLES:
+    for table in TABLES.values():
         assert list((tmp_path / "pipeline-data" / table.layer / table.name).glob("*.parquet"))
     assert "bronze.products                          10 rows" in log
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pipeline-data"], "nothing else is left behind"
@@ -84,12 +84,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
 
 
 BROKEN = """
-import dataclasses, sys, data_pipeline
-tables = data_pipeline.TABLES
-broken = lambda products: products.select("no_such_column")
-data_pipeline.TABLES = tuple(
-    dataclasses.replace(table, build=broken) if table.name == "products_active" else table for table in tables
-)
+import sys, data_pipeline
+data_pipeline.products_active = lambda products: products.select("no_such_column")
 sys.exit(data_pipeline.main())
 """
 
@@ -133,6 +129,7 @@ def test_github_actions_is_told_what_is_wrong(tmp_path: Path) -> None:
     with start(tmp_path, *flags, GITHUB_ACTIONS="true", GITHUB_STEP_SUMMARY=str(page)) as process:
         out, _ = process.communicate(timeout=60)
     assert process.returncode == 2
-    expected = "::error::--spark-master: spark_master must be a text, not '50%25\\\\nspark'\n"
+    choices = "local[*], yarn, or a URL such as spark://host:7077"
+    expected = f"::error::--spark-master: spark_master must be {choices}, not '50%25\\\\nspark'\n"
     assert out == expected.replace("\\\\", "\\"), "one command, of one line"
     assert page.read_text().startswith("what an earlier step wrote\n## ❌ Nothing was run\n")

@@ -9,7 +9,29 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import ConfigurationError, DataPipelineConfig, load_config, parse_arguments
+import data_pipeline
+from data_pipeline import (
+    ConfigurationError,
+    DataPipelineConfig,
+    check_config,
+    choose_engine,
+    load_config,
+    open_source,
+    parse_arguments,
+    partition_count,
+)
+
+
+@pytest.fixture(autouse=True)
+def no_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The session of other tests does not decide what the configuration means."""
+    monkeypatch.setattr(data_pipeline, "running_session", lambda: None)
+
+
+def check(config: DataPipelineConfig) -> None:
+    """Checks what is checked before a run touches anything."""
+    check_config(config)
+    choose_engine(config, open_source(config))
 
 
 def test_defaults() -> None:
@@ -17,7 +39,7 @@ def test_defaults() -> None:
     assert (config.num_customers, config.num_transactions, config.num_products) == (10_000, 50_000, 200)
     assert config.as_of_date == datetime.now(timezone.utc).date()
     assert config.root == str(Path("~/pipeline-data").expanduser())
-    config.validate()
+    check(config)
 
 
 def test_attributes_are_assigned_as_people_are_used_to() -> None:
@@ -71,11 +93,11 @@ def test_bad_value(field: str, value: object, message: str) -> None:
 )
 def test_master_from_the_environment(master: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARK_MASTER", master)
-    DataPipelineConfig().validate()
+    check(DataPipelineConfig())
     monkeypatch.setenv("SPARK_MASTER", f"{master} x")
     with pytest.raises(ConfigurationError, match="SPARK_MASTER"):
-        DataPipelineConfig().validate()
-    DataPipelineConfig(spark_master="local").validate()
+        check(DataPipelineConfig())
+    check(DataPipelineConfig(spark_master="local"))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +118,7 @@ def test_master_from_the_environment(master: str, monkeypatch: pytest.MonkeyPatc
 )
 def test_values_that_do_not_fit(values: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        dataclasses.replace(DataPipelineConfig(), **values).validate()  # type: ignore[arg-type]
+        check(dataclasses.replace(DataPipelineConfig(), **values))  # type: ignore[arg-type]
 
 
 def test_data_dir_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,9 +180,8 @@ def test_bad_command_line(flags: list[str], environment: dict[str, str], message
 @pytest.mark.parametrize("cores", [1, 2, 64])
 def test_partitions_grow_with_the_rows(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    config = DataPipelineConfig()
-    assert config.partitions(0) == config.partitions(60_000) == 1
+    assert partition_count(0) == partition_count(60_000) == 1
     # Every core is busy, but none with next to nothing.
-    assert config.partitions(1_000_000) == min(cores, 5)
+    assert partition_count(1_000_000) == min(cores, 5)
     # Files of a good size, and as many for each core.
-    assert config.partitions(600_000_000) == math.ceil(100 / cores) * cores
+    assert partition_count(600_000_000) == math.ceil(100 / cores) * cores

@@ -28,9 +28,14 @@ from data_pipeline import (
     DataPipelineConfig,
     NotPublishedError,
     PipelineError,
+    Run,
     RunRecord,
+    Snapshot,
     Store,
+    audit,
+    choose_engine,
     foreign_key_rule,
+    open_source,
     run_pipeline,
     tables,
 )
@@ -57,12 +62,18 @@ def finished(
     published: DataPipelineConfig, first_run: tuple[DataPipelineConfig, RunRecord], spark: SparkSession
 ) -> Any:
     """That run, with its tables written: it can be damaged and audited."""
-    return data_pipeline._Run(published, spark, Store(published.root), copy.deepcopy(first_run[1]), 0.0)
+    return started_run(published, spark, copy.deepcopy(first_run[1]))
+
+
+def started_run(config: DataPipelineConfig, spark: SparkSession, record: RunRecord) -> Run:
+    engine = choose_engine(config, open_source(config), spark)
+    engine.start(os.devnull)
+    return Run(config, engine, Snapshot(Store(config.root), record), record)
 
 
 def record_of_last_run(config: DataPipelineConfig) -> dict[str, Any]:
-    *_, (_, record) = Store(config.root).records()
-    assert isinstance(record, dict)
+    *_, path = sorted(Path(config.root, "runs").glob("*.json"))
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return record
 
 
@@ -83,12 +94,8 @@ def refused(config: DataPipelineConfig, spark: SparkSession, match: str) -> dict
 def receive(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[DataFrame], DataFrame]) -> None:
     """Lets bronze receive a table with a change."""
 
-    def changed(table: data_pipeline.Table) -> data_pipeline.Table:
-        build = table.build
-        return dataclasses.replace(table, build=lambda spark, config: change(build(spark, config)))
-
-    replaced = tuple(changed(table) if table.name == name else table for table in data_pipeline.TABLES)
-    monkeypatch.setattr(data_pipeline, "TABLES", replaced)
+    generate = getattr(data_pipeline, f"generate_{name}")
+    monkeypatch.setattr(data_pipeline, f"generate_{name}", lambda spark, config: change(generate(spark, config)))
 
 
 def test_too_many_refused_rows(
@@ -153,7 +160,7 @@ def test_lost_refused_row(published: DataPipelineConfig, spark: SparkSession, mo
 def test_lost_duplicate(published: DataPipelineConfig, spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
     real = data_pipeline.latest_per_key
     monkeypatch.setattr(
-        data_pipeline, "latest_per_key", lambda records, table: real(records, table).withColumn("_copies", F.lit(1))
+        data_pipeline, "latest_per_key", lambda records, table: real(records, table).withColumn("_records", F.lit(1))
     )
     refused(published, spark, "AUDIT FAILED.*transactions: 4 of 1,000 rows received are unaccounted for")
 
@@ -175,7 +182,7 @@ def scramble(file: Path) -> None:
 
 
 def folder(finished: Any, table: str) -> Path:
-    return Path(finished.store.path("snapshots", finished.record.run_id, table))
+    return Path(finished.snapshot.path(table))
 
 
 @pytest.mark.parametrize(
@@ -189,11 +196,11 @@ def folder(finished: Any, table: str) -> Path:
     ],
 )
 def test_damage_is_found_at_the_audit(table: str, damage: Callable[[Path], None], message: str, finished: Any) -> None:
-    finished.audit()
+    audit(finished)
     for file in folder(finished, table).glob("*.parquet"):
         damage(file)
     with pytest.raises(NotPublishedError, match=f"AUDIT FAILED, nothing is published: .*{message}"):
-        finished.audit()
+        audit(finished)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +226,7 @@ def test_wrong_table_is_found_at_the_audit(
     changed = spark.createDataFrame(change(written).collect(), written.schema)
     changed.write.mode("overwrite").parquet(f"file://{path}")
     with pytest.raises(NotPublishedError, match=f"AUDIT FAILED, nothing is published: .*{message}"):
-        finished.audit()
+        audit(finished)
 
 
 def test_reader_of_the_old_snapshot_goes_on(published: DataPipelineConfig, spark: SparkSession) -> None:
@@ -262,7 +269,7 @@ def test_profile(published: DataPipelineConfig) -> None:
     profile = record_of_last_run(published)["profile"]
     with open_tables(published.root) as db:
         for table in tables("bronze"):
-            columns = [name for name, _ in table.columns if not name.startswith("_")]
+            columns = [name for name, _ in table.columns()]
             assert list(profile[table.name]) == columns
             rows = one(db, f"SELECT count(*) FROM bronze_{table.name}")
             for name in columns:
@@ -311,15 +318,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_disk_that_fills_up(small_disk: Path, spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
     config = DataPipelineConfig(data_dir=str(small_disk / "data"), as_of_date="2026-03-04", **SMALL)  # type: ignore[arg-type]
     first = run_pipeline(config, spark).run_id
-    real = data_pipeline._Run.silver
+    real = data_pipeline.clean
 
-    def silver(run: Any) -> None:
+    def clean(run: Run, bronze: Any) -> Any:
         with pytest.raises(OSError, match="No space left"), open(small_disk / "ballast", "wb", buffering=0) as file:
             while True:
                 file.write(bytes(4096))
-        real(run)
+        return real(run, bronze)
 
-    monkeypatch.setattr(data_pipeline._Run, "silver", silver)
+    monkeypatch.setattr(data_pipeline, "clean", clean)
     with pytest.raises(PipelineError, match=r"the disk of .* is full \(No space left on device, in quarantine\.\w+\)"):
         run_pipeline(config, spark)
     store = Store(config.root)
@@ -386,4 +393,4 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     store = Store(str(root))
     audited = set(store.snapshots(data_pipeline.AUDITED))
     assert set(store.snapshots()) == audited, "the leftovers of the killed runs are gone"
-    assert {record["result"] for _, record in store.records() if isinstance(record, dict)} <= {"succeeded", "killed"}
+    assert {record.result for _, record in store.records() if isinstance(record, RunRecord)} <= {"succeeded", "killed"}

@@ -10,8 +10,9 @@ from conftest import ENGINE, one
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+import data_pipeline
 from data_pipeline import (
-    DEFECTS,
+    TABLES,
     DataPipelineConfig,
     RunRecord,
     _records,
@@ -47,7 +48,7 @@ def test_rows_do_not_depend_on_partitions(
 ) -> None:
     found = []
     for partitions in (1, 2, 8):
-        monkeypatch.setattr(DataPipelineConfig, "partitions", lambda *_, n=partitions: n)
+        monkeypatch.setattr(data_pipeline, "partition_count", lambda *_, n=partitions: n)
         rows = generate(spark, config)
         if ENGINE == "spark":  # Sail deals a single partition out to its threads
             assert rows.select(F.spark_partition_id()).distinct().count() == partitions
@@ -78,9 +79,9 @@ def test_planted_kinds_are_as_many_as_said(
     config = small(defect_rate=rate)
     for table, rows in (("customers", config.num_customers), ("transactions", config.num_transactions)):
         planted = injected_defects(table, rows, rate)
-        records = _with_defect(_records(spark, rows, config), table, config).where("defect IS NOT NULL")
+        records = _with_defect(_records(spark, rows), table, config).where("defect IS NOT NULL")
         assert {row["defect"]: row["count"] for row in records.groupBy("defect").count().collect()} == planted
-        assert set(planted) == set(DEFECTS[table])
+        assert set(planted) == set(TABLES[table].defects)
         assert sum(planted.values()) == int(rows * rate)
         assert max(planted.values()) - min(planted.values()) <= 1
 

@@ -11,7 +11,6 @@ from pyspark.sql import functions as F
 
 from data_pipeline import (
     AGE_GROUPS,
-    SCHEMAS,
     TABLES,
     DataPipelineConfig,
     band,
@@ -31,7 +30,7 @@ Frame = Callable[..., DataFrame]
 
 
 def schema(table: str) -> str:
-    return " ".join(SCHEMAS[table].split())
+    return " ".join(TABLES[table].schema.split())
 
 
 def rows(frame: DataFrame) -> list[dict[str, Any]]:
@@ -185,10 +184,13 @@ def test_shares_add_up_to_one(frame: Frame) -> None:
 
 
 def test_tables_declare_columns_keys_and_order(spark: SparkSession) -> None:
-    assert [table.layer for table in TABLES] == ["bronze"] * 3 + ["silver"] * 3 + ["gold"] * 5
-    assert set(SCHEMAS) == {table.name for table in TABLES}
-    for table in TABLES:
+    assert [table.layer for table in TABLES.values()] == ["bronze"] * 3 + ["silver"] * 3 + ["gold"] * 5
+    for name, table in TABLES.items():
+        assert table.name == name
+        assert table.from_table in TABLES or table.layer == "bronze"
+        for layer in (table.layer, *(["quarantine"] if table.layer == "bronze" else [])):
+            assert spark.createDataFrame([], table.schema_in(layer)).dtypes == table.columns(layer)
         parsed = spark.createDataFrame([], table.schema)
-        assert parsed.dtypes == table.columns
+        assert parsed.dtypes == table.columns()
         assert set(table.key) <= set(parsed.columns)
         assert bool(table.order) == (table.layer == "gold")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,11 +25,11 @@ from data_pipeline import (
     DataPipelineConfig,
     LockedError,
     PipelineError,
+    RunRecord,
     Store,
     list_runs,
     main,
     preflight,
-    rollback,
 )
 
 IDS = [f"2026030{day}T120000Z-00a{day}" for day in range(1, 7)]
@@ -51,7 +53,17 @@ def add(store: Store, run_id: str, mark: str | None = AUDITED, result: str = "su
     rows = {"bronze.customers": 1_000, "bronze.products": 200, "gold.customer_analytics": 9}
     record = {"run_id": run_id, "result": result, "started_at": "2026-03-01T12:00:00+00:00", "rows": rows}
     written = {f"{layer}.{table.name}": len(run_id) for layer, table in SNAPSHOT_TABLES}
-    store.save_record(run_id, record | {"config": {"as_of_date": "2026-02-28"}, "bytes": written})
+    save(store, run_id, record | {"config": {"as_of_date": "2026-02-28"}, "bytes": written})
+
+
+def save(store: Store, run_id: str, record: dict[str, Any]) -> None:
+    store.write_atomic(f"runs/{run_id}.json", json.dumps(record))
+
+
+def result_of(store: Store, run_id: str) -> str:
+    record = store.record(run_id)
+    assert record is not None
+    return record.result
 
 
 def seen(store: Store) -> set[str]:
@@ -117,7 +129,7 @@ def test_leftovers_of_a_dead_run_are_removed_and_said(store: Store, caplog: pyte
     store.expire_snapshots(1)
     assert store.snapshots() == [IDS[0]]
     assert all(other.is_dir() for other in others), "what no run made is left alone"
-    assert dict(store.records())[IDS[1]]["result"] == "killed"  # type: ignore[index]
+    assert result_of(store, IDS[1]) == "killed"
     assert f"Run {IDS[1]} was killed, before its data was published" in caplog.text
 
 
@@ -125,7 +137,7 @@ def test_run_killed_after_publishing_has_succeeded(store: Store) -> None:
     add(store, IDS[0], result="running")
     store.publish(IDS[0])
     store.recover()
-    assert dict(store.records())[IDS[0]]["result"] == "succeeded"  # type: ignore[index]
+    assert result_of(store, IDS[0]) == "succeeded"
     assert seen(store) == {IDS[0]}
 
 
@@ -172,10 +184,10 @@ def test_rollback(store: Store) -> None:
     for run_id in IDS[:3]:
         add(store, run_id)
     store.publish(IDS[2])
-    assert rollback(store, "", 0) == IDS[1]
+    assert store.rollback("", 0) == IDS[1]
     assert seen(store) == {IDS[1]}
-    assert rollback(store, "", 0) == IDS[0]
-    assert rollback(store, IDS[2], 0) == IDS[2]
+    assert store.rollback("", 0) == IDS[0]
+    assert store.rollback(IDS[2], 0) == IDS[2]
     assert seen(store) == {IDS[2]}
 
 
@@ -190,7 +202,7 @@ def test_rollback_that_cannot_be(store: Store, tmp_path: Path, caplog: pytest.Lo
         ("../..", "no snapshot ../.."),
     ):
         with pytest.raises(PipelineError, match=message.replace(".", r"\.")):
-            rollback(store, wanted, 0)
+            store.rollback(wanted, 0)
     for file in Path(store.path("snapshots", IDS[2], "gold", "device_analytics")).iterdir():
         file.unlink()
     assert main(["--rollback", IDS[2], "--data-dir", store.root]) == 2
@@ -217,7 +229,7 @@ def test_run_ids_rise_though_the_clock_is_set_back(store: Store, caplog: pytest.
     first, second = store.next_run_id(), store.next_run_id()
     assert "clock" not in caplog.text
     future = "20991231T235959Z-abcd"
-    store.save_record(future, {})
+    save(store, future, {})
     third = store.next_run_id()
     assert max(first, second) < future < third
     assert third.startswith("21000101T000000Z-")
@@ -267,7 +279,8 @@ def test_lock_of_a_killed_process_does_not_block(store: Store) -> None:
 
 
 def test_record_is_replaced_whole(store: Store) -> None:
-    store.save_record(IDS[0], {"size": "x" * 100_000})
+    record = RunRecord(IDS[0], "2026-03-01T12:00:00+00:00", store.root, {"size": "x" * 100_000}, {})
+    store.save_record(record)
     with pytest.raises(TypeError):
-        store.save_record(IDS[0], {("not", "a", "key"): 1})  # type: ignore[dict-item]
-    assert len(json.loads(Path(store.path("runs", f"{IDS[0]}.json")).read_text())["size"]) == 100_000
+        store.save_record(dataclasses.replace(record, config={("not", "a", "key"): 1}))  # type: ignore[dict-item]
+    assert store.record(IDS[0]) == record

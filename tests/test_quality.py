@@ -12,25 +12,24 @@ from pyspark.sql import functions as F
 from data_pipeline import (
     ABORT,
     REJECT,
-    RULES,
-    SCHEMAS,
     TABLES,
     WARN,
     DataPipelineConfig,
     KeyViolations,
+    Rule,
     Table,
-    find_key_violations,
+    duplicate_keys,
     flag_rows,
     latest_per_key,
+    names,
+    orphan_keys,
     quarantined,
-    tables,
     valid,
 )
 
 Frame = Callable[..., DataFrame]
 
-BY_NAME = {table.name: table for table in TABLES}
-BRONZE = [table.name for table in tables("bronze")]
+BRONZE = names("bronze")
 GOOD: dict[str, dict[str, Any]] = {
     "customers": {
         "customer_id": 1,
@@ -90,27 +89,29 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
 def received(frame: Frame, table: Table, *changes: dict[str, Any]) -> DataFrame:
     """The good row of a table with each of the changes."""
     rows = [GOOD[table.name] | change for change in changes]
-    return frame(" ".join(SCHEMAS[table.name].split()), *rows)
+    return frame(" ".join(table.schema.split()), *rows)
 
 
 @pytest.mark.parametrize(
-    ("table", "rule"), [(table, rule) for table in BRONZE for rule in RULES[table]], ids=lambda value: str(value)[:40]
+    ("table", "rule"),
+    [(table, rule) for table in BRONZE for rule in TABLES[table].rules],
+    ids=lambda value: str(value)[:40],
 )
 def test_rule(table: str, rule: Any, frame: Frame, config: DataPipelineConfig) -> None:
     """Each rule with rows that break it, rows that do not, and one without the value."""
-    blank = [" "] if dict(BY_NAME[table].columns)[rule.column] == "string" and rule.severity == REJECT else []
+    blank = [" "] if dict(TABLES[table].columns())[rule.column] == "string" and rule.severity == REJECT else []
     breaking, passing = VALUES.get(rule.name, ([None, *blank], [GOOD[table][rule.column]]))
     missing = [] if rule.name.endswith("_missing") else [None]
-    rows = received(frame, BY_NAME[table], *({rule.column: value} for value in [*breaking, *passing, *missing]))
+    rows = received(frame, TABLES[table], *({rule.column: value} for value in [*breaking, *passing, *missing]))
     verdicts = [row[0] for row in rows.select(rule.is_violated(config)).collect()]
     assert verdicts == [True] * len(breaking) + [False] * (len(passing) + len(missing))
 
 
 def test_every_rule_is_about_a_column_of_its_table() -> None:
-    for table, rules in RULES.items():
-        columns = dict(BY_NAME[table].columns)
-        assert all(rule.column in columns for rule in rules)
-        assert len({rule.name for rule in rules}) == len(rules)
+    for table in map(TABLES.__getitem__, BRONZE):
+        columns = dict(table.columns())
+        assert all(rule.column in columns for rule in table.rules)
+        assert len({rule.name for rule in table.rules}) == len(table.rules) > 0
 
 
 class Split(NamedTuple):
@@ -122,23 +123,27 @@ def split_of(
     frame: Frame, config: DataPipelineConfig, name: str, *changes: dict[str, Any], **parents: DataFrame
 ) -> Split:
     """What becomes of some rows of a table; their parents are the good customer and the good product."""
-    table = BY_NAME[name]
+    table = TABLES[name]
     rows = received(frame, table, *changes)
-    known = {key: received(frame, BY_NAME[parent], {}) for key, parent in table.foreign_keys.items()} | parents
-    odd = find_key_violations(rows, table, {key: known[key].select(key) for key in known})
-    marked = flag_rows(rows, table, odd, config)
-    single, repeated = (valid(marked.where(which), table, config) for which in ("NOT _repeated", "_repeated"))
-    kept = single.withColumn("_copies", F.lit(1).cast("bigint")).unionByName(latest_per_key(repeated, table))
-    return Split(kept, quarantined(marked, table, odd, config))
+    known = {key: received(frame, TABLES[parent], {}) for key, parent in table.foreign_keys.items()} | parents
+    keys = key_violations(rows, table, known)
+    flagged = flag_rows(rows, table, keys, config)
+    single, several = (valid(flagged.where(which), table, config) for which in ("NOT _duplicate_key", "_duplicate_key"))
+    kept = single.withColumn("_records", F.lit(1).cast("bigint")).unionByName(latest_per_key(several, table))
+    return Split(kept, quarantined(flagged, table, keys, config))
+
+
+def key_violations(rows: DataFrame, table: Table, parents: dict[str, DataFrame]) -> KeyViolations:
+    return KeyViolations(duplicate_keys(rows, table), {key: orphan_keys(rows, key, parents[key]) for key in parents})
 
 
 def test_what_no_key_is_odd_of_needs_no_join(frame: Frame, config: DataPipelineConfig) -> None:
     """With and without the joins the verdicts are the same."""
-    table = BY_NAME["transactions"]
+    table = TABLES["transactions"]
     rows = received(frame, table, {}, {"transaction_id": "TXN_0000002", "amount": None})
-    none = flag_rows(rows, table, KeyViolations(None, {}), config).select(*rows.columns, "_repeated", "_refused")
-    parents = {key: received(frame, BY_NAME[parent], {}).select(key) for key, parent in table.foreign_keys.items()}
-    found = flag_rows(rows, table, find_key_violations(rows, table, parents), config).select(*none.columns)
+    none = flag_rows(rows, table, KeyViolations(None, {}), config).select(*rows.columns, "_duplicate_key", "_rejected")
+    parents = {key: received(frame, TABLES[parent], {}) for key, parent in table.foreign_keys.items()}
+    found = flag_rows(rows, table, key_violations(rows, table, parents), config).select(*none.columns)
     assert sorted(map(str, none.collect())) == sorted(map(str, found.collect()))
 
 
@@ -153,7 +158,7 @@ def test_refused_row_carries_every_reason(frame: Frame, config: DataPipelineConf
 
 @pytest.mark.parametrize("name", BRONZE)
 def test_row_without_key_is_refused(name: str, frame: Frame, config: DataPipelineConfig) -> None:
-    [key] = BY_NAME[name].key
+    [key] = TABLES[name].key
     kept, quarantined = split_of(frame, config, name, {key: None}, {key: None}, {})
     assert kept.count() == 1
     assert [row["_reasons"] for row in quarantined.collect()] == [[f"{key}_missing"]] * 2
@@ -192,7 +197,7 @@ def test_latest_record_of_a_key_wins(
 ) -> None:
     for order in (records, records[::-1]):
         kept, quarantined = split_of(frame, config, "transactions", *order, {"transaction_id": "TXN_0000002"})
-        rows = {row["transaction_id"]: (row["status"], row["timestamp"], row["_copies"]) for row in kept.collect()}
+        rows = {row["transaction_id"]: (row["status"], row["timestamp"], row["_records"]) for row in kept.collect()}
         assert rows["TXN_0000001"] == winner
         assert rows["TXN_0000002"][2] == 1
         assert sum(copies for *_, copies in rows.values()) + quarantined.count() == len(records) + 1
@@ -216,5 +221,6 @@ def test_reference_to_a_refused_customer_is_refused(frame: Frame, config: DataPi
 
 
 def test_only_warnings_clear_values() -> None:
-    assert {rule.severity for rules in RULES.values() for rule in rules} == {REJECT, WARN, ABORT}
-    assert {rule.severity for rules in RULES.values() for rule in rules if rule.nullify} == {WARN}
+    rules: list[Rule] = [rule for table in BRONZE for rule in TABLES[table].rules]
+    assert {rule.severity for rule in rules} == {REJECT, WARN, ABORT}
+    assert {rule.severity for rule in rules if rule.nullify} == {WARN}

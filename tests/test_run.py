@@ -16,7 +16,7 @@ GOLD = [table.name for table in tables("gold")]
 
 
 def test_layout(report: RunRecord) -> None:
-    for table in TABLES:
+    for table in TABLES.values():
         files = list(Path(report.data_dir, table.layer, table.name).glob("*.parquet"))
         assert len(files) == 1 if table.layer == "gold" else files
     assert report.data_dir.startswith("/")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import subprocess
@@ -14,9 +15,15 @@ from conftest import ENGINE
 from pyspark.sql import SparkSession
 
 import data_pipeline
-from data_pipeline import DataPipelineConfig, PipelineError, preflight
+from data_pipeline import DataPipelineConfig, PipelineError, choose_engine, open_source, preflight
 
 MODULE = data_pipeline.__file__
+
+
+@pytest.fixture
+def no_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a run start a session of its own, though the tests have one."""
+    monkeypatch.setattr(data_pipeline, "running_session", lambda: None)
 
 
 @pytest.fixture
@@ -57,6 +64,7 @@ def fake_spark(tmp_path: Path) -> Callable[[str], str]:
         ("3.3.2", "17.0.9", False),
     ],
 )
+@pytest.mark.usefixtures("no_session")
 def test_java_has_to_fit_spark(
     spark: str,
     java: str,
@@ -76,18 +84,21 @@ def test_java_has_to_fit_spark(
         preflight(dataclasses.replace(config, engine="spark"))
 
 
+@pytest.mark.usefixtures("no_session")
 def test_spark_home_without_spark(tmp_path: Path, config: DataPipelineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARK_HOME", str(tmp_path))
     with pytest.raises(PipelineError, match=rf"no Spark in {tmp_path}: .*; correct SPARK_HOME, or unset it"):
         preflight(dataclasses.replace(config, engine="spark"))
 
 
+@pytest.mark.usefixtures("no_session")
 def test_java_home_without_java(tmp_path: Path, config: DataPipelineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAVA_HOME", str(tmp_path))
     with pytest.raises(PipelineError, match=rf"no Java in {tmp_path}: .*; correct JAVA_HOME, or unset it"):
         preflight(dataclasses.replace(config, engine="spark"))
 
 
+@pytest.mark.usefixtures("no_session")
 def test_no_java_at_all(
     config: DataPipelineConfig, fake_spark: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,7 +114,7 @@ def test_java_that_has_to_be_asked(fake_java: Callable[[str], str], monkeypatch:
     home = Path(fake_java("8"))
     (home / "release").unlink()
     (home / "bin" / "java").write_text("#!/bin/sh\necho 'openjdk version \"1.8.0_392\"' >&2\n")
-    assert data_pipeline._java_version(home) == "1.8.0_392"
+    assert data_pipeline.java_version(home) == "1.8.0_392"
 
 
 def test_data_dir_that_cannot_be_written(tmp_path: Path) -> None:
@@ -139,8 +150,9 @@ def test_help_needs_no_spark() -> None:
 def test_session_that_was_handed_in_is_left_as_it_was(spark: SparkSession, config: DataPipelineConfig) -> None:
     spark.conf.set("spark.sql.session.timeZone", "Asia/Tokyo")
     try:
-        with data_pipeline._session(config, spark, os.devnull) as session:
-            assert session is spark
+        with contextlib.closing(choose_engine(config, open_source(config), spark)) as engine:
+            engine.start(os.devnull)
+            assert engine.spark is spark
             assert spark.conf.get("spark.sql.session.timeZone") == "UTC"
         assert spark.conf.get("spark.sql.session.timeZone") == "Asia/Tokyo"
         assert spark.range(3).count() == 3
@@ -160,7 +172,7 @@ def test_session_of_the_process_is_used_and_left_running(
 START = """
 import os
 from pathlib import Path
-from data_pipeline import DataPipelineConfig, _class_archive, create_spark_session
+from data_pipeline import DataPipelineConfig, create_spark_session
 config = DataPipelineConfig()
 spark = create_spark_session(config)
 assert spark.range(3).count() == 3
@@ -189,12 +201,13 @@ def test_archive_of_classes(tmp_path: Path) -> None:
 
     cache = tmp_path / ".cache/data_pipeline"
     cache.mkdir(parents=True)
-    (left := cache / "x.1.classes.jsa").touch()
-    os.utime(left, (0, 0))
+    for name, days in {"unused.jsa": 31, "killed.1a2b3c4d": 2, "killed.1a2b3c4d.made": 2}.items():
+        (cache / name).touch()
+        os.utime(cache / name, (0, time.time() - days * 86_400))
     assert not start()
-    assert not left.exists(), "what a killed Java left behind"
+    assert not list(cache.glob("[uk]*")), "what nobody uses, or a killed process left behind"
     deadline = time.monotonic() + 240
-    while not (archives := list(cache.glob("*[0-9a-f].jsa"))) or len(list(cache.iterdir())) > 1:
+    while not (archives := list(cache.glob("*.jsa"))) or len(list(cache.iterdir())) > 1:
         assert time.monotonic() < deadline, list(cache.iterdir())
         time.sleep(0.5)
     assert start()

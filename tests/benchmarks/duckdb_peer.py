@@ -23,7 +23,6 @@ from data_pipeline import (
     AGE_GROUPS,
     BRONZE,
     CATEGORIES,
-    DEFECTS,
     DEVICES_AND_BROWSERS,
     GOLD,
     HOUR_WEIGHTS,
@@ -37,6 +36,7 @@ from data_pipeline import (
     SNAPSHOT_TABLES,
     STATUSES,
     STOCK_STATUSES,
+    TABLES,
     WEEKDAY_WEIGHTS,
     DataPipelineConfig,
     Quality,
@@ -45,6 +45,9 @@ from data_pipeline import (
     name_pools,
     tables,
 )
+
+# Spark's types that have other names here; its TIMESTAMP is a moment, as DuckDB's is with a time zone.
+TYPES = {"timestamp": "timestamptz", "array<string>": "string[]"}
 
 # What the rules call Spark's functions. With a time zone DuckDB computes slowly, and all times are in UTC.
 MACROS = f"""
@@ -116,7 +119,7 @@ def records(rows: int) -> str:
 
 def defect(table: str, config: DataPipelineConfig) -> str:
     """The kind of defect that the record `id` is given, null for most."""
-    kinds, rate = DEFECTS[table], round(config.defect_rate * MILLION)
+    kinds, rate = TABLES[table].defects, round(config.defect_rate * MILLION)
     number, before = (f"({row}) * {rate} // {MILLION}" for row in ("id", "id - 1"))
     return f"CASE WHEN {number} > {before} THEN {list(kinds)}[({number} - 1) % {len(kinds)} + 1] END"
 
@@ -320,9 +323,8 @@ class DuckDB(Peer):
 
     def save(self, layer: str, table: Table, query: str) -> None:
         """Writes a table with the declared columns, types and order."""
-        declared = [*table.columns, ("_reasons", "string[]")] if layer == QUARANTINE else table.columns
-        # Spark's TIMESTAMP is a moment, as DuckDB's is with a time zone.
-        typed = ", ".join(f"{name}::{kind.replace('timestamp', 'timestamptz')} AS {name}" for name, kind in declared)
+        declared = table.columns(layer)
+        typed = ", ".join(f"{name}::{TYPES.get(kind, kind)} AS {name}" for name, kind in declared)
         order = [f"{sql(by[1:])} DESC" if by.startswith("-") else sql(by) for by in table.order]
         ordered = f"ORDER BY {', '.join(order)}" if order else ""
         folder = self.path(layer, table.name)
@@ -374,7 +376,7 @@ class DuckDB(Peer):
             f"LEFT JOIN (SELECT {column}, true AS _{column}_known FROM {parent}) USING ({column})"
             for column, parent in table.foreign_keys.items()
         )
-        columns = [column for column, _ in table.columns]
+        columns = [column for column, _ in table.columns(BRONZE)]
         cleared = {
             rule.column: f"CASE WHEN {fails[rule.name]} THEN NULL ELSE {rule.column} END" for rule in clears(table)
         }
@@ -450,7 +452,7 @@ class DuckDB(Peer):
             keys = "NULL" if table.layer == BRONZE else f"count(DISTINCT ({', '.join(table.key)}))"
             revenue = f"coalesce(sum({table.revenue}), 0)::DECIMAL(28, 2)" if table.revenue else "NULL"
             # Reads every value: a count alone reads no more than the files' statistics.
-            values = f"max(hash({', '.join(name for name, _ in table.columns)}))"
+            values = f"max(hash({', '.join(name for name, _ in table.columns(table.layer))}))"
             *figures, _ = self.one(f"SELECT count(*), {keys}, {revenue}, {values} FROM {self.read(layer, table)}")
             found[f"{layer}.{table.name}"] = Audited(*figures)
         return found

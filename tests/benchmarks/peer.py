@@ -30,6 +30,7 @@ from data_pipeline import (
     Rule,
     Store,
     Table,
+    check_config,
     describe_profile,
     tables,
 )
@@ -145,7 +146,7 @@ def log(line: str) -> None:
 
 def profiled(table: Table) -> list[str]:
     """The columns of a bronze table that have a profile."""
-    return [name for name, _ in table.columns if not name.startswith("_")]
+    return [name for name, _ in table.columns()]
 
 
 def reference_rules(table: Table) -> list[Rule]:
@@ -187,7 +188,7 @@ def _arguments(description: str) -> argparse.Namespace:
 
 def _configure(flags: argparse.Namespace) -> DataPipelineConfig:
     config = DataPipelineConfig(**{name: value for name in FLAGS if (value := getattr(flags, name)) is not None})
-    config.validate()
+    check_config(config)
     root = Path(config.root)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise ConfigurationError(f"data_dir {root} is not an empty folder: choose another")

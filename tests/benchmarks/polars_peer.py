@@ -23,7 +23,6 @@ from data_pipeline import (
     AGE_GROUPS,
     BRONZE,
     CATEGORIES,
-    DEFECTS,
     DEVICES_AND_BROWSERS,
     GOLD,
     HOUR_WEIGHTS,
@@ -37,6 +36,7 @@ from data_pipeline import (
     SNAPSHOT_TABLES,
     STATUSES,
     STOCK_STATUSES,
+    TABLES,
     WEEKDAY_WEIGHTS,
     DataPipelineConfig,
     Quality,
@@ -54,7 +54,7 @@ TYPES: Mapping[str, pl.DataType] = {
     "string": pl.String(),
     "date": pl.Date(),
     "timestamp": pl.Datetime("us", "UTC"),
-    "string[]": pl.List(pl.String()),
+    "array<string>": pl.List(pl.String()),
 }
 
 
@@ -127,7 +127,7 @@ def records(rows: int) -> pl.LazyFrame:
 
 def defect(table: str, config: DataPipelineConfig) -> pl.Expr:
     """The kind of defect that the record `id` is given, null for most."""
-    kinds, rate = DEFECTS[table], round(config.defect_rate * MILLION)
+    kinds, rate = TABLES[table].defects, round(config.defect_rate * MILLION)
     number, before = (row * rate // MILLION for row in (pl.col("id"), pl.col("id") - 1))
     return pl.when(number > before).then(one_of(kinds, (number - 1) % len(kinds))).alias("defect")
 
@@ -463,7 +463,7 @@ class Polars(Peer):
 
     def save(self, layer: str, table: Table, rows: pl.LazyFrame, *more: Query) -> list[pl.DataFrame]:
         """Writes a table with the declared columns, types and order; runs `more` queries of it in the same pass."""
-        declared = [*table.columns, ("_reasons", "string[]")] if layer == QUARANTINE else table.columns
+        declared = table.columns(layer)
         typed = rows.select(pl.col(name).cast(data_type(kind)) for name, kind in declared)
         if table.order:
             by = [sql(column.removeprefix("-")) for column in table.order]
@@ -578,7 +578,7 @@ def collect(*queries: pl.LazyFrame) -> list[pl.DataFrame]:
 
 def one_per_key(records: pl.DataFrame, table: Table) -> pl.DataFrame:
     """The greatest row of each key by `table.sequence_by`, then by all columns in order."""
-    order = [*map(sql, table.sequence_by), *(name for name, _ in table.columns)]
+    order = [*map(sql, table.sequence_by), *(name for name, _ in table.columns(table.layer))]
     ordered = records.sort(order, descending=True, nulls_last=True)
     return ordered.unique(table.key, keep="first", maintain_order=True)
 

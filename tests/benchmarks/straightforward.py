@@ -23,7 +23,6 @@ from data_pipeline import (
     AGE_GROUPS,
     BRONZE,
     CATEGORIES,
-    DEFECTS,
     DEVICES_AND_BROWSERS,
     GOLD,
     HOUR_WEIGHTS,
@@ -37,6 +36,7 @@ from data_pipeline import (
     SNAPSHOT_TABLES,
     STATUSES,
     STOCK_STATUSES,
+    TABLES,
     WEEKDAY_WEIGHTS,
     DataPipelineConfig,
     Quality,
@@ -53,7 +53,7 @@ Row = tuple[Any, ...]
 
 def defect_of(table: str, number: int, config: DataPipelineConfig) -> str | None:
     """The kind of defect that the record is given, None for most."""
-    kinds, rate = DEFECTS[table], round(config.defect_rate * MILLION)
+    kinds, rate = TABLES[table].defects, round(config.defect_rate * MILLION)
     up_to, before = number * rate // MILLION, (number - 1) * rate // MILLION
     return kinds[(up_to - 1) % len(kinds)] if up_to > before else None
 
@@ -326,7 +326,7 @@ class Straightforward(Peer):
 
     def save(self, layer: str, table: Table, rows: DataFrame) -> int:
         """Writes a table with the declared columns, types and order; returns its number of rows."""
-        declared = [*table.columns, ("_reasons", "array<string>")] if layer == QUARANTINE else table.columns
+        declared = table.columns(layer)
         rows = rows.select(*(F.col(name).cast(kind) for name, kind in declared))
         if table.order:
             order = [F.expr(by[1:]).desc() if by.startswith("-") else F.expr(by) for by in table.order]
@@ -412,7 +412,7 @@ class Straightforward(Peer):
         for layer, table in SNAPSHOT_TABLES:
             rows = self.read(layer, table)
             # Reads every value: a count alone reads no more than the files' ends.
-            rows.agg(F.max(F.hash(*(name for name, _ in table.columns)))).collect()
+            rows.agg(F.max(F.hash(*(name for name, _ in table.columns(table.layer))))).collect()
             keys = None if table.layer == BRONZE else rows.select(*table.key).distinct().count()
             revenue = rows.agg(F.sum(table.revenue)).collect()[0][0] or Decimal(0) if table.revenue else None
             found[f"{layer}.{table.name}"] = Audited(rows.count(), keys, revenue)
