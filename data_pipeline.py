@@ -1123,7 +1123,7 @@ SNAPSHOT_TABLES = tuple(
 
 
 class Source(Protocol):
-    """Where the records of a run come from. It alone knows how many to expect."""
+    """Delivers the records of a run. Only the source knows how many to expect."""
 
     expected_rows: Mapping[str, int]  # by bronze table
 
@@ -1611,7 +1611,7 @@ class Quality:
 
 
 class Separated(NamedTuple):
-    """The rows of a bronze table, told apart, and how many of them became what."""
+    """The valid and the rejected rows of a bronze table, and their counts."""
 
     valid: DataFrame
     rejected: DataFrame
@@ -1624,11 +1624,14 @@ def separate_rows(run: Run, table: Table, received: Received, keys: KeyViolation
     The few rows that are rejected or share their key are set aside, so that the others need no shuffle.
     """
     config, engine = run.config, run.engine
+    received_rows = run.record.rows[f"{BRONZE}.{table.name}"]
     flagged = flag_rows(received.rows, table, keys, config)
     set_aside = run.cached(flagged.where("_rejected OR _duplicate_key"))
     orphans = violation_counts(map(foreign_key_rule, keys.orphan_keys), config)
     sound = part_counts(table, ~is_rejected(table, config))
-    counts = aggregate(set_aside, {"rejected": F.count_if("_rejected"), **sound, **orphans})
+    metrics = {"rejected": F.count_if("_rejected"), **sound, **orphans}
+    nothing = keys == KeyViolations(None, {}) and received.sound["accepted"] == received_rows
+    counts = dict.fromkeys(metrics, 0) if nothing else aggregate(set_aside, metrics)
     rejected = quarantined(set_aside, table, keys, config)
     rows = valid(flagged.where("NOT _duplicate_key"), table, config)
     once = dict.fromkeys(("records", *sound), 0)
@@ -1641,7 +1644,7 @@ def separate_rows(run: Run, table: Table, received: Received, keys: KeyViolation
     accepted = {part: received.sound[part] - counts[part] + once[part] for part in sound}
     no_orphans = {foreign_key_rule(key).name: 0 for key in table.foreign_keys}
     quality = Quality(
-        received=run.record.rows[f"{BRONZE}.{table.name}"],
+        received=received_rows,
         accepted=accepted.pop("accepted"),
         quarantined=counts["rejected"],
         duplicates=once["records"] - once["accepted"],
@@ -2002,8 +2005,8 @@ class SparkCluster(LocalSpark):
         except (Py4JError, PySparkException) as error:
             cause = root_cause(error)
             with contextlib.suppress(OSError), open(spark_log, encoding="utf-8", errors="replace") as log:
-                if told := re.search('Exception in thread "main" (.*)', log.read()):
-                    cause = told[1]  # Java ended before it could tell Python
+                if logged := re.search('Exception in thread "main" (.*)', log.read()):
+                    cause = logged[1]  # Java ended before Python could ask it
             raise PipelineError(
                 f"cannot start on {self.master}: {cause}; it has to be a master of this version of Spark, "
                 f"and --driver-host an address of this machine{log_reference(spark_log)}"
@@ -2090,9 +2093,21 @@ class SparkConnect(Engine):
         return self.builder({"spark.remote": os.environ["SPARK_REMOTE"]}).getOrCreate()
 
     def write(self, rows: DataFrame, uri: str, metrics: Mapping[str, Column]) -> dict[str, Any]:
-        """Writes rows, and reads them back to count: Sail cannot while it writes, and Spark 3.5 does not tell."""
+        """Writes rows, and reads them back to count: Sail cannot while it writes, and Spark 3.5 does not tell.
+
+        Of a table without rows, Sail writes no file; then an empty one shows the columns.
+        """
         rows.write.mode("error").parquet(uri)
-        return aggregate(self.read(uri, rows.schema), metrics)
+        counts = aggregate(self.read(uri, rows.schema), metrics)
+        folder = uri.removeprefix("file://")
+        if not counts["rows"] and not is_uri(folder) and not os.path.exists(folder):
+            import pyarrow.parquet
+            from pyspark.sql.pandas.types import to_arrow_schema
+
+            os.makedirs(folder)
+            empty = to_arrow_schema(rows.schema).empty_table()
+            pyarrow.parquet.write_table(empty, f"{folder}/part-0.parquet", store_decimal_as_integer=True)
+        return counts
 
     def coalesced(self, rows: DataFrame, partitions: int) -> DataFrame:
         """Returns the rows in one partition, or as they are: Sail hangs where large ones become two."""
@@ -2134,16 +2149,7 @@ class Sail(SparkConnect):
         return super().read(uri.removeprefix("file://"), schema)
 
     def write(self, rows: DataFrame, uri: str, metrics: Mapping[str, Column]) -> dict[str, Any]:
-        """Writes rows, and an empty file for a table without any: Sail writes none."""
-        counts = super().write(rows, path := uri.removeprefix("file://"), metrics)
-        if not counts["rows"] and not is_uri(path) and not os.path.exists(path):
-            import pyarrow.parquet
-            from pyspark.sql.pandas.types import to_arrow_schema
-
-            os.makedirs(path)
-            empty = to_arrow_schema(rows.schema).empty_table()
-            pyarrow.parquet.write_table(empty, f"{path}/part-0.parquet", store_decimal_as_integer=True)
-        return counts
+        return super().write(rows, uri.removeprefix("file://"), metrics)
 
     @contextlib.contextmanager
     def cached(self, rows: DataFrame, folder: str | None) -> Iterator[DataFrame]:
