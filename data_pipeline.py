@@ -372,7 +372,7 @@ def run_pipeline(
     """Runs source → bronze → silver → gold into a new snapshot, audits it, and publishes it.
 
     `spark` is a session to use and leave running: by default that of this process, else a new one. `on_start` is
-    called with the run record once there is one; errors before that are in no record.
+    called with the run record once that is saved; errors before that are in no record.
 
     Raises:
         PipelineError: something that the user can correct.
@@ -387,13 +387,13 @@ def run_pipeline(
         store.recover()
         record = new_record(config, store, engine)
         afterwards.callback(notify, record, store, config)
-        if on_start:
-            on_start(record)
         with (
             contextlib.closing(engine),
             recording(record, store, engine),
             store.snapshot(record, config.keep_snapshots) as snapshot,
         ):
+            if on_start:
+                on_start(record)
             run = Run(config, engine, snapshot, record)
             run.start_engine()
             with run.layer(BRONZE, "Raw Data Ingestion"):
@@ -2305,7 +2305,7 @@ def archive_options(java: Path, spark: Path) -> list[str]:
 
     With the archive (class data sharing) Java starts in half the time. Java compares it with itself, the jars and their
     order: an archive that is broken or outdated costs the gain and nothing else. Java's own dynamic archives are as
-    fast, but a flight recorder crashes them, and a JVM that cannot map their base does not start.
+    fast. But a flight recorder crashes them, and a JVM that cannot map their base does not start.
     """
     version = java_version(java)
     if int(version.partition(".")[0]) < 17:
@@ -3379,7 +3379,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(handlers=[_log_handler()], level=logging.CRITICAL)
     logger.setLevel(logging.INFO)
     flags = None
-    started: list[RunRecord] = []  # once it has a record, a run reports its own failure
+    started: list[RunRecord] = []  # a run that has a record reports its own failure
     annotations = Annotations(logging.WARNING)
     if os.environ.get("GITHUB_ACTIONS") == "true":
         logger.addHandler(annotations)

@@ -1,0 +1,141 @@
+"""The order of responsibilities in run_pipeline, and what the layers share: steps, parallel work, cached rows."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyspark.sql import DataFrame, SparkSession
+from test_gate import started_run
+
+import data_pipeline
+from data_pipeline import DataPipelineConfig, LockedError, PipelineError, Run, RunRecord, Store, run_pipeline
+
+Small = Callable[..., DataPipelineConfig]
+TINY = {"num_customers": 20, "num_transactions": 100, "num_products": 5}
+
+
+@pytest.fixture
+def run(config: DataPipelineConfig, spark: SparkSession, report: RunRecord) -> Run:
+    return started_run(config, spark, copy.deepcopy(report))
+
+
+def at_close(monkeypatch: pytest.MonkeyPatch, callback: Callable[[], None]) -> None:
+    """Has the engine call something when it closes."""
+    real = data_pipeline.Engine.start
+
+    def start(engine: data_pipeline.Engine, spark_log: str) -> None:
+        real(engine, spark_log)
+        engine._started.callback(callback)
+
+    monkeypatch.setattr(data_pipeline.Engine, "start", start)
+
+
+def result_on_disk(config: DataPipelineConfig) -> str:
+    [path] = Path(config.root, "runs").glob("*.json")
+    result: str = json.loads(path.read_text(encoding="utf-8"))["result"]
+    return result
+
+
+def test_engine_that_does_not_stop_is_a_warning(
+    small: Small, spark: SparkSession, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("Java does not answer")
+
+    at_close(monkeypatch, fail)
+    config = small(**TINY)
+    assert run_pipeline(config, spark).result == result_on_disk(config) == "succeeded"
+    assert Store(config.root).published() is not None
+    assert "The engine did not stop" in caplog.text
+
+
+def test_record_of_a_failure_is_saved_before_the_engine_stops(
+    small: Small, spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(**TINY)
+    seen: list[str] = []
+    at_close(monkeypatch, lambda: seen.append(result_on_disk(config)))
+    monkeypatch.setattr(data_pipeline, "products_active", lambda products: products.select("no_such_column"))
+    with pytest.raises(Exception, match="no_such_column"):
+        run_pipeline(config, spark)
+    assert seen == ["failed"]
+
+
+def test_bad_configuration_leaves_no_lock_and_no_record(small: Small, spark: SparkSession) -> None:
+    started: list[RunRecord] = []
+    for bad in ({"num_products": 0}, {"gold_above": 1}):
+        config = small(**TINY | bad)
+        with pytest.raises(PipelineError):
+            run_pipeline(config, spark, on_start=started.append)
+        assert list(Path(config.root).iterdir()) == []
+    config = small(**TINY)
+    store = Store(config.root)
+    store.check(0)
+    with store.lock(0), pytest.raises(LockedError):
+        run_pipeline(config, spark, on_start=started.append)
+    assert started == []
+    assert list(Path(config.root, "runs").iterdir()) == []
+    assert run_pipeline(config, spark, on_start=started.append) is started[0]
+
+
+def test_parallel_returns_results_by_item(run: Run) -> None:
+    assert run.parallel(lambda number: number * number, range(40)) == {number: number * number for number in range(40)}
+
+
+def test_parallel_raises_the_first_error_and_awaits_the_rest(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    cancelled, ended = threading.Event(), []
+    monkeypatch.setattr(run.engine, "cancel_jobs", cancelled.set)
+
+    def work(name: str) -> None:
+        with run.step(name):
+            if name == "first":
+                time.sleep(0.2)
+                raise ValueError("the reason")
+            assert cancelled.wait(30)
+            time.sleep(0.2)
+            ended.append(name)
+            raise RuntimeError("job cancelled")
+
+    with pytest.raises(ValueError, match="the reason"), run.step("layer"):
+        run.parallel(work, ["second", "first", "third"])
+    assert sorted(ended) == ["second", "third"], "nothing works on when the error is raised"
+    assert run.record.current_step == "first", "the failed step is recorded once"
+    assert not {"first", "second", "third", "layer"} & set(run.record.seconds)
+
+
+def test_what_a_layer_caches_is_released_at_its_end(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    released: list[Any] = []
+
+    @contextlib.contextmanager
+    def cached(rows: DataFrame, folder: str | None) -> Iterator[DataFrame]:
+        yield rows
+        released.append(rows)
+
+    monkeypatch.setattr(run.engine, "cached", cached)
+    with run.layer("silver", "of a test"):
+        rows = run.cached(run.engine.spark.range(3))
+        assert released == []
+    assert released == [rows]
+    with pytest.raises(ValueError), run.layer("gold", "of a test"):
+        again = run.cached(run.engine.spark.range(3))
+        raise ValueError
+    assert released == [rows, again]
+
+
+def test_step_names_what_failed(run: Run) -> None:
+    with run.step("one"):
+        assert run.record.current_step == "one"
+    assert run.record.seconds["one"] >= 0
+    with pytest.raises(KeyError), run.step("outer"), run.step("inner"):
+        raise KeyError
+    with run.step("cleaning up"):
+        pass
+    assert run.record.current_step == "inner"
