@@ -1450,10 +1450,10 @@ def generate_transactions(spark: SparkSession, config: DataPipelineConfig) -> Da
 
 
 class KeyViolations(NamedTuple):
-    """The keys of a bronze table about whose rows not the row alone decides: few of all keys."""
+    """The keys of a bronze table that are not unique, or have no parent: few of all keys."""
 
-    duplicate_keys: DataFrame | None  # see `duplicate_keys`; None where there are none
-    orphan_keys: Mapping[str, DataFrame]  # by foreign key, see `orphan_keys`; those that there are
+    duplicate_keys: DataFrame | None  # as `duplicate_keys` returns them; None if there are none
+    orphan_keys: Mapping[str, DataFrame]  # by foreign key, as `orphan_keys` returns them; only if there are any
 
 
 def duplicate_keys(received: DataFrame, table: Table) -> DataFrame:
@@ -1470,31 +1470,28 @@ def orphan_keys(received: DataFrame, key: str, parents: DataFrame) -> DataFrame:
 def find_key_violations(run: Run, bronze: Mapping[str, Received]) -> dict[str, KeyViolations]:
     """Finds the duplicate and orphan keys of all tables by shuffling keys alone."""
     sound = {name: received.rows.where(~is_rejected(TABLES[name], run.config)) for name, received in bronze.items()}
-    found: dict[tuple[str, str], DataFrame] = {}
-    for name in bronze:
-        found[name, "duplicates"] = duplicate_keys(bronze[name].rows, TABLES[name])
+    searches: dict[tuple[str, str], DataFrame] = {}
+    for name, received in bronze.items():
+        searches[name, "duplicates"] = duplicate_keys(received.rows, TABLES[name])
         for key, parent in TABLES[name].foreign_keys.items():
-            found[name, key] = orphan_keys(bronze[name].rows, key, sound[parent])
+            searches[name, key] = orphan_keys(received.rows, key, sound[parent])
 
-    def count(search: tuple[str, str]) -> tuple[int, int]:
-        found[search] = rows = run.cached(found[search])
+    def search(kind: tuple[str, str]) -> tuple[DataFrame | None, int]:
+        rows = run.cached(searches[kind])
         surplus = F.sum(F.col("count") - 1) if "count" in rows.columns else F.lit(0)
         [[keys, surplus_rows]] = rows.agg(F.count(F.lit(1)), surplus).collect()
-        return keys, surplus_rows or 0
+        # A kind of violation that does not occur costs no join later.
+        return rows if keys else None, surplus_rows or 0
 
     with run.step("survey"):
-        counts = run.parallel(count, list(found))
+        found = run.parallel(search, searches)
+    violations = {}
     for name in bronze:
-        run.record.profile[name][TABLES[name].key[0]]["duplicates"] = counts[name, "duplicates"][1]
-    # A kind of violation that does not occur costs no join later.
-    present = {search: found[search] for search, (keys, _) in counts.items() if keys}
-    return {
-        name: KeyViolations(
-            present.get((name, "duplicates")),
-            {key: present[name, key] for key in TABLES[name].foreign_keys if (name, key) in present},
-        )
-        for name in bronze
-    }
+        duplicates, surplus_rows = found[name, "duplicates"]
+        run.record.profile[name][TABLES[name].key[0]]["duplicates"] = surplus_rows
+        orphans = {key: rows for key in TABLES[name].foreign_keys if (rows := found[name, key][0]) is not None}
+        violations[name] = KeyViolations(duplicates, orphans)
+    return violations
 
 
 def foreign_key_rule(key: str) -> Rule:
