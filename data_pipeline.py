@@ -1757,22 +1757,27 @@ def is_local(master: str) -> bool:
     return not master or master.startswith("local")
 
 
+def own_master(config: DataPipelineConfig) -> str:
+    """Returns the master of the flag or of `SPARK_MASTER`; empty leaves it to Spark. Raises ConfigurationError."""
+    parse, expected = PARSERS["Master"]
+    master = config.spark_master or os.environ.get("SPARK_MASTER", "")
+    try:
+        return str(parse(master)) if master else ""
+    except ValueError:
+        raise ConfigurationError(f"SPARK_MASTER must be {expected}, not {master!r}") from None
+
+
 def find_master(config: DataPipelineConfig) -> str:
-    """Returns the master by Spark's own precedence: flag, variable, spark-submit, spark-defaults; empty for none."""
-    if config.spark_master:
-        return config.spark_master
-    if master := os.environ.get("SPARK_MASTER"):
-        parse, expected = PARSERS["Master"]
-        try:
-            return str(parse(master))
-        except ValueError:
-            raise ConfigurationError(f"SPARK_MASTER must be {expected}, not {master!r}") from None
+    """Returns the master by Spark's own precedence: ours, spark-submit's, that of spark-defaults; empty for none."""
+    if master := own_master(config):
+        return master
     if not starts_jvm():  # spark-submit has started Java, and Java knows
         from pyspark import SparkConf, SparkContext
 
         SparkContext._ensure_initialized()
         return SparkConf().get("spark.master", "") or ""
-    if found := re.search(r"(?:--master |spark\.master=)(\S+)", os.environ.get("PYSPARK_SUBMIT_ARGS", "")):
+    submitted = "\n".join(shlex.split(os.environ.get("PYSPARK_SUBMIT_ARGS", "")))
+    if found := re.search(r"^(?:--master[=\n]|(?:--conf=)?spark\.master=)(.+)$", submitted, re.MULTILINE):
         return found[1]
     defaults = Path(os.environ.get("SPARK_CONF_DIR") or spark_home() / "conf", "spark-defaults.conf")
     text = defaults.read_text(errors="replace") if defaults.is_file() else ""
@@ -1952,7 +1957,7 @@ class LocalSpark(Engine):
             # Nobody looks at the web interface of a run of seconds.
             "spark.ui.enabled": str(not self.startup_dominates).lower(),
             "spark.driver.defaultJavaOptions": shlex.join(self.jvm_options()),
-            "spark.master": self.master,
+            "spark.master": own_master(self.config),
         }
         own = {
             o.metadata["spark"]: getattr(self.config, o.name)
