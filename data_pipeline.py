@@ -589,7 +589,7 @@ class Run:
             self.record.current_step = name
         try:
             yield
-        except BaseException:
+        except Exception:  # not KeyboardInterrupt, which says nothing about a step
             if not self._failed.is_set():
                 self._failed.set()
                 self.record.current_step = name
@@ -699,10 +699,10 @@ class Rule(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Table:
-    """A table of the data contract; columns and keys as in the data dictionary.
+    """A table of the data contract.
 
-    `from_table` is the table that its rows are made from. A silver table has one row for each valid row of it for
-    which `where`, in Spark SQL, is true.
+    `from_table` is the table that its rows come from. A silver table keeps the valid rows for which `where`, in Spark
+    SQL, is true.
     """
 
     layer: str
@@ -1546,7 +1546,7 @@ def _received_columns(flagged: DataFrame, table: Table) -> list[str]:
     return [name for name, _ in table.columns(BRONZE) if name in present]
 
 
-def quarantined(flagged: DataFrame, table: Table, keys: KeyViolations, config: DataPipelineConfig) -> DataFrame:
+def rejected_rows(flagged: DataFrame, table: Table, keys: KeyViolations, config: DataPipelineConfig) -> DataFrame:
     """Returns the rejected rows as received, with `_reasons`: the names of the rules that reject them."""
     reasons = (F.when(rule.is_violated(config), rule.name) for rule in rejecting_rules(table, keys.orphan_keys))
     return flagged.where("_rejected").select(
@@ -1554,7 +1554,7 @@ def quarantined(flagged: DataFrame, table: Table, keys: KeyViolations, config: D
     )
 
 
-def valid(flagged: DataFrame, table: Table, config: DataPipelineConfig) -> DataFrame:
+def valid_rows(flagged: DataFrame, table: Table, config: DataPipelineConfig) -> DataFrame:
     """Returns the rows that no rule rejects, with null for values that a rule nullifies."""
     kept = {rule.column: F.when(~rule.is_violated(config), F.col(rule.column)) for rule in table.rules if rule.nullify}
     columns = (kept.get(name, F.col(name)).alias(name) for name in _received_columns(flagged, table))
@@ -1629,22 +1629,23 @@ def separate_rows(run: Run, table: Table, received: Received, keys: KeyViolation
     metrics = {"rejected": F.count_if("_rejected"), **sound, **orphans}
     nothing = keys == KeyViolations(None, {}) and received.sound["accepted"] == received_rows
     counts = dict.fromkeys(metrics, 0) if nothing else aggregate(set_aside, metrics)
-    rejected = quarantined(set_aside, table, keys, config)
-    rows = valid(flagged.where("NOT _duplicate_key"), table, config)
-    once = dict.fromkeys(("records", *sound), 0)
+    rejected = rejected_rows(set_aside, table, keys, config)
+    rows = valid_rows(flagged.where("NOT _duplicate_key"), table, config)
+    latest_counts = dict.fromkeys(("records", *sound), 0)
     if keys.duplicate_keys is not None:
-        latest = latest_per_key(valid(set_aside, table, config), table)
+        latest = latest_per_key(valid_rows(set_aside, table, config), table)
         latest = run.cached(engine.coalesced(latest, 1 + counts["accepted"] // ROWS_PER_FILE))
         records = F.coalesce(F.sum("_records"), F.lit(0))
-        once = aggregate(latest, {"records": records, **part_counts(table)})
+        latest_counts = aggregate(latest, {"records": records, **part_counts(table)})
         rows = rows.unionByName(latest.drop("_records"))
-    accepted = {part: received.sound[part] - counts[part] + once[part] for part in sound}
+    # The sound rows, less those that were set aside, and the latest row of each duplicate key.
+    accepted = {part: received.sound[part] - counts[part] + latest_counts[part] for part in sound}
     no_orphans = {foreign_key_rule(key).name: 0 for key in table.foreign_keys}
     quality = Quality(
         received=received_rows,
         accepted=accepted.pop("accepted"),
         quarantined=counts["rejected"],
-        duplicates=once["records"] - once["accepted"],
+        duplicates=latest_counts["records"] - latest_counts["accepted"],
         violations={**received.violations, **no_orphans, **{rule: counts[rule] for rule in orphans}},
         silver=accepted,
     )
@@ -1699,7 +1700,7 @@ def check_reachable(absence: str, servers: str, otherwise: str, port: int = 0) -
 
 
 def root_cause(error: Exception) -> str:
-    """Returns the line of an error that says the most: Java's innermost cause, else the first line."""
+    """Returns Java's innermost cause of an error, else its first line."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     causes = [line.removeprefix("Caused by").removeprefix(": ") for line in lines if re.match("(Caused by)?: ", line)]
     return (causes or lines[:1])[-1][:300]
@@ -1798,7 +1799,7 @@ class Engine(ABC):
         self.config = config
         self.given = given
         self.master = master
-        self.startup_dominates = rows < SMALL_RUN  # then nothing pays that only long runs get back
+        self.startup_dominates = rows < SMALL_RUN  # such runs skip what only long runs repay
         self.settings: Mapping[str, str] = {  # those on which the tables or their speed depend
             # Small plans have one partition: planning them again only costs time.
             "spark.sql.adaptive.enabled": str(not self.startup_dominates).lower(),
@@ -1836,8 +1837,8 @@ class Engine(ABC):
             on_interrupt = signal.getsignal(signal.SIGINT)
             self.spark = self.create_session(spark_log)
             self._started.callback(self.close_session)
-            # Spark's own handler calls Java in the midst of the call that was interrupted, and fails now and then;
-            # Sail's ends the server, which the end of the run still needs.
+            # Spark's own handler calls Java during the call that was interrupted, and fails now and then. Sail's ends
+            # the server, which the end of the run still needs.
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGINT, on_interrupt)
             return
@@ -1867,7 +1868,7 @@ class Engine(ABC):
         return f"Spark {self.spark.version}"
 
     def wait_for_executors(self) -> None:
-        """Waits until the machines are there, where they are others than this one."""
+        """Waits for the executors of a cluster."""
 
     def tag_jobs(self) -> None:
         """Marks the jobs of this thread as those of this run: a session that was given may have others."""
@@ -1901,8 +1902,8 @@ class Engine(ABC):
         """Writes rows as Parquet, and returns the metrics over them."""
         from pyspark.sql import Observation
 
-        # Nothing may come after the observation: where a joined table turns out to be empty, Spark drops it, and what
-        # a lost machine has shuffled is counted again.
+        # The observation has to come last: Spark drops one below a join with an empty table, and counts twice below a
+        # shuffle that a lost machine makes it repeat.
         observation = Observation()
         observed = rows.observe(observation, *(metric.alias(name) for name, metric in metrics.items()))
         observed.write.mode("error").parquet(uri)
@@ -2008,7 +2009,7 @@ class SparkCluster(LocalSpark):
             cause = root_cause(error)
             with contextlib.suppress(OSError), open(spark_log, encoding="utf-8", errors="replace") as log:
                 if logged := re.search('Exception in thread "main" (.*)', log.read()):
-                    cause = logged[1]  # Java ended before Python could ask it
+                    cause = logged[1]  # Java ended before Python was connected
             raise PipelineError(
                 f"cannot start on {self.master}: {cause}; it has to be a master of this version of Spark, "
                 f"and --driver-host an address of this machine{log_reference(spark_log)}"
@@ -2049,7 +2050,7 @@ class SparkCluster(LocalSpark):
                 self.spark.sparkContext.removeJobTag(self._tag)
 
     def executors(self) -> int:
-        """Returns the number of executors that are there."""
+        """Returns the number of live executors."""
         context = self.spark.sparkContext._jsc.sc()
         # Among them is the driver.
         return 0 if context.isStopped() else context.getExecutorMemoryStatus().size() - 1
@@ -2095,7 +2096,7 @@ class SparkConnect(Engine):
         return self.builder({"spark.remote": os.environ["SPARK_REMOTE"]}).getOrCreate()
 
     def write(self, rows: DataFrame, uri: str, metrics: Mapping[str, Column]) -> dict[str, Any]:
-        """Writes rows, and reads them back to count: Sail cannot while it writes, and Spark 3.5 does not tell.
+        """Writes rows, and reads them back to count: over Spark Connect, neither Sail nor Spark 3.5 counts meanwhile.
 
         Of a table without rows, Sail writes no file; then an empty one shows the columns.
         """
@@ -2228,7 +2229,7 @@ def java_home(spark: tuple[int, ...]) -> Path | None:
 
 def java_version(home: Path) -> str:
     """Returns the version from the file that every JDK carries, else from Java itself, which takes 0.1 s."""
-    java = home / "bin" / ("java.exe" if os.name == "nt" else "java")
+    java = home / "bin" / "java"
     if not os.access(java, os.X_OK) or java.is_dir():
         raise PipelineError(f"no Java in {home}: it has no bin/java to run; correct JAVA_HOME, or unset it")
     release = home / "release"
@@ -2294,7 +2295,7 @@ class _Py4JCache:
 
     @classmethod
     def install(cls, jvm: Any) -> None:
-        """Caches what pyspark asks a JVM for again and again, under the names that its versions have for it."""
+        """Caches the members that pyspark looks up most, under the names that its versions have for them."""
         for name in ("functions", "org.apache.spark.sql.functions", "PythonUtils", "py4j"):
             setattr(jvm, name, cls(getattr(jvm, name)))
 
@@ -2461,18 +2462,20 @@ class RunRecords:
         """Writes a run record whole or not at all."""
         self.write_atomic(f"runs/{record.run_id}.json", record.to_json())
 
+    def _read(self, run_id: str) -> RunRecord | str:
+        try:
+            return RunRecord.from_json(Path(self.path("runs", f"{run_id}.json")).read_text(encoding="utf-8"))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            return f"unreadable record ({type(error).__name__}: {error})"
+
     def records(self, newest: int = 0) -> Iterator[tuple[str, RunRecord | str]]:
         """Returns run ids, oldest first, each with its record or with what is wrong with it; all, or the newest."""
         for entry in [entry for entry in self._entries("runs") if entry.name.endswith(".json")][-newest:]:
-            try:
-                record: RunRecord | str = RunRecord.from_json(Path(entry).read_text(encoding="utf-8"))
-            except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-                record = f"unreadable record ({type(error).__name__}: {error})"
-            yield entry.name.removesuffix(".json"), record
+            yield (run_id := entry.name.removesuffix(".json")), self._read(run_id)
 
     def record(self, run_id: str | None) -> RunRecord | None:
         """Returns the record of a run; None where there is none that can be read."""
-        found = dict(self.records()).get(run_id or "")
+        found = self._read(run_id) if run_id else None
         return found if isinstance(found, RunRecord) else None
 
     def history(self) -> list[RunRecord]:
@@ -2526,7 +2529,7 @@ class Store(RunRecords):
         if free < needed:
             raise PipelineError(
                 f"not enough room in data_dir {self.root}: {free / MILLION:,.0f} MB free, about "
-                f"{needed / MILLION:,.0f} MB needed; free some, choose another with --data-dir, or make fewer rows"
+                f"{needed / MILLION:,.0f} MB needed; free some, or choose another with --data-dir"
             )
         self.check_layout()
 
@@ -2692,23 +2695,24 @@ class Store(RunRecords):
 PREVIEW_ROWS = 10  # rows of each gold table, and of each ranking, that the run record holds
 
 # SQL over views of the snapshot: what the report shows besides the first rows of gold; a few rows at any size.
+SUMMARY_SOURCES = ("transactions_clean", "customer_analytics", "product_analytics")
 SUMMARIES: Mapping[str, str] = {
     "revenue_by_week": """
         SELECT CAST(date_trunc('week', transaction_date) AS DATE) AS week, count(*) AS orders,
             CAST(sum(amount) AS DECIMAL(18,2)) AS revenue
-        FROM snapshot_transactions_clean GROUP BY 1 ORDER BY 1""",
+        FROM {transactions_clean} GROUP BY 1 ORDER BY 1""",
     "customers_by_segment": f"""
         SELECT customer_segment, sum(customer_count) AS customers,
             CAST(sum(segment_revenue) AS DECIMAL(18,2)) AS revenue
-        FROM snapshot_customer_analytics GROUP BY customer_segment ORDER BY {SEGMENT_RANK} DESC""",
+        FROM {{customer_analytics}} GROUP BY customer_segment ORDER BY {SEGMENT_RANK} DESC""",
     "customers_by_city": f"""
         SELECT city, sum(customer_count) AS customers, CAST(sum(segment_revenue) AS DECIMAL(18,2)) AS revenue
-        FROM snapshot_customer_analytics GROUP BY city ORDER BY revenue DESC, city LIMIT {PREVIEW_ROWS}""",
+        FROM {{customer_analytics}} GROUP BY city ORDER BY revenue DESC, city LIMIT {PREVIEW_ROWS}""",
     **{
         f"stock_by_{dimension}": f"""
         SELECT {dimension}, sum(product_count) AS products, sum(total_stock) AS stock,
             CAST(sum(inventory_value) AS DECIMAL(18,2)) AS value
-        FROM snapshot_product_analytics GROUP BY {dimension} ORDER BY value DESC, {dimension} LIMIT {PREVIEW_ROWS}"""
+        FROM {{product_analytics}} GROUP BY {dimension} ORDER BY value DESC, {dimension} LIMIT {PREVIEW_ROWS}"""
         for dimension in ("category", "supplier")
     },
 }
@@ -2756,7 +2760,7 @@ def example_rows(rows: DataFrame) -> list[str]:
 
 
 def audit(run: Run) -> None:
-    """Reads the snapshot back and adds it up.
+    """Reads the snapshot back, and checks rows, keys and revenue.
 
     Raises:
         NotPublishedError: a table cannot be read or lacks rows, a key is repeated, a row is unaccounted for, or two
@@ -2811,20 +2815,26 @@ def audit_table(run: Run, layer: str, table: Table) -> tuple[str | None, Decimal
 
 
 def summarize(run: Run) -> None:
-    """Reads back what people are shown of a run: the first rows of gold, and the summaries."""
+    """Reads the first rows of gold and the summaries into the record."""
 
     def preview(name: str) -> list[dict[str, Any]]:
         # The rows lie in the order of their readers.
         return [row.asDict() for row in run.read(GOLD, TABLES[name]).head(PREVIEW_ROWS)]
 
     def summary(name: str) -> list[dict[str, Any]]:
-        return [row.asDict() for row in run.engine.spark.sql(SUMMARIES[name]).collect()]
+        return [row.asDict() for row in run.engine.spark.sql(SUMMARIES[name].format(**views)).collect()]
 
+    views = {name: f"{name}_{run.record.run_id.replace('-', '_')}" for name in SUMMARY_SOURCES}
     with run.step("summary"):
-        for name in ("transactions_clean", "customer_analytics", "product_analytics"):
-            run.read(TABLES[name].layer, TABLES[name]).createOrReplaceTempView(f"snapshot_{name}")
-        run.record.previews |= run.parallel(preview, names(GOLD))
-        run.record.summaries |= run.parallel(summary, SUMMARIES)
+        try:
+            for name, view in views.items():
+                run.read(TABLES[name].layer, TABLES[name]).createOrReplaceTempView(view)
+            run.record.previews |= run.parallel(preview, names(GOLD))
+            run.record.summaries |= run.parallel(summary, SUMMARIES)
+        finally:
+            with best_effort("Temporary views are left in the session"):
+                for view in views.values():
+                    run.engine.spark.catalog.dropTempView(view)
 
 
 # ── Run record and reporting ─────────────────────────────────────────────────────────────────────────────────────
@@ -2915,7 +2925,7 @@ class RunRecord:
         return self.seconds.get("total")
 
     def fail(self, error: BaseException) -> None:
-        """Notes how the run ended."""
+        """Sets result, exit code and error."""
         refused, interrupted = isinstance(error, NotPublishedError), isinstance(error, KeyboardInterrupt)
         self.result = "refused" if refused else "interrupted" if interrupted else "failed"
         self.exit_code = getattr(error, "exit_code", 130 if interrupted else 1)
@@ -2985,9 +2995,7 @@ def recording(record: RunRecord, store: Store, engine: Engine) -> Iterator[None]
     except BaseException as raised:
         error = explained(raised, record, engine, store.spark_log(record.run_id))
         record.fail(error)
-        if error is raised:
-            raise
-        raise error from raised
+        raise error from error.__cause__
     finally:
         record.finished_at = _now().isoformat(timespec="seconds")
         record.seconds["total"] = time.perf_counter() - started
@@ -3001,7 +3009,7 @@ def recording(record: RunRecord, store: Store, engine: Engine) -> Iterator[None]
 
 
 def explained(error: BaseException, record: RunRecord, engine: Engine, spark_log: str) -> BaseException:
-    """Returns the error, or the engine's explanation of it. Logs where a run failed that nobody can explain."""
+    """Returns the error, or the engine's explanation of it. Logs the failed step if there is none."""
     if not isinstance(error, Exception) or isinstance(error, PipelineError):
         return error
     if explanation := engine.explain(error, record.current_step, spark_log):
@@ -3024,8 +3032,9 @@ def best_effort(problem: str) -> Iterator[None]:
 
 def notify(record: RunRecord, store: Store, config: DataPipelineConfig) -> None:
     """Reports a run that has ended: by the job's summary, the webhook, the report and the metrics."""
-    with best_effort("There is no summary of the job"):
-        add_to_step_summary(job_summary(record))
+    if "GITHUB_STEP_SUMMARY" in os.environ:
+        with best_effort("There is no summary of the job"):
+            add_to_step_summary(job_summary(record))
     with best_effort("No alert could be sent"):
         if config.alert_webhook and (text := alert(record, store.history())):
             send_alert(config.alert_webhook, text)
@@ -3048,7 +3057,7 @@ def save_report(store: Store) -> None:
 
 
 def warn_of_anomalies(record: RunRecord, store: Store, factor: float) -> None:
-    """Logs what differs much from the last runs, and notes it in the record. It does not keep the data back."""
+    """Logs and records what differs much from the last runs. Anomalies do not block publishing."""
     with best_effort("The run is not compared with the last ones"):
         record.anomalies = anomalies(record, store.history(), factor)
     for line in record.anomalies:
@@ -3157,9 +3166,9 @@ def metrics(history: Sequence[RunRecord], published: RunRecord | None) -> str:
     if checked:
         quality = checked.quality.items()
         violations = {(name, rule): rows for name, found in quality for rule, rows in found.violations.items()}
-        gauge("rule_failing_rows", "Rows received that break a rule.", violations, "table", "rule")
+        gauge("rule_failing_rows", "Rows received that violate a rule.", violations, "table", "rule")
         rates = {(name,): found.quarantine_rate for name, found in quality}
-        gauge("quarantine_ratio", "Share of the rows received that were refused, 0 to 1.", rates, "table")
+        gauge("quarantine_ratio", "Share of the rows received that were rejected, 0 to 1.", rates, "table")
     if published:
         rows = {tuple(name.split(".")): rows for name, rows in published.rows.items()}
         gauge("table_rows", "Rows of the published tables.", rows, "layer", "table")
@@ -3391,7 +3400,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         interrupted.set()  # Py4J may turn the exception into another one
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGINT, interrupt)
+    previous = signal.getsignal(signal.SIGINT)
+    if previous is not signal.SIG_IGN:  # as for a background job of a script
+        signal.signal(signal.SIGINT, interrupt)
     try:
         flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
         config = load_config(flags, os.environ)

@@ -137,23 +137,23 @@ def test_empty_source(published: DataPipelineConfig, spark: SparkSession, monkey
 
 
 def test_unaccounted_row(published: DataPipelineConfig, spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = data_pipeline.valid
+    real = data_pipeline.valid_rows
 
     def losing(marked: DataFrame, table: data_pipeline.Table, *rest: Any) -> DataFrame:
         lost = F.lit(table.name == "transactions") & (F.col(table.key[0]).cast("string") == "TXN_0000003")
         return real(marked, table, *rest).where(~lost)
 
-    monkeypatch.setattr(data_pipeline, "valid", losing)
+    monkeypatch.setattr(data_pipeline, "valid_rows", losing)
     refused(published, spark, "AUDIT FAILED.*silver.transactions_clean: 8[0-9]{2} rows, but bronze holds 8[0-9]{2}")
 
 
 def test_lost_refused_row(published: DataPipelineConfig, spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = data_pipeline.quarantined
+    real = data_pipeline.rejected_rows
 
     def losing(marked: DataFrame, table: data_pipeline.Table, *rest: Any) -> DataFrame:
         return real(marked.where("amount IS NOT NULL") if table.name == "transactions" else marked, table, *rest)
 
-    monkeypatch.setattr(data_pipeline, "quarantined", losing)
+    monkeypatch.setattr(data_pipeline, "rejected_rows", losing)
     refused(published, spark, "AUDIT FAILED.*transactions: 2 of 1,000 rows received are unaccounted for")
 
 

@@ -23,8 +23,8 @@ from data_pipeline import (
     latest_per_key,
     names,
     orphan_keys,
-    quarantined,
-    valid,
+    rejected_rows,
+    valid_rows,
 )
 
 Frame = Callable[..., DataFrame]
@@ -128,9 +128,11 @@ def split_of(
     known = {key: received(frame, TABLES[parent], {}) for key, parent in table.foreign_keys.items()} | parents
     keys = key_violations(rows, table, known)
     flagged = flag_rows(rows, table, keys, config)
-    single, several = (valid(flagged.where(which), table, config) for which in ("NOT _duplicate_key", "_duplicate_key"))
+    single, several = (
+        valid_rows(flagged.where(which), table, config) for which in ("NOT _duplicate_key", "_duplicate_key")
+    )
     kept = single.withColumn("_records", F.lit(1).cast("bigint")).unionByName(latest_per_key(several, table))
-    return Split(kept, quarantined(flagged, table, keys, config))
+    return Split(kept, rejected_rows(flagged, table, keys, config))
 
 
 def key_violations(rows: DataFrame, table: Table, parents: dict[str, DataFrame]) -> KeyViolations:

@@ -167,6 +167,7 @@ def test_session_of_the_process_is_used_and_left_running(
     with ThreadPoolExecutor(1) as other_thread:  # where the session is not the active one
         assert other_thread.submit(data_pipeline.run_pipeline, config).result().result == "succeeded"
     assert spark.range(3).count() == 3
+    assert not [table.name for table in spark.catalog.listTables() if table.name.startswith("transactions_clean")]
 
 
 START = """

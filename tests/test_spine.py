@@ -139,3 +139,28 @@ def test_step_names_what_failed(run: Run) -> None:
     with run.step("cleaning up"):
         pass
     assert run.record.current_step == "inner"
+
+
+def test_interrupt_keeps_the_table_that_the_run_works_on(run: Run) -> None:
+    with pytest.raises(KeyboardInterrupt), run.step("layer"):
+        with run.step("table"):
+            pass
+        raise KeyboardInterrupt
+    assert run.record.current_step == "table"
+
+
+def test_run_whose_record_cannot_be_saved_sends_one_alert(
+    small: Small, spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run has not begun then, so the command line reports it."""
+
+    def full(_: Store, record: RunRecord) -> None:
+        raise OSError(28, "No space left on device")
+
+    sent: list[str] = []
+    monkeypatch.setattr(data_pipeline.Store, "save_record", full)
+    monkeypatch.setattr(data_pipeline, "send_alert", lambda webhook, text: sent.append(text))
+    root = small(**TINY).data_dir
+    assert data_pipeline.main(["--data-dir", root, "--alert-webhook", "http://127.0.0.1:9/x"]) == 1
+    [text] = sent
+    assert "No run of the data pipeline" in text and "No space left on device" in text
