@@ -3384,6 +3384,18 @@ def notify_not_started(error: BaseException, flags: argparse.Namespace | None) -
             send_alert(parse(webhook), f"❌ No run of the data pipeline on {socket.gethostname()}: {error}")
 
 
+def execute(flags: argparse.Namespace, config: DataPipelineConfig, on_start: Callable[[RunRecord], None]) -> None:
+    """Runs the pipeline, or does what the flags ask for instead."""
+    store = Store(config.root)
+    if flags.list_runs:
+        print("\n".join(list_runs(store)))
+    elif flags.rollback is not None:
+        logger.info("Published again: %s", store.rollback(flags.rollback, config.lock_timeout))
+        save_report(store)
+    else:
+        run_pipeline(config, on_start=on_start)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the pipeline from the command line and returns the exit code."""
     # CRITICAL for the loggers of others: Py4J logs what it also raises.
@@ -3409,14 +3421,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if flags.quiet:
             config.log_level = "WARNING"
         logger.setLevel(PROGRESS if config.log_level == "INFO" and _on_terminal() else config.log_level)
-        if flags.list_runs:
-            print("\n".join(list_runs(Store(config.root))))
-        elif flags.rollback is not None:
-            store = Store(config.root)
-            logger.info("Published again: %s", store.rollback(flags.rollback, config.lock_timeout))
-            save_report(store)
-        else:
-            run_pipeline(config, on_start=started.append)
+        execute(flags, config, started.append)
     except (KeyboardInterrupt, Exception) as error:
         if interrupted.is_set() or isinstance(error, KeyboardInterrupt):
             logger.error("INTERRUPTED: the run was stopped by hand")
