@@ -496,11 +496,8 @@ def check_gate(run: Run, source: Source) -> None:
                 if rule.severity == ABORT and (rows := quality.violations[rule.name]):
                     message = f"{rows:,} rows violate the rule {rule.name}, which aborts a run"
                     fail_gate(run, table, rule.name, rows, message, f"array_contains(_reasons, '{rule.name}')")
-            if quality.quarantine_rate > limit:
-                message = (
-                    f"{quality.quarantined:,} rows are quarantined, {quality.quarantine_rate:.2%}: "
-                    f"more than {limit:.2%}"
-                )
+            if (rate := quality.quarantine_rate) > limit:
+                message = f"{quality.quarantined:,} rows are quarantined, {rate:.2%}: more than {limit:.2%}"
                 fail_gate(run, table, "max_quarantine_rate", quality.quarantined, message)
         if failures := run.record.gate_failures:
             rules = ", ".join(f"{failure['table']}.{failure['rule']}" for failure in failures)
@@ -513,9 +510,8 @@ def check_gate(run: Run, source: Source) -> None:
 def fail_gate(run: Run, table: Table, rule: str, rows: int, message: str, where: str = "true") -> None:
     """Records and logs why the gate is not passed, with three quarantined rows as examples."""
     examples = example_rows(run.read(QUARANTINE, table).where(where))
-    run.record.gate_failures.append(
-        {"table": table.name, "rule": rule, "rows": rows, "message": message, "examples": examples}
-    )
+    failure = {"table": table.name, "rule": rule, "rows": rows, "message": message, "examples": examples}
+    run.record.gate_failures.append(failure)
     logger.error("%s: %s", table.name, message)
     for example in examples:
         logger.info("  for example %s", example)
@@ -524,32 +520,28 @@ def fail_gate(run: Run, table: Table, rule: str, rows: int, message: str, where:
 def build_silver(run: Run, valid: Mapping[str, DataFrame]) -> dict[str, DataFrame]:
     """Enriches valid rows: active products and completed orders, then customers with their orders."""
     customers, products, transactions = valid["customers"], valid["products"], valid["transactions"]
-    silver = run.write_all(
-        SILVER,
-        {
-            "products_active": lambda: products_active(products),
-            "transactions_clean": lambda: transactions_clean(transactions, products),
-        },
-    )
+    first = {
+        "products_active": lambda: products_active(products),
+        "transactions_clean": lambda: transactions_clean(transactions, products),
+    }
+    silver = run.write_all(SILVER, first)
     orders = silver["transactions_clean"]
-    enriched = {"customers_enriched": lambda: customers_enriched(customers, orders, run.config)}
-    return silver | run.write_all(SILVER, enriched)
+    then = {"customers_enriched": lambda: customers_enriched(customers, orders, run.config)}
+    return silver | run.write_all(SILVER, then)
 
 
 def build_gold(run: Run, silver: Mapping[str, DataFrame]) -> None:
     """Aggregates silver. Orders are read once, for the three tables that they lead to."""
     customers, products = silver["customers_enriched"], silver["products_active"]
     orders = run.cached(orders_by_dimension(silver["transactions_clean"]))
-    run.write_all(
-        GOLD,
-        {
-            "customer_analytics": lambda: customer_analytics(customers),
-            "category_analytics": lambda: category_analytics(orders),
-            "payment_analytics": lambda: payment_analytics(orders),
-            "device_analytics": lambda: device_analytics(orders),
-            "product_analytics": lambda: product_analytics(products),
-        },
-    )
+    gold = {
+        "customer_analytics": lambda: customer_analytics(customers),
+        "category_analytics": lambda: category_analytics(orders),
+        "payment_analytics": lambda: payment_analytics(orders),
+        "device_analytics": lambda: device_analytics(orders),
+        "product_analytics": lambda: product_analytics(products),
+    }
+    run.write_all(GOLD, gold)
 
 
 Item = TypeVar("Item")
@@ -656,13 +648,8 @@ class Run:
         counts = self.engine.write(rows, uri, {"rows": F.count(F.lit(1)), **(metrics or {})})
         self.record.rows[name] = counts["rows"]
         self.record.bytes[name] = self.snapshot.store.size(self.record.run_id, layer, table.name)
-        logger.info(
-            "✓ Saved %s to: %s (%s rows, %.2f s)",
-            table.name,
-            uri.removeprefix("file://"),
-            f"{counts['rows']:,}",
-            time.perf_counter() - started,
-        )
+        rows_written, folder = f"{counts['rows']:,} rows", uri.removeprefix("file://")
+        logger.info("✓ Saved %s to: %s (%s, %.2f s)", table.name, folder, rows_written, time.perf_counter() - started)
         return counts
 
     def read(self, layer: str, table: Table) -> DataFrame:
@@ -1845,9 +1832,8 @@ class Engine(ABC):
         self.spark = self.given
         for key, value in self.settings.items():
             before = self.spark.conf.get(key, None)
-            self._started.callback(
-                *((self.spark.conf.unset, key) if before is None else (self.spark.conf.set, key, before))
-            )
+            undo = (self.spark.conf.unset, key) if before is None else (self.spark.conf.set, key, before)
+            self._started.callback(*undo)
             self.spark.conf.set(key, value)
 
     def close_session(self) -> None:
@@ -1960,12 +1946,10 @@ class LocalSpark(Engine):
             "spark.driver.defaultJavaOptions": shlex.join(self.jvm_options()),
             "spark.master": own_master(self.config),
         }
-        own = {
-            o.metadata["spark"]: getattr(self.config, o.name)
-            for o in dataclasses.fields(self.config)
-            if "spark" in o.metadata
-        }
-        return {key: value for key, value in {**options, **own}.items() if value not in (None, "")}
+        for option in dataclasses.fields(self.config):
+            if "spark" in option.metadata:
+                options[option.metadata["spark"]] = getattr(self.config, option.name)
+        return {key: value for key, value in options.items() if value not in (None, "")}
 
     def jvm_options(self) -> list[str]:
         """Returns options with which Java starts faster."""
@@ -2929,11 +2913,8 @@ class RunRecord:
         refused, interrupted = isinstance(error, NotPublishedError), isinstance(error, KeyboardInterrupt)
         self.result = "refused" if refused else "interrupted" if interrupted else "failed"
         self.exit_code = getattr(error, "exit_code", 130 if interrupted else 1)
-        self.error = {
-            "type": type(error).__name__,
-            "message": str(error),
-            "traceback": "".join(traceback.format_exception(error)),
-        }
+        trace = "".join(traceback.format_exception(error))
+        self.error = {"type": type(error).__name__, "message": str(error), "traceback": trace}
 
     def sort(self) -> None:
         """Puts the tables in the order of their declaration, instead of that in which they were finished."""
