@@ -50,6 +50,7 @@ import dataclasses
 import difflib
 import fcntl
 import functools
+import glob
 import hashlib
 import importlib
 import importlib.metadata
@@ -398,6 +399,7 @@ def run_pipeline(
             run.start_engine()
             with run.layer(BRONZE, "Raw Data Ingestion"):
                 bronze = ingest_bronze(run, source)
+                profile(run)
             with run.layer(SILVER, "Data Cleansing and Enrichment"):
                 valid = clean(run, bronze)
                 check_gate(run, source)
@@ -421,7 +423,7 @@ def preflight(config: DataPipelineConfig, spark: SparkSession | None = None) -> 
     source = open_source(config)
     store = Store(config.root)
     engine = choose_engine(config, source, spark)
-    check_packages("requirements.txt", "faker", "jinja2", "prometheus_client")
+    check_packages("requirements.txt", "duckdb", "faker", "jinja2", "prometheus_client")
     store.check(sum(source.expected_rows.values()))
     engine.check()
     return source, store, engine
@@ -436,7 +438,7 @@ class Received(NamedTuple):
 
 
 def ingest_bronze(run: Run, source: Source) -> dict[str, Received]:
-    """Writes the delivery unchanged. Counts the violations of each rule and profiles each column meanwhile."""
+    """Writes the delivery unchanged, and counts the violations of each rule meanwhile."""
 
     def ingest(name: str) -> Received:
         table = TABLES[name]
@@ -444,8 +446,7 @@ def ingest_bronze(run: Run, source: Source) -> dict[str, Received]:
         sound = part_counts(table, ~is_rejected(table, run.config))
         with run.step(f"{BRONZE}.{name}"):
             rows = with_lineage(source.delivery(run.engine.spark, name), run.record)
-            counts = run.write(BRONZE, table, rows, {**violations, **sound, **profile_metrics(table)})
-        run.record.profile[name] = column_profiles(table, counts)
+            counts = run.write(BRONZE, table, rows, {**violations, **sound})
         return Received(
             run.read(BRONZE, table), {rule: counts[rule] for rule in violations}, {part: counts[part] for part in sound}
         )
@@ -509,7 +510,7 @@ def check_gate(run: Run, source: Source) -> None:
 
 def fail_gate(run: Run, table: Table, rule: str, rows: int, message: str, where: str = "true") -> None:
     """Records and logs why the gate is not passed, with three quarantined rows as examples."""
-    examples = example_rows(run.read(QUARANTINE, table).where(where))
+    examples = example_rows(run, table, where)
     failure = {"table": table.name, "rule": rule, "rows": rows, "message": message, "examples": examples}
     run.record.gate_failures.append(failure)
     logger.error("%s: %s", table.name, message)
@@ -745,6 +746,10 @@ def _one_of(words: Iterable[str]) -> str:
     return "(" + ", ".join(f"'{word}'" for word in words) + ")"
 
 
+def _rank(column: str, words: Iterable[str]) -> str:
+    return f"CASE {column} " + " ".join(f"WHEN '{word}' THEN {rank}" for rank, word in enumerate(words)) + " END"
+
+
 def _required(*columns: str) -> tuple[Rule, ...]:
     return tuple(Rule(f"{column}_missing", column, f"{column} IS NULL") for column in columns)
 
@@ -779,8 +784,8 @@ PAYMENT_METHOD = (
 )
 ON_SALE = "is_active AND stock_quantity > 0"
 COMPLETED = "status = 'completed'"
-SEGMENT_RANK = f"array_position(array{_one_of(SEGMENTS)}, customer_segment)"
-STATUS_RANK = f"array_position(array{_one_of(STATUSES)}, status)"
+SEGMENT_RANK = _rank("customer_segment", SEGMENTS)
+STATUS_RANK = _rank("status", STATUSES)
 
 # A customer is not rejected for an optional attribute: the customer's orders, and their revenue, would go too.
 TABLES["customers"] = Table(
@@ -2363,6 +2368,12 @@ def is_uri(location: str) -> bool:
     return bool(re.match(r"[A-Za-z][\w+.-]*:/", location))
 
 
+def sha256(path: str) -> str:
+    """Returns the SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 class Snapshot:
     """The tables of one run. They become the published ones by `publish`, or never."""
 
@@ -2386,6 +2397,19 @@ class Snapshot:
         lines = sum(len(file.read_text().splitlines()) for file in Path(self.folder, name).glob("[!._]*"))
         shutil.rmtree(Path(self.folder, name), ignore_errors=True)
         return lines
+
+    def files(self, *names: str) -> list[str]:
+        """Returns the paths of the data files of a table, in order; none where only the engine reaches them."""
+        return sorted(glob.glob(os.path.join(glob.escape(self.path(*names)), "*.parquet"))) if self.folder else []
+
+    def checksums(self) -> dict[str, str]:
+        """Returns the SHA-256 of each data file by its path in the snapshot."""
+        files = [file for layer, table in SNAPSHOT_TABLES for file in self.files(layer, table.name)]
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            return {
+                os.path.relpath(file, self.folder): sha
+                for file, sha in zip(files, pool.map(sha256, files), strict=True)
+            }
 
     def publish(self) -> None:
         """Makes this snapshot the one that readers see. Its record is saved first: a kill may follow."""
@@ -2633,12 +2657,9 @@ class Store(RunRecords):
                 kept = f"kept are {', '.join(known) or 'none'} (--list-runs shows them)"
                 raise PipelineError(f"no snapshot {chosen or 'before the published one'} in {self.root}: {kept}")
             record = self.record(chosen)
-            for layer, table in SNAPSHOT_TABLES:
-                size = self.size(chosen, layer, table.name)
-                if not size or (record and size != record.bytes.get(f"{layer}.{table.name}", size)):
-                    raise PipelineError(
-                        f"snapshot {chosen} is not whole: {layer}/{table.name} is not as it was written"
-                    )
+            if record is None:
+                raise PipelineError(f"snapshot {chosen} cannot be checked: its run record is missing or unreadable")
+            audit_again(Snapshot(self, record))
             self.publish(chosen)
         return chosen
 
@@ -2675,57 +2696,143 @@ class Store(RunRecords):
 
 
 # ── Inspection ───────────────────────────────────────────────────────────────────────────────────────────────────
+# What is asked of finished tables, in SQL that DuckDB, Spark and Sail answer alike: it counts, adds up and compares,
+# and never divides, rounds or formats. Tables are named as in `gold.customer_analytics`; times are in UTC, zoneless.
 
 PREVIEW_ROWS = 10  # rows of each gold table, and of each ranking, that the run record holds
+DUCKDB_ROWS = 50 * MILLION  # of a table, at most; measured: the profile of 48 million took 22 s and 1 GB
 
-# SQL over views of the snapshot: what the report shows besides the first rows of gold; a few rows at any size.
-SUMMARY_SOURCES = ("transactions_clean", "customer_analytics", "product_analytics")
+# What the report shows besides the first rows of gold: a few rows at any size.
 SUMMARIES: Mapping[str, str] = {
     "revenue_by_week": """
         SELECT CAST(date_trunc('week', transaction_date) AS DATE) AS week, count(*) AS orders,
             CAST(sum(amount) AS DECIMAL(18,2)) AS revenue
-        FROM {transactions_clean} GROUP BY 1 ORDER BY 1""",
+        FROM silver.transactions_clean GROUP BY 1 ORDER BY 1 NULLS FIRST""",
     "customers_by_segment": f"""
         SELECT customer_segment, sum(customer_count) AS customers,
             CAST(sum(segment_revenue) AS DECIMAL(18,2)) AS revenue
-        FROM {{customer_analytics}} GROUP BY customer_segment ORDER BY {SEGMENT_RANK} DESC""",
+        FROM gold.customer_analytics GROUP BY customer_segment ORDER BY {SEGMENT_RANK} DESC NULLS LAST""",
     "customers_by_city": f"""
         SELECT city, sum(customer_count) AS customers, CAST(sum(segment_revenue) AS DECIMAL(18,2)) AS revenue
-        FROM {{customer_analytics}} GROUP BY city ORDER BY revenue DESC, city LIMIT {PREVIEW_ROWS}""",
+        FROM gold.customer_analytics GROUP BY city
+        ORDER BY revenue DESC NULLS LAST, city NULLS FIRST LIMIT {PREVIEW_ROWS}""",
     **{
         f"stock_by_{dimension}": f"""
         SELECT {dimension}, sum(product_count) AS products, sum(total_stock) AS stock,
             CAST(sum(inventory_value) AS DECIMAL(18,2)) AS value
-        FROM {{product_analytics}} GROUP BY {dimension} ORDER BY value DESC, {dimension} LIMIT {PREVIEW_ROWS}"""
+        FROM gold.product_analytics GROUP BY {dimension}
+        ORDER BY value DESC NULLS LAST, {dimension} NULLS FIRST LIMIT {PREVIEW_ROWS}"""
         for dimension in ("category", "supplier")
     },
 }
 
-
-def profile_metrics(table: Table) -> dict[str, Column]:
-    """Returns the metrics of each column's profile: values, distinct values (to about 5 %), least and greatest."""
-    metrics = {}
-    for name, kind in table.columns():
-        metrics[f"{name}.count"] = F.count(name)
-        # As text, since Sail does not count the distinct values of a DOUBLE.
-        metrics[f"{name}.distinct"] = F.approx_count_distinct(F.col(name).cast("string" if kind == "double" else kind))
-        metrics[f"{name}.min"] = F.min(name).cast("string")
-        metrics[f"{name}.max"] = F.max(name).cast("string")
-    return metrics
+Key = TypeVar("Key")
+Answer: TypeAlias = list[dict[str, Any]]  # rows
 
 
-def column_profiles(table: Table, counts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Returns the profile of each column from the values of `profile_metrics`; `completeness` in percent."""
-    rows = counts["rows"]
-    return {
-        name: {
-            "rows": rows,
-            "nulls": rows - counts[f"{name}.count"],
-            "completeness": 100.0 * counts[f"{name}.count"] / rows if rows else 100.0,
-            **{figure: counts[f"{name}.{figure}"] for figure in ("distinct", "min", "max")},
-        }
-        for name, _ in table.columns()
+def inspect(run: Run, queries: Mapping[Key, str]) -> dict[Key, Answer]:
+    """Returns the answers to queries of finished tables: DuckDB's where it reaches the files, else the engine's."""
+    here = {key: sql for key, sql in queries.items() if all(answered_by_duckdb(run, *name) for name in named(sql))}
+    answers = inspect_files(run.snapshot, here) if here else {}
+    elsewhere = [key for key in queries if key not in here]
+    return answers | run.parallel(lambda key: inspect_by_engine(run, queries[key]), elsewhere)
+
+
+def named(sql: str) -> set[tuple[str, str]]:
+    """Returns layer and name of the tables in a query."""
+    return set(re.findall(rf"\b({'|'.join(LAYERS)})\.(\w+)", sql))
+
+
+def answered_by_duckdb(run: Run, layer: str, name: str) -> bool:
+    """Returns whether DuckDB answers queries of a table: on a disk of this machine, up to DUCKDB_ROWS rows."""
+    local = run.snapshot.folder is not None and not run.engine.shares_storage
+    return local and run.record.rows[f"{layer}.{name}"] <= DUCKDB_ROWS
+
+
+def _columns_in_utc(layer: str, name: str, zoneless: str) -> list[str]:
+    columns = TABLES[name].columns(layer)
+    return [f"CAST({column} AS {zoneless}) AS {column}" if kind == "timestamp" else column for column, kind in columns]
+
+
+def inspect_files(snapshot: Snapshot, queries: Mapping[Key, str]) -> dict[Key, Answer]:
+    """Returns DuckDB's answers. It reads the files independently of the engine that wrote them.
+
+    Raises:
+        RuntimeError: files are missing or cannot be read.
+    """
+    import duckdb
+
+    settings: dict[str, Any] = {
+        "threads": os.cpu_count() or 1,
+        "memory_limit": "1GB",  # by default most of the machine, where Java is too
+        "temp_directory": snapshot.path(".duckdb"),  # by default in the working directory
     }
+    answers, of = {}, ""
+    try:
+        with duckdb.connect(config=settings) as connection:
+            connection.execute("SET TimeZone = 'UTC'")
+            for key, sql in queries.items():
+                for layer, name in named(sql):
+                    of = f"{layer}.{name}"
+                    rows = connection.read_parquet(snapshot.files(layer, name))
+                    rows.project(", ".join(_columns_in_utc(layer, name, "TIMESTAMP"))).create_view(f"{layer}_{name}")
+                    sql = sql.replace(of, f"{layer}_{name}")
+                answer = connection.execute(sql)
+                columns = [column for column, *_ in answer.description or ()]
+                answers[key] = [dict(zip(columns, row, strict=True)) for row in answer.fetchall()]
+    except duckdb.Error as error:
+        raise RuntimeError(f"{of}: {error}") from error
+    except RuntimeError as error:
+        if str(error) == "Query interrupted":  # how DuckDB reports a Ctrl-C
+            raise KeyboardInterrupt from error
+        raise
+    return answers
+
+
+def inspect_by_engine(run: Run, sql: str) -> Answer:
+    """Returns the engine's answer."""
+    spark, views = run.engine.spark, {name: f"inspected_{secrets.token_hex(8)}" for name in named(sql)}
+    try:
+        for (layer, name), view in views.items():
+            columns = _columns_in_utc(layer, name, "TIMESTAMP_NTZ")
+            run.read(layer, TABLES[name]).selectExpr(*columns).createOrReplaceTempView(view)
+            sql = sql.replace(f"{layer}.{name}", view)
+        return [row.asDict() for row in spark.sql(sql).collect()]
+    finally:
+        with best_effort("Temporary views are left in the session"):
+            for view in views.values():
+                spark.catalog.dropTempView(view)
+
+
+def profile(run: Run) -> None:
+    """Reads the profile of each bronze column into the record: nulls, distinct values, the least and the greatest.
+
+    Distinct values are exact where DuckDB counts them; the engine counts them to about 5 %, in little memory.
+    """
+    queries = {}
+    for table in tables(BRONZE):
+        exact = answered_by_duckdb(run, BRONZE, table.name)
+        for name, kind in table.columns():
+            # As text, since Sail does not count the distinct values of a DOUBLE.
+            approximate = f"approx_count_distinct({f'CAST({name} AS STRING)' if kind == 'double' else name})"
+            distinct = f"count(DISTINCT {name})" if exact else approximate
+            queries[table.name, name, exact] = (
+                f"SELECT count(*) AS row_count, count({name}) AS filled, {distinct} AS different, "
+                f"min({name}) AS least, max({name}) AS greatest FROM {BRONZE}.{table.name}"
+            )
+    with run.step("profile"):
+        answers = inspect(run, queries)
+    for (table_name, name, exact), [found] in answers.items():
+        rows, filled = found["row_count"], found["filled"]
+        run.record.profile.setdefault(table_name, {})[name] = {
+            "rows": rows,
+            "nulls": rows - filled,
+            "completeness": 100.0 * filled / rows if rows else 100.0,
+            "distinct": found["different"],
+            "distinct_is_exact": exact,
+            "min": None if found["least"] is None else str(found["least"]),
+            "max": None if found["greatest"] is None else str(found["greatest"]),
+        }
 
 
 def describe_profile(table: str, profile: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -2734,91 +2841,106 @@ def describe_profile(table: str, profile: Mapping[str, Mapping[str, Any]]) -> It
     for name, column in profile.items():
         repeated = f"{column['duplicates']:,}" if "duplicates" in column else ""
         least, greatest = (str(column[bound] if column[bound] is not None else "-")[:24] for bound in ("min", "max"))
-        complete, distinct = f"{column['completeness']:.1f}%", f"~{column['distinct']:,}"
+        complete = f"{column['completeness']:.1f}%"
+        distinct = f"{'' if column['distinct_is_exact'] else '~'}{column['distinct']:,}"
         yield f"  {name:<26} {column['nulls']:>10,} {complete:>9} {distinct:>11} {repeated:>9}  {least} … {greatest}"
 
 
-def example_rows(rows: DataFrame) -> list[str]:
-    """Returns three of the rows as JSON."""
-    return [row[0] for row in rows.select(F.to_json(F.struct("*"))).limit(3).collect()]
+def example_rows(run: Run, table: Table, where: str) -> list[str]:
+    """Returns the first three quarantined rows for which a condition is true, as JSON without nulls."""
+    order = ", ".join(f"{name} NULLS FIRST" for name, _ in table.columns(QUARANTINE))
+    query = f"SELECT * FROM {QUARANTINE}.{table.name} WHERE {where} ORDER BY {order} LIMIT 3"
+    filled = ({name: value for name, value in row.items() if value is not None} for row in inspect(run, {0: query})[0])
+    return [json.dumps(row, default=str, ensure_ascii=False) for row in filled]
+
+
+def audit_queries() -> dict[tuple[str, Table], str]:
+    """Returns the query of each table of a snapshot: its rows, different keys, and revenue.
+
+    It reads every value, by the greatest of each column: a count may come from the statistics of the files.
+    """
+    queries = {}
+    for layer, table in SNAPSHOT_TABLES:
+        name = f"{layer}.{table.name}"
+        figures = [f"max({column})" for column, _ in table.columns(layer)] + ["count(*) AS row_count"]
+        if table.layer != BRONZE:
+            keys = f"SELECT DISTINCT {', '.join(table.key)} FROM {name}"
+            figures.append(f"(SELECT count(*) FROM ({keys})) AS key_count")
+        if table.revenue:
+            figures.append(f"sum({table.revenue}) AS revenue")
+        queries[layer, table] = f"SELECT {', '.join(figures)} FROM {name}"
+    return queries
+
+
+def audit_problems(record: RunRecord, found: Mapping[tuple[str, Table], Answer]) -> Iterator[str]:
+    """Returns what is wrong with the tables of a run, a line each, from the answers to `audit_queries`."""
+    for (layer, table), [row] in found.items():
+        name, rows = f"{layer}.{table.name}", row["row_count"]
+        written, quality = record.rows[name], record.quality.get(table.from_table)
+        expected = quality.silver.get(table.name, written) if quality else written
+        if rows != written:
+            yield f"{name}: {written:,} rows were written, {rows:,} are there"
+        elif rows != expected:
+            yield f"{name}: {rows:,} rows, but bronze holds {expected:,} for it"
+        elif row.get("key_count", rows) != rows:
+            yield f"{name}: {rows - row['key_count']:,} repeated keys"
+    for name, quality in record.quality.items():
+        if quality.unreconciled:
+            yield f"{name}: {quality.unreconciled:,} of {quality.received:,} rows received are unaccounted for"
+    revenues = {
+        f"{layer}.{table.name}": row["revenue"] or 0 for (layer, table), [row] in found.items() if table.revenue
+    }
+    if len(set(revenues.values())) > 1:
+        yield "revenue differs: " + ", ".join(f"{name} {total:,}" for name, total in revenues.items())
 
 
 def audit(run: Run) -> None:
-    """Reads the snapshot back, and checks rows, keys and revenue.
+    """Reads the snapshot back, checks rows, keys and revenue, and records the checksums of the files.
 
     Raises:
         NotPublishedError: a table cannot be read or lacks rows, a key is repeated, a row is unaccounted for, or two
             tables differ in the revenue.
     """
+    failed = "AUDIT FAILED, nothing is published: "
     with run.step("audit"):
         try:
-            found = run.parallel(lambda table: audit_table(run, *table), SNAPSHOT_TABLES)
+            found = inspect(run, audit_queries())
         except Exception as error:
             if run.engine.is_infrastructure_failure(error):
                 raise
-            raise NotPublishedError(
-                f"AUDIT FAILED, nothing is published: the snapshot cannot be read: {root_cause(error)}"
-            ) from error
-        problems = [problem for problem, _ in found.values() if problem] + [
-            f"{name}: {quality.unreconciled:,} of {quality.received:,} rows received are unaccounted for"
-            for name, quality in run.record.quality.items()
-            if quality.unreconciled
-        ]
-        revenues = {f"{layer}.{table.name}": found[layer, table][1] for layer, table in found if table.revenue}
-        if len(set(revenues.values())) > 1:
-            problems.append("revenue differs: " + ", ".join(f"{name} {total:,}" for name, total in revenues.items()))
-        if problems:
-            raise NotPublishedError("AUDIT FAILED, nothing is published: " + "; ".join(problems))
-        [run.record.revenue] = set(revenues.values())
+            raise NotPublishedError(f"{failed}the snapshot cannot be read: {root_cause(error)}") from error
+        if problems := list(audit_problems(run.record, found)):
+            raise NotPublishedError(failed + "; ".join(problems))
+        run.record.revenue = found[SILVER, TABLES["transactions_clean"]][0]["revenue"] or Decimal(0)
+        run.record.sha256 = run.snapshot.checksums()
     logger.info("AUDIT: rows, keys and revenue add up (%.1f s)", run.record.seconds["audit"])
 
 
-def audit_table(run: Run, layer: str, table: Table) -> tuple[str | None, Decimal]:
-    """Returns what is wrong with a table of the snapshot, and its revenue."""
-    name, rows = f"{layer}.{table.name}", run.read(layer, table)
-    written = run.record.rows[name]
-    quality = run.record.quality.get(table.from_table)
-    expected = quality.silver.get(table.name, written) if quality else written
-    metrics = {
-        "rows": F.count(F.lit(1)),
-        # Reads every value: a count alone reads no more than the footers of the files.
-        "values": F.max(F.xxhash64(*(column for column, _ in table.columns(layer)))),
-        "revenue": (F.sum(table.revenue) if table.revenue else F.lit(None)).cast("decimal(28,2)"),
-        # Counts hashes of keys; the keys themselves are only counted where these are fewer than the rows.
-        "hashes": F.lit(None) if table.layer == BRONZE else F.count_distinct(F.xxhash64(*table.key)),
-    }
-    found = aggregate(rows, metrics)
-    problem = None
-    if found["rows"] != written:
-        problem = f"{name}: {written:,} rows were written, {found['rows']:,} are there"
-    elif written != expected:
-        problem = f"{name}: {written:,} rows, but bronze holds {expected:,} for it"
-    elif found["hashes"] not in (None, written) and (keys := rows.select(*table.key).distinct().count()) != written:
-        problem = f"{name}: {written - keys:,} repeated keys"
-    return problem, found["revenue"] or Decimal(0)
+def audit_again(snapshot: Snapshot) -> None:
+    """Checks, without Spark, that a snapshot is still what its run audited. Raises PipelineError."""
+    record, problems = snapshot.record, []
+    if record.sha256:  # earlier versions recorded none
+        changed = sorted(dict(record.sha256.items() ^ snapshot.checksums().items()))
+        problems = [f"{file} is not as it was written" for file in changed]
+    try:
+        problems = problems or list(audit_problems(record, inspect_files(snapshot, audit_queries())))
+    except RuntimeError as error:
+        problems = [str(error)]
+    if problems:
+        raise PipelineError(f"snapshot {record.run_id} is not whole: {'; '.join(problems[:3])}")
 
 
 def summarize(run: Run) -> None:
     """Reads the first rows of gold and the summaries into the record."""
 
-    def preview(name: str) -> list[dict[str, Any]]:
-        # The rows lie in the order of their readers.
-        return [row.asDict() for row in run.read(GOLD, TABLES[name]).head(PREVIEW_ROWS)]
+    def preview(table: Table) -> str:
+        order = (f"{by[1:]} DESC NULLS LAST" if by.startswith("-") else f"{by} NULLS FIRST" for by in table.order)
+        return f"SELECT * FROM {GOLD}.{table.name} ORDER BY {', '.join(order)} LIMIT {PREVIEW_ROWS}"
 
-    def summary(name: str) -> list[dict[str, Any]]:
-        return [row.asDict() for row in run.engine.spark.sql(SUMMARIES[name].format(**views)).collect()]
-
-    views = {name: f"{name}_{run.record.run_id.replace('-', '_')}" for name in SUMMARY_SOURCES}
     with run.step("summary"):
-        try:
-            for name, view in views.items():
-                run.read(TABLES[name].layer, TABLES[name]).createOrReplaceTempView(view)
-            run.record.previews |= run.parallel(preview, names(GOLD))
-            run.record.summaries |= run.parallel(summary, SUMMARIES)
-        finally:
-            with best_effort("Temporary views are left in the session"):
-                for view in views.values():
-                    run.engine.spark.catalog.dropTempView(view)
+        found = inspect(run, {**{table.name: preview(table) for table in tables(GOLD)}, **SUMMARIES})
+    run.record.previews = {name: found[name] for name in names(GOLD)}
+    run.record.summaries = {name: found[name] for name in SUMMARIES}
 
 
 # ── Run record and reporting ─────────────────────────────────────────────────────────────────────────────────────
@@ -2856,6 +2978,7 @@ class RunRecord:
     current_step: str = "start-up"
     rows: dict[str, int] = field(default_factory=dict)
     bytes: dict[str, int | None] = field(default_factory=dict)
+    sha256: dict[str, str] = field(default_factory=dict)  # of each data file, by its path in the snapshot
     seconds: dict[str, float] = field(default_factory=dict)
     started_after: dict[str, float] = field(default_factory=dict)
     quality: dict[str, Quality] = field(default_factory=dict)

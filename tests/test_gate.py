@@ -188,11 +188,11 @@ def folder(finished: Any, table: str) -> Path:
 @pytest.mark.parametrize(
     ("table", "damage", "message"),
     [
-        ("silver/transactions_clean", Path.unlink, "silver.transactions_clean: .* rows were written, 0 are there"),
-        ("gold/device_analytics", truncate, "the snapshot cannot be read"),
-        ("bronze/customers", scramble, "the snapshot cannot be read"),
+        ("silver/transactions_clean", Path.unlink, "the snapshot cannot be read: silver.transactions_clean: "),
+        ("gold/device_analytics", truncate, "the snapshot cannot be read: gold.device_analytics: "),
+        ("bronze/customers", scramble, "the snapshot cannot be read: bronze.customers: "),
         ("bronze/products", double, "bronze.products: 20 rows were written, 40 are there"),
-        ("quarantine/transactions", Path.unlink, "quarantine.transactions: 14 rows were written, 0 are there"),
+        ("quarantine/transactions", Path.unlink, "the snapshot cannot be read: quarantine.transactions: "),
     ],
 )
 def test_damage_is_found_at_the_audit(table: str, damage: Callable[[Path], None], message: str, finished: Any) -> None:
@@ -279,7 +279,7 @@ def test_profile(published: DataPipelineConfig) -> None:
                 ).fetchall()[0]
                 assert (found["rows"], found["nulls"]) == (rows, nulls)
                 assert found["completeness"] == pytest.approx(100 - 100 * nulls / rows)
-                assert found["distinct"] == pytest.approx(distinct, rel=0.15)
+                assert (found["distinct"], found["distinct_is_exact"]) == (distinct, True)
         amount = db.sql("SELECT min(amount)::VARCHAR, max(amount)::VARCHAR FROM bronze_transactions").fetchall()[0]
         assert (profile["transactions"]["amount"]["min"], profile["transactions"]["amount"]["max"]) == amount
         repeated = "SELECT count(*) - count(DISTINCT transaction_id) FROM bronze_transactions"

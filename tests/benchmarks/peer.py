@@ -102,6 +102,7 @@ class Peer(ABC):
                 "nulls": rows - column.values,
                 "completeness": 100.0 * column.values / rows if rows else 100.0,
                 "distinct": column.distinct,
+                "distinct_is_exact": False,
                 "min": column.min,
                 "max": column.max,
             }

@@ -1,0 +1,142 @@
+"""DuckDB and the engine of the session give the same answers on the same snapshot."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import signal
+import threading
+from typing import Any
+
+import duckdb
+import pytest
+from conftest import one
+from pyspark.sql import SparkSession
+from test_gate import started_run
+
+import data_pipeline
+from data_pipeline import (
+    LAYERS,
+    DataPipelineConfig,
+    Run,
+    RunRecord,
+    audit,
+    audit_queries,
+    example_rows,
+    inspect,
+    inspect_files,
+    profile,
+    summarize,
+    tables,
+)
+
+
+@pytest.fixture
+def run(config: DataPipelineConfig, spark: SparkSession, report: RunRecord) -> Run:
+    return started_run(config, spark, copy.deepcopy(report))
+
+
+@pytest.fixture
+def by_engine(monkeypatch: pytest.MonkeyPatch, run: Run) -> Run:
+    """A run of which the engine answers all queries: its tables are too large for DuckDB."""
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("DuckDB was asked")
+
+    monkeypatch.setattr(data_pipeline, "DUCKDB_ROWS", -1)
+    monkeypatch.setattr(data_pipeline, "inspect_files", fail)
+    return run
+
+
+def test_audit_figures_are_the_same(by_engine: Run) -> None:
+    queries = audit_queries()
+    from_files = inspect_files(by_engine.snapshot, queries)
+    from_engine = inspect(by_engine, queries)
+    assert set(from_files) == set(from_engine)
+    for key, [row] in from_engine.items():
+        [expected] = from_files[key]
+        assert list(row.values()) == list(expected.values()), key
+
+
+def test_audit_of_the_engine_passes(by_engine: Run, report: RunRecord) -> None:
+    by_engine.record.revenue = None
+    by_engine.record.sha256 = {}
+    audit(by_engine)
+    assert (by_engine.record.revenue, by_engine.record.sha256) == (report.revenue, report.sha256)
+
+
+def test_audit_of_the_engine_finds_missing_rows(by_engine: Run) -> None:
+    by_engine.record.rows["silver.products_active"] += 1
+    with pytest.raises(data_pipeline.NotPublishedError, match=r"silver\.products_active: .* rows were written"):
+        audit(by_engine)
+
+
+def test_summaries_are_the_same(by_engine: Run, report: RunRecord) -> None:
+    by_engine.record.previews, by_engine.record.summaries = {}, {}
+    summarize(by_engine)
+    assert by_engine.record.previews == report.previews
+    assert by_engine.record.summaries == report.summaries
+    assert by_engine.engine.spark.catalog.listTables() == [], "no view is left in the session"
+
+
+def test_profile_is_the_same_but_for_distinct_values(by_engine: Run, report: RunRecord) -> None:
+    by_engine.record.profile = {}
+    profile(by_engine)
+    for table in tables("bronze"):
+        for name, found in by_engine.record.profile[table.name].items():
+            expected = dict(report.profile[table.name][name])
+            assert expected.pop("distinct_is_exact") and not found.pop("distinct_is_exact")
+            assert found.pop("distinct") == pytest.approx(expected.pop("distinct"), rel=0.15)
+            expected.pop("duplicates", None)  # of the key, from the search for them
+            assert found == expected
+
+
+def test_examples_are_the_same(by_engine: Run, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for table in tables("bronze"):
+        for where in ("true", "array_contains(_reasons, 'amount_missing')"):
+            answers = example_rows(by_engine, table, where)
+            with monkeypatch.context() as undone:
+                undone.setattr(data_pipeline, "DUCKDB_ROWS", 1_000)
+                undone.setattr(data_pipeline, "inspect_files", inspect_files)
+                assert example_rows(run, table, where) == answers
+            assert len(answers) == (3 if table.name == "transactions" else 0)
+
+
+def test_who_answers(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert data_pipeline.answered_by_duckdb(run, "bronze", "transactions")
+    monkeypatch.setattr(data_pipeline, "DUCKDB_ROWS", run.record.rows["bronze.transactions"] - 1)
+    assert not data_pipeline.answered_by_duckdb(run, "bronze", "transactions")
+    assert data_pipeline.answered_by_duckdb(run, "gold", "customer_analytics"), "few rows of a large run"
+    monkeypatch.setattr(run.engine, "shares_storage", True)
+    assert not data_pipeline.answered_by_duckdb(run, "gold", "customer_analytics"), "a cluster"
+
+
+def test_folder_with_quotes(run: Run, config: DataPipelineConfig, tmp_path: Any) -> None:
+    odd = tmp_path / 'it\'s "a" folder; --'
+    (odd / "snapshots").mkdir(parents=True)
+    (odd / "snapshots" / run.record.run_id).symlink_to(run.snapshot.path())
+    snapshot = data_pipeline.Snapshot(data_pipeline.Store(str(odd)), run.record)
+    [row] = inspect_files(snapshot, {0: "SELECT count(*) AS n FROM gold.device_analytics"})[0]
+    assert row["n"] == run.record.rows["gold.device_analytics"]
+
+
+def test_interrupt_is_no_failed_audit(run: Run) -> None:
+    slow = (
+        "SELECT count(*) FROM silver.transactions_clean AS a, silver.transactions_clean AS b WHERE a.amount < b.amount"
+    )
+    timer = threading.Timer(0.5, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        inspect_files(run.snapshot, dict.fromkeys(range(100), slow))
+
+
+def test_report_says_whether_distinct_values_are_exact(report: RunRecord, db: duckdb.DuckDBPyConnection) -> None:
+    exact = one(db, "SELECT count(DISTINCT customer_id) FROM bronze_transactions")
+    assert report.profile["transactions"]["customer_id"]["distinct"] == exact
+    assert '<th scope="col">distinct</th>' in data_pipeline.html_report([report], report)
+    about = copy.deepcopy(report.profile)
+    for column in about["customers"].values():
+        column["distinct_is_exact"] = False
+    page = data_pipeline.html_report([dataclasses.replace(report, profile=about)], report)
+    assert '<th scope="col">distinct, about</th>' in page
+    assert {layer for layer, _ in audit_queries()} == set(LAYERS)
