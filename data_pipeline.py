@@ -28,7 +28,7 @@ killed, readers see the snapshot that was published before. `--list-runs` shows 
 earlier one.
 
 Exit codes: 0 success, 1 unexpected failure (with a stack trace), 2 bad input (one line), 3 the data did not pass the
-gate or the audit, 4 another run is writing, 130 interrupted.
+gate or the audit, 4 another run is writing, 130 interrupted (SIGINT), 143 terminated (SIGTERM).
 
 The file reads from top to bottom: configuration, pipeline, contract, sources, quality. Below that is machinery:
 engines, storage, inspection, run record and reporting, command line.
@@ -72,6 +72,7 @@ import threading
 import time
 import traceback
 import urllib.parse
+import warnings
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -101,6 +102,7 @@ logger = logging.getLogger("data_pipeline")
 PROGRESS = logging.INFO - 1  # the level of lines that only a terminal shows
 
 MILLION = 1_000_000
+STOP_WITHIN = 2.0  # seconds that jobs, or a JVM that starts, may take to end after an interrupt
 BRONZE, SILVER, GOLD, QUARANTINE = "bronze", "silver", "gold", "quarantine"
 LAYERS = (BRONZE, SILVER, GOLD, QUARANTINE)
 
@@ -125,6 +127,21 @@ class LockedError(PipelineError):
     """Another run is writing to the data folder."""
 
     exit_code = 4
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asks the process to end. A shell expects 128 + its number as the exit code."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
+
+
+def interruption(error: BaseException | None) -> BaseException | None:
+    """Returns the interrupt that led to an error, if one did: Py4J may raise an error of its own in its place."""
+    while error and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error
 
 
 # ── Configuration ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -606,15 +623,20 @@ class Run:
         Returns the results by item. Raises the first error, after the other calls were cancelled and have ended.
         """
         threads = 2 * (os.cpu_count() or 1)
-        with concurrent.futures.ThreadPoolExecutor(threads, initializer=self.engine.tag_jobs) as pool:
-            futures = {pool.submit(function, item): item for item in items}
-            try:
-                for future in concurrent.futures.as_completed(futures):
-                    future.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+        pool = concurrent.futures.ThreadPoolExecutor(threads, initializer=self.engine.tag_jobs)
+        futures = {pool.submit(function, item): item for item in items}
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            deadline = time.monotonic() + (STOP_WITHIN if interruption(error) else math.inf)
+            # Again and again: a thread that was between two jobs has started another one since.
+            while not all(future.done() for future in futures) and time.monotonic() < deadline:
                 self.engine.cancel_jobs()
-                raise
+                time.sleep(0.05)
+            raise
+        pool.shutdown()
         return {item: future.result() for future, item in futures.items()}
 
     def cached(self, rows: DataFrame) -> DataFrame:
@@ -1691,6 +1713,20 @@ def check_reachable(absence: str, servers: str, otherwise: str, port: int = 0) -
     raise PipelineError(f"{absence} at {servers} ({'; '.join(errors)}): start it, or {otherwise}")
 
 
+def call_in_thread(function: Callable[..., Result], *arguments: Any) -> concurrent.futures.Future[Result]:
+    """Starts a call in a thread that ends with the process; the result can be awaited for a limited time."""
+    future: concurrent.futures.Future[Result] = concurrent.futures.Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future
+
+
 def root_cause(error: Exception) -> str:
     """Returns Java's innermost cause of an error, else its first line."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -1826,13 +1862,17 @@ class Engine(ABC):
     def start(self, spark_log: str) -> None:
         """Starts the engine, or applies the settings to the session that was given. Raises PipelineError."""
         if self.given is None:
-            on_interrupt = signal.getsignal(signal.SIGINT)
-            self.spark = self.create_session(spark_log)
+            # In a thread, where no signal interrupts pyspark: else it would lose the JVM that it has just launched,
+            # which then never ends. Nor does Spark put its own handler in place of the one that is set.
+            launch = call_in_thread(self.create_session, spark_log)
+            try:
+                self.spark = launch.result()
+            except KeyboardInterrupt:
+                with contextlib.suppress(Exception):
+                    self.spark = launch.result(STOP_WITHIN)
+                    self.close_session()
+                raise
             self._started.callback(self.close_session)
-            # Spark's own handler calls Java during the call that was interrupted, and fails now and then. Sail's ends
-            # the server, which the end of the run still needs.
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGINT, on_interrupt)
             return
         self.spark = self.given
         for key, value in self.settings.items():
@@ -1932,13 +1972,23 @@ class LocalSpark(Engine):
             findspark.init(home)
         if is_local(self.master):  # Spark's workers would take the `python3` of the PATH
             os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-        to_file = self.config.log_level != "DEBUG"
-        with standard_error_to(spark_log) if to_file else contextlib.nullcontext():
-            spark = self.builder(self.options()).getOrCreate()
+        if starts_jvm():
+            self.launch_jvm(spark_log)
+        spark = self.builder(self.options()).getOrCreate()
         _Py4JCache.install(spark.sparkContext._jvm)
         if is_local(self.master) and not is_local(master := str(spark.sparkContext.master)):
             raise PipelineError(f"Spark's own settings name the master {master}: name it by --spark-master too")
         return spark
+
+    def launch_jvm(self, spark_log: str) -> None:
+        """Launches the JVM, which writes Spark's own log to its standard error, before the session needs it."""
+        from pyspark import SparkConf, SparkContext
+        from pyspark.java_gateway import launch_gateway
+
+        conf = SparkConf().setAll([*self.options().items()])
+        with open(spark_log, "ab") if self.config.log_level != "DEBUG" else contextlib.nullcontext() as log:
+            gateway = SparkContext._gateway or launch_gateway(conf, {"stderr": log})  # type: ignore[no-untyped-call]
+            SparkContext._ensure_initialized(gateway=gateway)
 
     def options(self) -> dict[str, Any]:
         """Returns the settings of a new session that cannot be set on a running one."""
@@ -1970,11 +2020,20 @@ class LocalSpark(Engine):
             versions["java"] = java_version(Path(os.environ["JAVA_HOME"]))
         return versions
 
+    def close_session(self) -> None:
+        from py4j.protocol import Py4JError
+
+        with contextlib.suppress(Py4JError), warnings.catch_warnings(action="ignore"):  # Java has ended already
+            super().close_session()
+
     def tag_jobs(self) -> None:
         self.spark.sparkContext.addJobTag(self._tag)
 
     def cancel_jobs(self) -> None:
-        self.spark.sparkContext.cancelJobsWithTag(self._tag)
+        from py4j.protocol import Py4JError
+
+        with contextlib.suppress(Py4JError):  # Java has ended, and the jobs with it
+            self.spark.sparkContext.cancelJobsWithTag(self._tag)
 
 
 class SparkCluster(LocalSpark):
@@ -2252,19 +2311,6 @@ def check_java() -> None:
     if not oldest <= int(version.removeprefix("1.").partition(".")[0]) <= newest:
         raise PipelineError(f"{wanted}, but {home} is Java {version}; set JAVA_HOME to one that fits")
     os.environ["JAVA_HOME"] = str(home)
-
-
-@contextlib.contextmanager
-def standard_error_to(path: str) -> Iterator[None]:
-    """Redirects the standard error of processes started in the block: the JVM writes Spark's own log there."""
-    saved = os.dup(2)
-    try:
-        with open(path, "ab") as file:
-            os.dup2(file.fileno(), 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
 
 
 class _Py4JCache:
@@ -3033,7 +3079,7 @@ class RunRecord:
 
     def fail(self, error: BaseException) -> None:
         """Sets result, exit code and error."""
-        refused, interrupted = isinstance(error, NotPublishedError), isinstance(error, KeyboardInterrupt)
+        refused, interrupted = isinstance(error, NotPublishedError), interruption(error) is not None
         self.result = "refused" if refused else "interrupted" if interrupted else "failed"
         self.exit_code = getattr(error, "exit_code", 130 if interrupted else 1)
         trace = "".join(traceback.format_exception(error))
@@ -3113,7 +3159,13 @@ def recording(record: RunRecord, store: Store, engine: Engine) -> Iterator[None]
 
 
 def explained(error: BaseException, record: RunRecord, engine: Engine, spark_log: str) -> BaseException:
-    """Returns the error, or the engine's explanation of it. Logs the failed step if there is none."""
+    """Returns the interrupt that led to the error, else the engine's explanation of it, else the error.
+
+    Logs the step that was interrupted, or that failed without an explanation.
+    """
+    if stopped := interruption(error):
+        logger.error("INTERRUPTED in %s: %s; nothing is published", record.current_step, stopped)
+        return stopped
     if not isinstance(error, Exception) or isinstance(error, PipelineError):
         return error
     if explanation := engine.explain(error, record.current_step, spark_log):
@@ -3135,14 +3187,14 @@ def best_effort(problem: str) -> Iterator[None]:
 
 
 def notify(record: RunRecord, store: Store, config: DataPipelineConfig) -> None:
-    """Reports a run that has ended: by the job's summary, the webhook, the report and the metrics."""
+    """Reports a run that has ended: by report, metrics and job summary, then by the webhook, which may be slow."""
+    save_report(store)
     if "GITHUB_STEP_SUMMARY" in os.environ:
         with best_effort("There is no summary of the job"):
             add_to_step_summary(job_summary(record))
     with best_effort("No alert could be sent"):
         if config.alert_webhook and (text := alert(record, store.history())):
             send_alert(config.alert_webhook, text)
-    save_report(store)
 
 
 def save_report(store: Store) -> None:
@@ -3197,7 +3249,8 @@ def alert(record: RunRecord, history: Sequence[RunRecord]) -> str | None:
     """Returns the text that the webhook is sent about a run; None for one that is as good as the one before."""
     before = [run.result for run in history if run.run_id < record.run_id]
     where = f"run {record.run_id} on {socket.gethostname()}, {record.data_dir}"
-    if record.result in ("failed", "refused"):
+    # Who presses Ctrl-C knows; what sends SIGTERM, systemd or a runner for example, may tell nobody.
+    if record.result in ("failed", "refused") or record.exit_code == Stopped(signal.SIGTERM).exit_code:
         reason = (record.error or {}).get("message", "").partition("\n")[0][:500]
         return f"❌ {record.config['app_name']} {record.result} in {record.current_step}: {reason} ({where})"
     if record.result == "succeeded":
@@ -3215,24 +3268,19 @@ def send_alert(webhook: str, text: str, timeout: float = 10.0) -> None:
     """
     import urllib.request
 
-    failure = [f"no answer within {timeout:g} seconds"]
-
     def post() -> None:
-        try:
-            plain = text.translate({ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;"})
-            body, headers = json.dumps({"text": plain}).encode(), {"Content-Type": "application/json"}
-            request = urllib.request.Request(webhook, body, headers, method="POST")  # noqa: S310 - http or https
-            urllib.request.urlopen(request, timeout=timeout).close()  # noqa: S310
-            failure.clear()
-        except Exception as error:  # whatever it is: its text may hold the URL
-            failure[0] = f"{type(error).__name__} {getattr(error, 'code', '')}".strip()
+        plain = text.translate({ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;"})
+        body, headers = json.dumps({"text": plain}).encode(), {"Content-Type": "application/json"}
+        request = urllib.request.Request(webhook, body, headers, method="POST")  # noqa: S310 - http or https
+        urllib.request.urlopen(request, timeout=timeout).close()  # noqa: S310
 
-    # A thread, since the limit of urllib starts anew with every byte that arrives.
-    sender = threading.Thread(target=post, daemon=True)
-    sender.start()
-    sender.join(timeout)
-    if failure:
-        logger.warning("The alert was not delivered: %s", failure[0])
+    try:
+        # In a thread, since the limit of urllib starts anew with every byte that arrives.
+        call_in_thread(post).result(timeout)
+    except TimeoutError:
+        logger.warning("The alert was not delivered: no answer within %g seconds", timeout)
+    except Exception as error:  # whatever it is: its text may hold the URL
+        logger.warning("The alert was not delivered: %s %s", type(error).__name__, getattr(error, "code", ""))
 
 
 def metrics(history: Sequence[RunRecord], published: RunRecord | None) -> str:
@@ -3510,15 +3558,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     annotations = Annotations(logging.WARNING)
     if os.environ.get("GITHUB_ACTIONS") == "true":
         logger.addHandler(annotations)
-    interrupted = threading.Event()
+    stopped = threading.Event()
 
-    def interrupt(*_: Any) -> NoReturn:
-        interrupted.set()  # Py4J may turn the exception into another one
-        raise KeyboardInterrupt
+    def stop(number: int, _: Any) -> None:
+        # The first signal stops the run. No other one, and none after the result, keeps the run from reporting it.
+        if not stopped.is_set() and not (started and started[0].exit_code is not None):
+            stopped.set()
+            raise Stopped(number)
 
-    previous = signal.getsignal(signal.SIGINT)
-    if previous is not signal.SIG_IGN:  # as for a background job of a script
-        signal.signal(signal.SIGINT, interrupt)
+    # What is ignored already, as in a background job of a script, stays ignored.
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in [number for number, handler in previous.items() if handler is not signal.SIG_IGN]:
+        signal.signal(number, stop)
     try:
         flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
         config = load_config(flags, os.environ)
@@ -3527,16 +3578,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logger.setLevel(PROGRESS if config.log_level == "INFO" and _on_terminal() else config.log_level)
         execute(flags, config, started.append)
     except (KeyboardInterrupt, Exception) as error:
-        if interrupted.is_set() or isinstance(error, KeyboardInterrupt):
-            logger.error("INTERRUPTED: the run was stopped by hand")
-            return 130
+        if interrupt := interruption(error):
+            if not started:
+                logger.error("INTERRUPTED before the run began: %s", interrupt)
+            return getattr(interrupt, "exit_code", 130)
         expected = isinstance(error, PipelineError)
         logger.error("%s", error if expected else "PIPELINE EXECUTION FAILED", exc_info=not expected)
         if not started and not (flags and (flags.list_runs or flags.rollback is not None)):
             notify_not_started(error, flags)
         return getattr(error, "exit_code", 1)
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_IGN if stopped.is_set() else handler)  # this process is about to end
         logger.removeHandler(annotations)
     return 0
 

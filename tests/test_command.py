@@ -8,10 +8,13 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import ENGINE
+from test_alert import Receiver, receiver  # noqa: F401 - a fixture
 
 import data_pipeline
 from data_pipeline import TABLES
@@ -118,8 +121,96 @@ def test_interrupted_run(tmp_path: Path) -> None:
         assert process.wait(timeout=60) == 130
     assert "INTERRUPTED" in log
     assert "Traceback" not in log
-    [record] = (tmp_path / "pipeline-data" / "runs").glob("*.json")
-    assert json.loads(record.read_text())["exit_code"] in (130, 1)
+    [path] = (tmp_path / "pipeline-data" / "runs").glob("*.json")
+    record = json.loads(path.read_text())
+    assert (record["result"], record["exit_code"]) == ("interrupted", 130)
+
+
+def processes_of(home: Path) -> list[int]:
+    """The processes that have `home` as their home folder."""
+    found = []
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"HOME={home}\0".encode() in environment.read_bytes():
+                found.append(int(environment.parent.name))
+        except OSError:  # another user's, or it has just ended
+            continue
+    return found
+
+
+def wait_until_all_have_ended(home: Path) -> None:
+    deadline = time.monotonic() + 15
+    while left := processes_of(home):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
+
+
+@pytest.mark.skipif(ENGINE != "spark", reason="Sail has no JVM")
+def test_interrupt_while_java_starts_leaves_no_java(tmp_path: Path) -> None:
+    with start(tmp_path, *SMALL) as process:
+        while len(processes_of(tmp_path)) == 1:
+            assert process.poll() is None
+            time.sleep(0.02)
+        for _ in range(50):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.01)
+        _, log = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert log.count("INTERRUPTED") == 1
+    assert "Traceback" not in log
+    wait_until_all_have_ended(tmp_path)
+
+
+def test_terminated_run_reports_itself_within_seven_seconds(tmp_path: Path, receiver: Receiver) -> None:  # noqa: F811
+    """As systemd and the runner of GitHub Actions stop it: by SIGTERM, to Java too, and once more before they kill."""
+    receiver.delay = 0.5
+    size = ("--num-customers", "20000", "--num-transactions", "900000")
+    with start(tmp_path, *size, PIPELINE_ALERT_WEBHOOK=receiver.url) as process:
+        assert process.stderr is not None
+        log = ""
+        while "BRONZE LAYER" not in log:
+            log += process.stderr.readline()
+            assert process.poll() is None, log
+        time.sleep(1)
+        for pid in processes_of(tmp_path):
+            os.kill(pid, signal.SIGTERM)
+        stopped = time.monotonic()
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        [path] = (tmp_path / "pipeline-data" / "runs").glob("*.json")
+        while not receiver.received:
+            assert time.monotonic() - stopped < 7
+            time.sleep(0.1)
+        record = json.loads(path.read_text())
+        assert (record["result"], record["exit_code"]) == ("interrupted", 143)
+        assert "interrupted</span>" in (tmp_path / "pipeline-data" / "report.html").read_text(encoding="utf-8")
+        assert 'result="interrupted"} 1.0' in (tmp_path / "pipeline-data" / "metrics.prom").read_text()
+        log += process.stderr.read()
+        assert process.wait(timeout=60) == 143
+    assert log.count("INTERRUPTED in bronze") == 1
+    assert "stopped by SIGTERM" in log
+    assert "Traceback" not in log
+    [alert] = receiver.received
+    assert "interrupted in bronze" in alert["text"] and "stopped by SIGTERM" in alert["text"]
+    wait_until_all_have_ended(tmp_path)
+
+
+INTERRUPTED_AT_THE_END = """
+import os, signal, sys, data_pipeline
+save_report = data_pipeline.save_report
+def interrupted(store):
+    os.kill(os.getpid(), signal.SIGINT)
+    save_report(store)
+data_pipeline.save_report = interrupted
+sys.exit(data_pipeline.main())
+"""
+
+
+def test_interrupt_after_publishing_changes_nothing(tmp_path: Path) -> None:
+    path = str(Path(data_pipeline.__file__).parent)
+    code, log = run(tmp_path, *SMALL, program=("-c", INTERRUPTED_AT_THE_END), PYTHONPATH=path)
+    assert code == 0, log
+    assert (tmp_path / "pipeline-data" / "report.html").exists()
 
 
 def test_github_actions_is_told_what_is_wrong(tmp_path: Path) -> None:

@@ -111,6 +111,22 @@ def test_parallel_raises_the_first_error_and_awaits_the_rest(run: Run, monkeypat
     assert not {"first", "second", "third", "layer"} & set(run.record.seconds)
 
 
+def test_parallel_cancels_jobs_until_all_have_ended(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that is between two jobs starts the next one after the others were cancelled."""
+    cancelled, ended = threading.Semaphore(0), []
+    monkeypatch.setattr(run.engine, "cancel_jobs", cancelled.release)
+
+    def work(jobs: int) -> None:
+        for _ in range(jobs):
+            assert cancelled.acquire(timeout=5), "a job that nobody cancels"
+        ended.append(jobs)
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        run.parallel(work, [3, 0])
+    assert ended == [0, 3]
+
+
 def test_what_a_layer_caches_is_released_at_its_end(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     released: list[Any] = []
 
