@@ -2459,6 +2459,8 @@ class Snapshot:
 
     def publish(self) -> None:
         """Makes this snapshot the one that readers see. Its record is saved first: a kill may follow."""
+        if lost := self.store.lost_lock():
+            raise lost
         self.store.save_record(self.record)
         self.store.set_status(self.record.run_id, AUDITED)
         self.store.publish(self.record.run_id)
@@ -2546,6 +2548,8 @@ class Store(RunRecords):
     A URI has no links and no locks: each run leaves its snapshot there, and nothing else.
     """
 
+    _lock_file: TextIO | None = None  # while this process holds the lock
+
     def table_uri(self, run_id: str, *names: str) -> str:
         """Returns the address of a part of a snapshot, for the engine: with a scheme, since its default may differ."""
         return ("file://" if self.is_local else "") + self.path("snapshots", run_id, *names)
@@ -2569,17 +2573,11 @@ class Store(RunRecords):
             logger.warning(text, self.root)
             return
         needed = 20 * MILLION + 150 * rows  # about what a run writes in all layers, rounded up
-        try:
-            for folder in ("runs", "snapshots"):
-                os.makedirs(self.path(folder), exist_ok=True)
-            for folder in (".", "runs", "snapshots"):
-                tempfile.TemporaryFile(dir=self.path(folder)).close()
-            free = shutil.disk_usage(self.root).free
-        except OSError as error:
-            raise PipelineError(
-                f"cannot write to data_dir {self.root}: {error.strerror}; choose another with --data-dir, "
-                "or give the user who runs this the right to write there"
-            ) from None
+        for folder in (self.root, self.path("runs"), self.path("snapshots")):
+            with self.writing(folder):
+                os.makedirs(folder, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
+        free = shutil.disk_usage(self.root).free
         if free < needed:
             raise PipelineError(
                 f"not enough room in data_dir {self.root}: {free / MILLION:,.0f} MB free, about "
@@ -2602,6 +2600,20 @@ class Store(RunRecords):
                 )
 
     @contextlib.contextmanager
+    def writing(self, path: str) -> Iterator[None]:
+        """Raises PipelineError where a part of the data folder cannot be written; the message says whose it is."""
+        try:
+            yield
+        except OSError as error:
+            owner = ""
+            with contextlib.suppress(OSError, KeyError):  # there is none, or the system has no name for it
+                owner = f", which belongs to {Path(path).owner()}"
+            raise PipelineError(
+                f"cannot write to data_dir {self.root}: {error.strerror or error}: {path}{owner}; choose another with "
+                "--data-dir, or run this as a user who may write there"
+            ) from None
+
+    @contextlib.contextmanager
     def lock(self, timeout: float) -> Iterator[None]:
         """Lets one run write at a time; the lock of a dead process is gone with it.
 
@@ -2612,19 +2624,28 @@ class Store(RunRecords):
             yield
             return
         with contextlib.ExitStack() as stack:
-            try:
+            with self.writing(self.path(".lock")):
                 file = stack.enter_context(open(self.path(".lock"), "a+"))
                 self._acquire(file, timeout)
-            except OSError as error:
-                raise PipelineError(
-                    f"cannot lock data_dir {self.root}: {error.strerror}; choose a file system with locks where the "
-                    "user who runs this may write"
-                ) from None
+            self._lock_file = file
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()} since {_now():%Y-%m-%d %H:%M:%S} UTC\n")
             file.flush()
-            yield
-            file.truncate(0)
+            try:
+                yield
+            finally:
+                self._lock_file = None
+                file.truncate(0)
+
+    def lost_lock(self) -> LockedError | None:
+        """Returns the error of a run whose lock file somebody has removed or replaced: another run may write too."""
+        with contextlib.suppress(FileNotFoundError):
+            if not self._lock_file or os.path.samestat(os.fstat(self._lock_file.fileno()), os.stat(self.path(".lock"))):
+                return None
+        return LockedError(
+            f"{self.path('.lock')} was removed or replaced while this run was writing, so another one may write too: "
+            "nothing is published; leave that file alone, and run again"
+        )
 
     def _acquire(self, file: TextIO, timeout: float) -> None:
         deadline = time.monotonic() + timeout
@@ -3143,7 +3164,7 @@ def recording(record: RunRecord, store: Store, engine: Engine) -> Iterator[None]
         yield
         record.result, record.exit_code = "succeeded", 0
     except BaseException as raised:
-        error = explained(raised, record, engine, store.spark_log(record.run_id))
+        error = explained(raised, record, engine, store)
         record.fail(error)
         raise error from error.__cause__
     finally:
@@ -3158,16 +3179,19 @@ def recording(record: RunRecord, store: Store, engine: Engine) -> Iterator[None]
         logger.info("%s", line)
 
 
-def explained(error: BaseException, record: RunRecord, engine: Engine, spark_log: str) -> BaseException:
-    """Returns the interrupt that led to the error, else the engine's explanation of it, else the error.
+def explained(error: BaseException, record: RunRecord, engine: Engine, store: Store) -> BaseException:
+    """Returns the interrupt that led to the error, else the store's or the engine's explanation, else the error.
 
     Logs the step that was interrupted, or that failed without an explanation.
     """
     if stopped := interruption(error):
         logger.error("INTERRUPTED in %s: %s; nothing is published", record.current_step, stopped)
         return stopped
+    if lost := store.lost_lock():  # then other errors follow from it
+        return lost
     if not isinstance(error, Exception) or isinstance(error, PipelineError):
         return error
+    spark_log = store.spark_log(record.run_id)
     if explanation := engine.explain(error, record.current_step, spark_log):
         explanation.__cause__ = error
         return explanation

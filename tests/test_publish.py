@@ -10,8 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -343,3 +344,62 @@ def test_record_is_replaced_whole(store: Store) -> None:
     with pytest.raises(TypeError):
         store.save_record(dataclasses.replace(record, config={("not", "a", "key"): 1}))  # type: ignore[dict-item]
     assert store.record(IDS[0]) == record
+
+
+def test_replaced_lock_is_noticed_before_publishing(store: Store) -> None:
+    for name, replace in (("removed", os.unlink), ("replaced", lambda path: os.replace(Path(store.root, "new"), path))):
+        Path(store.root, "new").touch()
+        record = RunRecord(IDS[0], "2026-03-01T12:00:00+00:00", store.root, {}, {})
+        with store.lock(0), store.snapshot(record, keep=3) as snapshot:
+            assert store.lost_lock() is None
+            replace(store.path(".lock"))
+            with pytest.raises(LockedError, match=r"\.lock was removed or replaced .* nothing is published"):
+                snapshot.publish()
+        assert store.published() is None, name
+
+
+@pytest.fixture
+def of_root() -> Iterator[Path]:
+    """A folder of root, for whose owner the test runs as another user; elsewhere one that is read-only."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        for part in ("runs", "snapshots"):
+            (folder / part).mkdir(mode=0o755)
+        (folder / ".lock").touch(0o444)
+        folder.chmod(0o555)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            yield folder
+        finally:
+            os.seteuid(user)
+            folder.chmod(0o755)
+
+
+def test_folder_of_another_user_is_said_to_be_theirs(of_root: Path) -> None:
+    owner, store = of_root.owner(), Store(str(of_root))
+    with pytest.raises(PipelineError, match=rf"cannot write to .*Permission denied: {of_root}.* belongs to {owner};"):
+        store.check(0)
+    with pytest.raises(
+        PipelineError, match=rf"Permission denied: {of_root}/.lock, which belongs to {owner};.*run this as"
+    ):
+        with store.lock(0):
+            pass
+
+
+@pytest.mark.parametrize("name", ["runs", "snapshots"])
+def test_part_that_is_a_file_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(
+        PipelineError, match=rf"cannot write to data_dir {tmp_path}: File exists: {tmp_path}/{name}, which"
+    ):
+        Store(str(tmp_path)).check(0)
+
+
+def test_lock_that_is_no_file_is_named(store: Store) -> None:
+    os.mkfifo(store.path(".lock"))
+    with pytest.raises(PipelineError, match=rf"cannot write to data_dir .*seekable.*: {store.root}/\.lock, which"):
+        with store.lock(0):
+            pass

@@ -180,3 +180,22 @@ def test_run_whose_record_cannot_be_saved_sends_one_alert(
     assert data_pipeline.main(["--data-dir", root, "--alert-webhook", "http://127.0.0.1:9/x"]) == 1
     [text] = sent
     assert "No run of the data pipeline" in text and "No space left on device" in text
+
+
+def test_run_whose_lock_was_replaced_ends_with_an_error_of_its_own(
+    small: Small, spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second run, which removing the lock file lets in, takes the first one's snapshot for that of a dead run."""
+    config = small(**TINY)
+    store = Store(config.root)
+
+    def second_run(run: Run) -> None:
+        Path(config.root, ".lock").unlink()
+        with store.lock(0):
+            store.recover()
+
+    monkeypatch.setattr(data_pipeline, "summarize", second_run)
+    with pytest.raises(LockedError, match="lock was removed or replaced"):
+        run_pipeline(config, spark)
+    assert result_on_disk(config) == "failed"
+    assert store.published() is None
