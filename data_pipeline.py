@@ -1873,6 +1873,9 @@ class Engine(ABC):
                     self.close_session()
                 raise
             self._started.callback(self.close_session)
+            # Sail's own handler ends the server, which the end of the run still needs.
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, signal.getsignal(signal.SIGINT))
             return
         self.spark = self.given
         for key, value in self.settings.items():
