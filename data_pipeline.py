@@ -223,7 +223,7 @@ PARSERS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "Decimal": (_money, "an amount in dollars and cents"),
     "date": (_calendar_date, "a date such as 2026-01-31"),
     "bool": (_yes_or_no, "true or false"),
-    "str": (_text, "a text"),
+    "str": (_text, "a text without line breaks"),
     "Url": (_text_like("https?://[^/].*"), "a URL that begins with https:// or http://"),
     "Memory": (_text_like(r"[1-9]\d*[mgt]b?", str.lower), "an amount of memory such as 4g or 800m"),
     "Master": (_text_like(_MASTER), "local[*], yarn, or a URL such as spark://host:7077"),
@@ -245,9 +245,9 @@ class DataPipelineConfig:
 
     app_name: str = _option("EcommerceDataPipeline", "name of the Spark application")
     data_dir: str = _option("~/pipeline-data", "folder of the tables; ~ and $VARIABLES are expanded")
-    num_customers: int = _option(10_000, "customer records to generate", min=0)
-    num_transactions: int = _option(50_000, "transaction records to generate", min=0)
-    num_products: int = _option(200, "product records to generate", min=0)
+    num_customers: int = _option(10_000, "customer records to generate", min=0, max=MILLION**2)
+    num_transactions: int = _option(50_000, "transaction records to generate", min=0, max=MILLION**2)
+    num_products: int = _option(200, "product records to generate", min=0, max=MILLION**2)
     seed: int = _option(42, "the same seed and as-of date give the same rows", min=-(2**63), max=2**63 - 1)
     as_of_date: date = _option(
         lambda: _now().date(), "last day of the data, in UTC (default: today)", min=date(2000, 1, 1)
@@ -348,8 +348,8 @@ class DataPipelineConfig:
         if unknown := re.match(r"~\w*|.*?(\$\w+|\$\{\w+\})", path):
             found = unknown[1] or unknown[0]
             raise ConfigurationError(f"data_dir names {found}, which does not exist here: {self.data_dir}")
-        if pattern := re.search(r"[*?{}\[\]\\]", path):
-            raise ConfigurationError(f"data_dir must not contain {pattern[0]!r}, a pattern to Spark: {path}")
+        if pattern := re.search(r"[*?{}\[\]\\\x00-\x1f]", path):
+            raise ConfigurationError(f"data_dir must not contain {pattern[0]!r}, which Spark misreads: {path!r}")
         return os.path.abspath(path)
 
     @property
@@ -1744,12 +1744,15 @@ def choose_engine(config: DataPipelineConfig, source: Source, spark: SparkSessio
 
     Raises:
         ConfigurationError: a master that cannot be used.
+        PipelineError: the session is stopped.
     """
     spark = spark or running_session()
     if spark is not None:
         remote = type(spark).__module__.startswith("pyspark.sql.connect")
     else:
         remote = config.engine == "sail" or "SPARK_REMOTE" in os.environ
+    if spark is not None and (spark.is_stopped if remote else is_stopped(spark)):  # type: ignore[attr-defined]
+        raise PipelineError("the session that was handed in is stopped: hand in one that runs, or none")
     master = "" if remote else str(spark.sparkContext.master) if spark is not None else find_master(config)
     engine: type[Engine] = SparkCluster if not is_local(master) else LocalSpark
     if remote:
@@ -1779,6 +1782,12 @@ def running_session() -> SparkSession | None:
     if pyspark and pyspark.SparkContext._active_spark_context:
         return pyspark.sql.SparkSession.builder.getOrCreate()  # type: ignore[no-any-return]
     return None
+
+
+def is_stopped(spark: SparkSession) -> bool:
+    """Returns whether a session was stopped, by Python or by Java."""
+    context = spark.sparkContext._jsc
+    return context is None or context.sc().isStopped()
 
 
 def is_local(master: str) -> bool:
@@ -2286,7 +2295,8 @@ def java_version(home: Path) -> str:
     release = home / "release"
     text = release.read_text(errors="replace") if release.is_file() else ""
     if "JAVA_VERSION=" not in text:
-        text = subprocess.run([java, "-version"], capture_output=True, text=True, check=False).stderr
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            text = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=10, check=False).stderr
     version = re.search(r'version(?:="| ")(\d[\w.]*)', text, re.IGNORECASE)
     if version is None:
         raise PipelineError(f"the Java in {home} does not say its version; set JAVA_HOME to a working Java")
@@ -2409,6 +2419,11 @@ def make_archive(archive: str, classes: str, java: str, spark: str) -> None:
 AUDITED, REFUSED = "_AUDITED", "_REFUSED"
 RUN_ID = re.compile(r"(\d{8}T\d{6}Z)-[0-9a-f]{4}")
 RUN_TIME = "%Y%m%dT%H%M%SZ"
+# The files beside the layers that each run writes anew, and what stands at the beginning of those that a run wrote.
+OWN_FILES: Mapping[str, str] = {
+    "report.html": "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\"",
+    "metrics.prom": "# HELP data_pipeline_",
+}
 HISTORY = 30  # runs that the report and the search for anomalies look back on
 
 
@@ -2589,21 +2604,24 @@ class Store(RunRecords):
         self.check_layout()
 
     def check_layout(self) -> None:
-        """Raises PipelineError where something stands in the data folder in the place of a link."""
+        """Raises PipelineError where something stands in the data folder in the place of a link or of a page."""
         targets = {layer: f"current/{layer}" for layer in LAYERS}
-        for name in (*targets, "current"):
-            path = self.path(name)
-            if not os.path.lexists(path):
-                continue
+
+        def is_own(name: str, path: str) -> bool:
+            if name in OWN_FILES:
+                return os.path.isfile(path) and OWN_FILES[name] in Path(path).read_text(errors="replace")[:1_000]
             target = os.readlink(path) if os.path.islink(path) else ""
-            if not (target == targets[name] if name in targets else RUN_ID.fullmatch(os.path.basename(target))):
-                raise PipelineError(
-                    f"{path} is not this pipeline's, which would put a link there: "
-                    "move it away, or choose another folder with --data-dir"
-                )
+            return target == targets[name] if name in targets else bool(RUN_ID.fullmatch(os.path.basename(target)))
+
+        for name in (*targets, "current", *OWN_FILES):
+            if os.path.lexists(path := self.path(name)) and not is_own(name, path):
+                problem = "is not this pipeline's, which would put a link there"
+                if name in OWN_FILES:
+                    problem = "is not this pipeline's, which would write its own there"
+                raise PipelineError(f"{path} {problem}: move it away, or choose another folder with --data-dir")
 
     @contextlib.contextmanager
-    def writing(self, path: str) -> Iterator[None]:
+    def writing(self, path: str, problem: str = "cannot write to data_dir") -> Iterator[None]:
         """Raises PipelineError where a part of the data folder cannot be written; the message says whose it is."""
         try:
             yield
@@ -2612,7 +2630,7 @@ class Store(RunRecords):
             with contextlib.suppress(OSError, KeyError):  # there is none, or the system has no name for it
                 owner = f", which belongs to {Path(path).owner()}"
             raise PipelineError(
-                f"cannot write to data_dir {self.root}: {error.strerror or error}: {path}{owner}; choose another with "
+                f"{problem} {self.root}: {error.strerror or error}: {path}{owner}; choose another with "
                 "--data-dir, or run this as a user who may write there"
             ) from None
 
@@ -2627,7 +2645,7 @@ class Store(RunRecords):
             yield
             return
         with contextlib.ExitStack() as stack:
-            with self.writing(self.path(".lock")):
+            with self.writing(self.path(".lock"), "cannot lock data_dir"):
                 file = stack.enter_context(open(self.path(".lock"), "a+"))
                 self._acquire(file, timeout)
             self._lock_file = file
@@ -3234,7 +3252,7 @@ def save_report(store: Store) -> None:
         if not history:
             return
         published = store.record(store.published())
-        for name, page in (("report.html", html_report), ("metrics.prom", metrics)):
+        for name, page in zip(OWN_FILES, (html_report, metrics), strict=True):
             with best_effort(f"{name} is not renewed"):
                 store.write_atomic(name, page(history, published))
 
@@ -3564,19 +3582,30 @@ def notify_not_started(error: BaseException, flags: argparse.Namespace | None) -
 
 
 def execute(flags: argparse.Namespace, config: DataPipelineConfig, on_start: Callable[[RunRecord], None]) -> None:
-    """Runs the pipeline, or does what the flags ask for instead."""
+    """Runs the pipeline, or does what the flags ask for instead. Raises PipelineError where that cannot be done."""
     store = Store(config.root)
-    if flags.list_runs:
-        print("\n".join(list_runs(store)))
-    elif flags.rollback is not None:
-        logger.info("Published again: %s", store.rollback(flags.rollback, config.lock_timeout))
-        save_report(store)
-    else:
+    if not flags.list_runs and flags.rollback is None:
         run_pipeline(config, on_start=on_start)
+        return
+    try:
+        if flags.list_runs:
+            print("\n".join(list_runs(store)), flush=True)
+        else:
+            logger.info("Published again: %s", store.rollback(flags.rollback, config.lock_timeout))
+            save_report(store)
+    except OSError as error:
+        if error.filename is None:  # standard output is full or closed: Python would try again, and fail, at its end
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        raise PipelineError(
+            f"cannot read or write {error.filename or 'standard output'}: {error.strerror}; "
+            "run this as a user who may, on a disk with room"
+        ) from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the pipeline from the command line and returns the exit code."""
+    # Where it is closed, the next file that is opened would become the standard error of Java.
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     # CRITICAL for the loggers of others: Py4J logs what it also raises.
     logging.basicConfig(handlers=[_log_handler()], level=logging.CRITICAL)
     logger.setLevel(logging.INFO)

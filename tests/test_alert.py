@@ -216,7 +216,11 @@ def test_report_that_fails_costs_no_alert(
     config = small(
         num_customers=50, num_transactions=200, num_products=10, alert_webhook=receiver.url, max_quarantine_rate=0.0
     )
-    Path(config.data_dir, "report.html").mkdir()
+
+    def fail(*_: Any) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data_pipeline, "html_report", fail)
     with pytest.raises(NotPublishedError):
         run_pipeline(config, spark)
     assert len(receiver.received) == 1

@@ -86,6 +86,16 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
         assert message in log
 
 
+def test_run_without_standard_error(tmp_path: Path) -> None:
+    for closed in ("2>&-", "2>&- >&- <&-"):
+        line = f'exec "{sys.executable}" "{data_pipeline.__file__}" "$@" {closed}'
+        with start(tmp_path, line, "-", *SMALL, interpreter="/bin/sh", program=("-c",)) as process:
+            process.communicate(timeout=300)
+        assert process.returncode == 0
+        assert (tmp_path / "pipeline-data" / "report.html").exists()
+        assert b"\x00" not in (tmp_path / "pipeline-data" / ".lock").read_bytes()
+
+
 BROKEN = """
 import sys, data_pipeline
 data_pipeline.products_active = lambda products: products.select("no_such_column")

@@ -61,7 +61,11 @@ def test_mistyped_attribute_names_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("num_customers", -1, "num_customers must be a whole number from 0 up, not -1"),
+        ("num_customers", -1, "num_customers must be a whole number from 0 to 1000000000000, not -1"),
+        ("num_products", 10**23, "num_products must be a whole number from 0 to 1000000000000, not 1"),
+        ("num_products", 2**63 - 1, "num_products must be a whole number from 0 to 1000000000000, not 9"),
+        ("num_transactions", 10**23, "from 0 to 1000000000000"),
+        ("data_dir", "a\nb", r"data_dir must be a text without line breaks, not 'a\\nb'"),
         ("num_customers", "many", "a whole number"),
         ("num_customers", 1.5, "a whole number"),
         ("num_customers", True, "a whole number"),

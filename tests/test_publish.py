@@ -276,6 +276,17 @@ def test_rollback_that_cannot_be(store: Store, tmp_path: Path) -> None:
     assert seen(store) == {IDS[0]}
 
 
+@pytest.mark.parametrize("name", ["report.html", "metrics.prom"])
+def test_page_that_is_not_ours_is_refused_and_left_alone(name: str, store: Store) -> None:
+    add(store, IDS[0])
+    data_pipeline.save_report(store)
+    store.check(0)
+    Path(store.path(name)).write_text("years of work")
+    with pytest.raises(PipelineError, match=rf"{store.root}/{name} is not this pipeline's.*move it away"):
+        store.check(0)
+    assert Path(store.path(name)).read_text() == "years of work"
+
+
 @pytest.mark.parametrize("name", ["bronze", "quarantine", "current"])
 def test_folder_that_is_not_ours_is_refused_and_left_alone(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
@@ -400,6 +411,29 @@ def test_part_that_is_a_file_is_named(name: str, tmp_path: Path) -> None:
 
 def test_lock_that_is_no_file_is_named(store: Store) -> None:
     os.mkfifo(store.path(".lock"))
-    with pytest.raises(PipelineError, match=rf"cannot write to data_dir .*seekable.*: {store.root}/\.lock, which"):
+    with pytest.raises(PipelineError, match=rf"cannot lock data_dir .*seekable.*: {store.root}/\.lock, which"):
         with store.lock(0):
             pass
+
+
+@pytest.mark.parametrize("flag", ["--list-runs", "--rollback"])
+def test_folder_that_cannot_be_read_is_one_line(flag: str, of_root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    if os.geteuid() == 65534:
+        os.seteuid(0)
+    for part in ("runs", "snapshots"):
+        (of_root / part).chmod(0)
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    assert main([flag, "--data-dir", str(of_root)]) == 2
+    [line] = caplog.records
+    assert "Permission denied" in line.getMessage() or "not permitted" in line.getMessage()
+    assert str(of_root) in line.getMessage()
+
+
+def test_list_of_runs_that_cannot_be_written_is_one_line(store: Store) -> None:
+    command = [sys.executable, data_pipeline.__file__, "--list-runs", "--data-dir", store.root]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "cannot read or write standard output: No space left on device" in done.stderr

@@ -80,6 +80,11 @@ def test_page_of_a_run_that_failed_at_once(report: RunRecord) -> None:
     assert "| table |" not in page
 
 
+def test_folder_with_a_backtick_does_not_become_markup(report: RunRecord) -> None:
+    page = job_summary(dataclasses.replace(report, data_dir="/srv/`<img src=x>`"))
+    assert "/srv/\\`\\<img src=x\\>\\`" in page
+
+
 def test_page_takes_any_category(report: RunRecord) -> None:
     odd = {"product_category": 'Toys "R" #1; 50 % | <b>', "total_revenue": Decimal("1.00"), "revenue_share": 1.0}
     page = job_summary(dataclasses.replace(report, previews={"category_analytics": [odd]}))

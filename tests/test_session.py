@@ -117,6 +117,16 @@ def test_java_that_has_to_be_asked(fake_java: Callable[[str], str], monkeypatch:
     assert data_pipeline.java_version(home) == "1.8.0_392"
 
 
+def test_java_that_never_answers(fake_java: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    home = Path(fake_java("8"))
+    (home / "release").unlink()
+    (home / "bin" / "java").write_text("#!/bin/sh\nexec sleep 60\n")
+    started = time.monotonic()
+    with pytest.raises(PipelineError, match=r"the Java in .* does not say its version; set JAVA_HOME"):
+        data_pipeline.java_version(home)
+    assert time.monotonic() - started < 15
+
+
 def test_data_dir_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in ("file", "file/below"):
@@ -125,9 +135,10 @@ def test_data_dir_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_disk_without_room(tmp_path: Path) -> None:
-    huge = DataPipelineConfig(data_dir=str(tmp_path), num_transactions=10**13)
-    with pytest.raises(PipelineError, match=r"not enough room in .* MB free, about [\d,]+ MB needed"):
-        preflight(huge)
+    for rows in ("num_transactions", "num_customers", "num_products"):
+        huge = DataPipelineConfig(data_dir=str(tmp_path), **{rows: 10**12})  # type: ignore[arg-type]
+        with pytest.raises(PipelineError, match=r"not enough room in .* MB free, about 15\d,[\d,]+ MB needed"):
+            preflight(huge)
 
 
 def test_older_python_is_told_so() -> None:
@@ -158,6 +169,40 @@ def test_session_that_was_handed_in_is_left_as_it_was(spark: SparkSession, confi
         assert spark.range(3).count() == 3
     finally:
         spark.conf.set("spark.sql.session.timeZone", "UTC")
+
+
+def test_stopped_session_is_said_to_be_stopped(small: Callable[..., DataPipelineConfig]) -> None:
+    program = STOPPED.format(engine=ENGINE)
+    done = subprocess.run(
+        [sys.executable, "-c", program, small().data_dir],
+        env=os.environ | {"PYTHONPATH": str(Path(MODULE).parent)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout == "the session that was handed in is stopped: hand in one that runs, or none\n" * 2, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+STOPPED = """
+import sys
+from data_pipeline import DataPipelineConfig, PipelineError, create_spark_session, run_pipeline
+config = DataPipelineConfig(data_dir=sys.argv[1], engine="{engine}", fast_start=False)
+spark = create_spark_session(config)
+if "{engine}" == "spark":
+    spark.sparkContext._jsc.sc().stop()
+    try:
+        run_pipeline(config, spark)
+    except PipelineError as error:
+        print(error)
+spark.stop()
+for _ in range(1 if "{engine}" == "spark" else 2):
+    try:
+        run_pipeline(config, spark)
+    except PipelineError as error:
+        print(error)
+"""
 
 
 def test_session_of_the_process_is_used_and_left_running(
