@@ -19,7 +19,8 @@ trap 'echo "::error::deploy.sh ${1:-} failed in line $LINENO" >&2' ERR
 KEEP_RELEASES=3
 home=$(realpath -m ~/pipeline)
 checkout=$(dirname "$(dirname "$(realpath "$0")")")
-log=${RUNNER_TEMP:-/tmp}/pipeline.log
+temporary=${RUNNER_TEMP:-$home}
+log=$temporary/pipeline.log
 
 fail() {
     trap - ERR
@@ -30,6 +31,16 @@ fail() {
 commit=$(git -C "$checkout" rev-parse HEAD)
 [[ ${GITHUB_SHA:-$commit} == "$commit" ]] || fail "the checkout is at commit $commit, not $GITHUB_SHA"
 release=$home/releases/$commit
+
+# By hand and by cron, what the runner would have set. Its file is no shell: each line is taken literally.
+if [[ -z ${GITHUB_ACTIONS:-} && -r ~/actions-runner/.env ]]; then
+    while IFS= read -r line || [[ -n $line ]]; do
+        name=${line%%=*}
+        if [[ $line == *=* && $name =~ ^[A-Za-z_][A-Za-z0-9_]*$ && ! -v $name ]]; then
+            export "${line%$'\r'}"
+        fi
+    done <~/actions-runner/.env
+fi
 
 # A link is there at every moment, old or new.
 link() {
@@ -93,9 +104,9 @@ release() {
     echo "Released $commit"
 }
 
-# A dry run publishes nothing: its data goes with the runner's temporary folder, which no cluster shares.
+# A dry run publishes nothing: its data goes into the runner's temporary folder, which no cluster shares.
 if [[ ${DRY_RUN:-} == true ]]; then
-    export PIPELINE_DATA_DIR=$RUNNER_TEMP/dry-run PIPELINE_SPARK_MASTER='local[*]'
+    export PIPELINE_DATA_DIR=$temporary/dry-run PIPELINE_SPARK_MASTER='local[*]'
 fi
 
 # DEPLOY_FLAG_NUM_CUSTOMERS=5 becomes --num-customers 5; an empty one leaves the default.
@@ -114,6 +125,8 @@ run() {
     done
     [[ -n ${SPARK_HOME:-} || ${#sparks[@]} == 0 ]] || export SPARK_HOME=/opt/spark
     folder=$(find_environment)
+    [[ -e $folder/complete ]] || fail "there is no environment for these requirements: call 'deploy.sh environment' first"
+    [[ -d $release ]] || fail "there is no release $commit in $home/releases: call 'deploy.sh release' first"
     touch "$log.started"
     cd ~
     # In place of the shell, so that whoever stops this stops the pipeline.
@@ -159,6 +172,7 @@ remove_old() {
 
 collect() {
     local target folder data
+    [[ -n ${1:-} ]] || fail "usage: deploy.sh collect FOLDER"
     target=$(realpath -m "$1")
     mkdir -p "$target"
     if [[ ! -e $log ]]; then
