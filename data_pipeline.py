@@ -83,6 +83,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Protocol, TextIO, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
+    import duckdb
     from pyspark.sql import Column, DataFrame, SparkSession
     from pyspark.sql import functions as F
 else:
@@ -2814,6 +2815,7 @@ SUMMARIES: Mapping[str, str] = {
     },
 }
 
+TABLE_NAME = re.compile(rf"\b({'|'.join(LAYERS)})\.(\w+)")
 Key = TypeVar("Key")
 Answer: TypeAlias = list[dict[str, Any]]  # rows
 
@@ -2828,7 +2830,7 @@ def inspect(run: Run, queries: Mapping[Key, str]) -> dict[Key, Answer]:
 
 def named(sql: str) -> set[tuple[str, str]]:
     """Returns layer and name of the tables in a query."""
-    return set(re.findall(rf"\b({'|'.join(LAYERS)})\.(\w+)", sql))
+    return set(TABLE_NAME.findall(sql))
 
 
 def answered_by_duckdb(run: Run, layer: str, name: str) -> bool:
@@ -2855,26 +2857,31 @@ def inspect_files(snapshot: Snapshot, queries: Mapping[Key, str]) -> dict[Key, A
         "memory_limit": "1GB",  # by default most of the machine, where Java is too
         "temp_directory": snapshot.path(".duckdb"),  # by default in the working directory
     }
-    answers, of = {}, ""
-    try:
-        with duckdb.connect(config=settings) as connection:
-            connection.execute("SET TimeZone = 'UTC'")
-            for key, sql in queries.items():
-                for layer, name in named(sql):
-                    of = f"{layer}.{name}"
-                    rows = connection.read_parquet(snapshot.files(layer, name))
-                    rows.project(", ".join(_columns_in_utc(layer, name, "TIMESTAMP"))).create_view(f"{layer}_{name}")
-                    sql = sql.replace(of, f"{layer}_{name}")
-                answer = connection.execute(sql)
-                columns = [column for column, *_ in answer.description or ()]
-                answers[key] = [dict(zip(columns, row, strict=True)) for row in answer.fetchall()]
-    except duckdb.Error as error:
-        raise RuntimeError(f"{of}: {error}") from error
-    except RuntimeError as error:
-        if str(error) == "Query interrupted":  # how DuckDB reports a Ctrl-C
-            raise KeyboardInterrupt from error
-        raise
+    answers = {}
+    with duckdb.connect(config=settings) as connection:
+        connection.execute("SET TimeZone = 'UTC'")
+        for key, sql in queries.items():
+            # In a thread, since DuckDB reports an interrupt of its own thread as another error.
+            asking = call_in_thread(_ask_duckdb, connection, snapshot, sql)
+            try:
+                answers[key] = asking.result()
+            except KeyboardInterrupt:
+                connection.interrupt()
+                concurrent.futures.wait([asking], STOP_WITHIN)
+                raise
     return answers
+
+
+def _ask_duckdb(connection: duckdb.DuckDBPyConnection, snapshot: Snapshot, sql: str) -> Answer:
+    try:
+        for layer, name in named(sql):
+            rows = connection.read_parquet(snapshot.files(layer, name))
+            rows.project(", ".join(_columns_in_utc(layer, name, "TIMESTAMP"))).create_view(f"{layer}_{name}")
+        answer = connection.execute(TABLE_NAME.sub(r"\1_\2", sql))
+        columns = [column for column, *_ in answer.description or ()]
+        return [dict(zip(columns, row, strict=True)) for row in answer.fetchall()]
+    except Exception as error:
+        raise RuntimeError(f"{', '.join('.'.join(table) for table in named(sql))}: {error}") from error
 
 
 def inspect_by_engine(run: Run, sql: str) -> Answer:
@@ -2884,8 +2891,8 @@ def inspect_by_engine(run: Run, sql: str) -> Answer:
         for (layer, name), view in views.items():
             columns = _columns_in_utc(layer, name, "TIMESTAMP_NTZ")
             run.read(layer, TABLES[name]).selectExpr(*columns).createOrReplaceTempView(view)
-            sql = sql.replace(f"{layer}.{name}", view)
-        return [row.asDict() for row in spark.sql(sql).collect()]
+        with_views = TABLE_NAME.sub(lambda found: views[found[1], found[2]], sql)
+        return [row.asDict() for row in spark.sql(with_views).collect()]
     finally:
         with best_effort("Temporary views are left in the session"):
             for view in views.values():

@@ -39,7 +39,7 @@ class Machine:
 
     def deploy(self, *arguments: str, **variables: str) -> Result:
         environment = {"HOME": str(self.home), "PATH": os.environ["PATH"], "PYTHON": self.python} | variables
-        command = ["bash", self.checkout / ".github/deploy.sh", *arguments]
+        command = ["bash", str(self.checkout / ".github/deploy.sh"), *arguments]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
     def environment_of_run(self, **variables: str) -> dict[str, str]:
