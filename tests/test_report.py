@@ -107,14 +107,14 @@ def test_annotations(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "::warning::100 %25%0Aof it\n::error::It failed: ValueError: first\n"
 
 
-def test_readme_quotes_the_messages_that_there_are() -> None:
+def test_operations_quotes_the_messages_that_there_are() -> None:
     """Each message of the troubleshooting table is one of the pipeline's or of the deployment's."""
     project = Path(data_pipeline.__file__).parent
     code = ast.parse((project / "data_pipeline.py").read_text())
     strings = [node.value for node in ast.walk(code) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     said = "\n".join(strings) + (project / ".github/deploy.sh").read_text() + os.strerror(errno.EACCES)
     table = (
-        (project / "README.md").read_text().partition("| message | what to do |\n|---|---|\n")[2].partition("\n\n")[0]
+        (project / "docs/operations.md").read_text().partition("| message | what to do |\n|---|---|\n")[2].partition("\n\n")[0]
     )
     messages = re.findall(r"^\| `(.+?)` \|", table, re.MULTILINE)
     assert len(messages) > 15
