@@ -61,17 +61,6 @@ def test_good_run(tmp_path: Path) -> None:
         assert list((tmp_path / "pipeline-data" / table.layer / table.name).glob("*.parquet"))
     assert "bronze.products                          10 rows" in log
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pipeline-data"], "nothing else is left behind"
-    # The README's ways of reading the data, as they stand there.
-    readme = Path(data_pipeline.__file__).with_name("README.md").read_text()
-    blocks = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "pipeline-data" in block]
-    assert len(blocks) == 3
-    with start(
-        tmp_path, program=("-c", "\n".join(blocks)), PYTHONPATH=str(Path(data_pipeline.__file__).parent)
-    ) as reading:
-        out, err = reading.communicate(timeout=300)
-    assert reading.returncode == 0, err
-    for column in ("product_category", "payment_method", "customer_segment"):
-        assert column in out
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path) -> None:

@@ -114,7 +114,10 @@ def test_operations_quotes_the_messages_that_there_are() -> None:
     strings = [node.value for node in ast.walk(code) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     said = "\n".join(strings) + (project / ".github/deploy.sh").read_text() + os.strerror(errno.EACCES)
     table = (
-        (project / "docs/operations.md").read_text().partition("| message | what to do |\n|---|---|\n")[2].partition("\n\n")[0]
+        (project / "docs/operations.md")
+        .read_text()
+        .partition("| message | what to do |\n|---|---|\n")[2]
+        .partition("\n\n")[0]
     )
     messages = re.findall(r"^\| `(.+?)` \|", table, re.MULTILINE)
     assert len(messages) > 15

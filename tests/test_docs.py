@@ -1,0 +1,227 @@
+"""README and docs: the dictionary of the tables equals the contract, and each command and snippet works."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import duckdb
+import pytest
+from conftest import ENGINE, one
+from test_publish import IDS, add
+
+import data_pipeline
+from data_pipeline import (
+    ABORT,
+    BRONZE,
+    QUARANTINE,
+    SILVER,
+    TABLES,
+    WARN,
+    RunRecord,
+    Store,
+    foreign_key_rule,
+    load_config,
+    parse_arguments,
+    tables,
+)
+
+PROJECT = Path(data_pipeline.__file__).parent
+PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+
+
+class Block(NamedTuple):
+    """A block of code: in which file, what the comment above it says, its language and its text."""
+
+    page: str
+    remark: str
+    language: str
+    text: str
+
+
+def blocks() -> list[Block]:
+    pattern = re.compile(r"(?:^<!-- (.*) -->\n)?^```(.*)\n([\s\S]*?)^```$", re.MULTILINE)
+    return [Block(page.name, *found) for page in PAGES for found in pattern.findall(page.read_text())]
+
+
+BLOCKS = blocks()
+COMMANDS = [block for block in BLOCKS if block.language == "bash" and not block.remark]
+
+
+class Row(NamedTuple):
+    column: str
+    type: str
+    unit: str
+    meaning: str
+    example: str
+
+
+def sections() -> dict[str, str]:
+    """The text of each table in docs/tables.md, by its name; that of quarantine is the last one."""
+    parts = re.split(r"^##+ (\w+).*\n", (PROJECT / "docs/tables.md").read_text(), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def cells(text: str, header: str) -> list[list[str]]:
+    """The rows of the Markdown table with this header."""
+    body = text.partition(f"| {header} |")[2].partition("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in body]
+
+
+def documented(name: str) -> list[Row]:
+    return [Row(*row) for row in cells(sections()[name], "column | type | unit | meaning | example")]
+
+
+def test_readme_is_short() -> None:
+    assert len((PROJECT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_tables_are_those_of_the_contract() -> None:
+    assert list(sections()) == [
+        "Bronze", "customers", "products", "transactions",
+        "Silver", *(table.name for table in tables(SILVER)),
+        "Gold", *(table.name for table in tables("gold")), "Quarantine",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_columns_and_key_are_those_of_the_contract(name: str) -> None:
+    table = TABLES[name]
+    found = documented(name)
+    names_and_types = [(row.column.removesuffix(" ?").strip("`"), row.type.lower()) for row in found]
+    assert names_and_types == table.columns(table.layer)
+    assert all(row.meaning for row in found)
+    [key] = re.findall(r"^One row per .*\. Key: (`\w+`(?:, `\w+`)*)", sections()[name], re.MULTILINE)
+    assert tuple(key.replace("`", "").split(", ")) == table.key
+    for row in found:  # what has a unit by its type alone
+        assert row.unit or not row.type.startswith(("DECIMAL", "TIMESTAMP", "DATE", "DOUBLE")), row
+
+
+def test_quarantine_adds_its_reasons() -> None:
+    [row] = documented("Quarantine")
+    added = set(TABLES["customers"].columns(QUARANTINE)) - set(TABLES["customers"].columns(BRONZE))
+    assert {(row.column.strip("`"), row.type.lower())} == added
+
+
+@pytest.mark.parametrize("name", [table.name for table in tables(BRONZE)])
+def test_rules_are_those_of_the_contract(name: str) -> None:
+    table = TABLES[name]
+
+    def effect(rule: data_pipeline.Rule) -> str:
+        if rule.severity == WARN:
+            return "is kept" + (f", without its `{rule.column}` in silver" if rule.nullify else "")
+        return "goes to quarantine" + (", and nothing is published" if rule.severity == ABORT else "")
+
+    rules = [*table.rules, *map(foreign_key_rule, table.foreign_keys)]
+    found = cells(sections()[name], "rule | violated when | the row")
+    assert [(rule, row) for rule, _, row in found] == [(f"`{rule.name}`", effect(rule)) for rule in rules]
+    for rule, (_, condition, _) in zip(rules, found, strict=True):
+        assert f"`{rule.column}`" in condition
+
+
+@pytest.mark.parametrize("name", [table.name for table in (*tables(SILVER), *tables("gold"))])
+def test_null_is_where_the_dictionary_allows_it(name: str, db: duckdb.DuckDBPyConnection) -> None:
+    """A received value may be null unless a rule rejects its absence; no unmarked column of the run has a null."""
+    marked = {row.column.removesuffix(" ?").strip("`"): row.column.endswith(" ?") for row in documented(name)}
+    for column, may_be_null in marked.items():
+        if not may_be_null:
+            assert one(db, f"SELECT count(*) FROM {name} WHERE {column} IS NULL") == 0, column
+    table = TABLES[name]
+    if table.layer == SILVER:
+        source = TABLES[table.from_table]
+        required = {rule.column for rule in source.rules if rule.severity != WARN and rule.name.endswith("_missing")}
+        received = {column for column, _ in source.columns()} & set(marked)
+        assert {column for column in received if marked[column]} == received - required
+
+
+@pytest.mark.parametrize("name", [*TABLES, "Quarantine"])
+def test_examples_have_their_type_and_occur(name: str, db: duckdb.DuckDBPyConnection) -> None:
+    for row in documented(name):
+        column, example = row.column.removesuffix(" ?").strip("`"), row.example.strip("`")
+        kind = row.type.replace("STRING", "VARCHAR").replace("ARRAY<VARCHAR>", "VARCHAR[]")
+        cast = one(db, f"SELECT CAST(CAST('{example}' AS {kind}) AS VARCHAR)")
+        assert cast == example, f"{name}.{column}: {example} is read as {cast}"
+        # Where there are few values, the example is one of those of the small run.
+        view = f"bronze_{name}" if name in TABLES and TABLES[name].layer == BRONZE else name
+        few = kind == "VARCHAR" and name != "Quarantine" and not column.startswith("_")
+        if few and one(db, f"SELECT count(DISTINCT {column}) FROM {view}") <= 30:
+            assert one(db, f"SELECT count(*) FROM {view} WHERE {column} = '{example}'"), f"{name}.{column}: {example}"
+        if name == "Quarantine":
+            reason = example.strip("[]")
+            assert one(db, f"SELECT count(*) FROM quarantine_transactions WHERE list_contains({column}, '{reason}')")
+
+
+def test_every_block_is_run_or_says_why_not() -> None:
+    assert len(BLOCKS) > 10
+    for block in BLOCKS:
+        assert block.language in ("python", "bash", "text"), block
+        assert re.fullmatch("|run by: .+|not run: .{20,}", block.remark), block
+        if program := block.remark.partition("run by: ")[2]:
+            assert (PROJECT / program).is_file(), block
+    assert not [block for block in BLOCKS if block.language == "python" and block.remark], "snippets are all run"
+    for page in PAGES:
+        fences = len(re.findall(r"^ *```", page.read_text(), re.MULTILINE))
+        assert fences == 2 * sum(block.page == page.name for block in BLOCKS), f"a block of {page.name} is not found"
+
+
+@pytest.mark.skipif(ENGINE == "sail", reason="the snippets start Spark, whatever the engine of the tests")
+def test_python_snippets(report: RunRecord, tmp_path: Path) -> None:
+    """In the order of the pages, in one process, after a run with the default data folder."""
+    shutil.copytree(report.data_dir, tmp_path / "pipeline-data", symlinks=True)
+    snippets = [block.text for block in BLOCKS if block.language == "python"]
+    assert len(snippets) >= 4
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", "\n".join(snippets)],
+        env=os.environ | {"HOME": str(tmp_path), "PYTHONPATH": str(PROJECT), "XDG_CACHE_HOME": "/proc/nowhere"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for column in ("product_category", "payment_method", "customer_segment"):
+        assert column in done.stdout
+
+
+def in_parts(line: str) -> tuple[dict[str, str], list[str]]:
+    """The variables that a command sets, and the flags of the pipeline that it runs."""
+    words = shlex.split(line, comments=True)
+    command = words.index(".venv/bin/python")
+    assert words[command + 1] == "data_pipeline.py", line
+    return dict(word.split("=", 1) for word in words[:command]), words[command + 2 :]
+
+
+@pytest.mark.parametrize("line", [line for block in COMMANDS for line in block.text.splitlines()])
+def test_commands(line: str, tmp_path: Path) -> None:
+    """What lists or rolls back is run; of the settings of a run, which would be a large one, the check is."""
+    environment, flags = in_parts(line)
+    config = load_config(parse_arguments(flags), environment)
+    data_pipeline.check_config(config)
+    if {"--list-runs", "--rollback"} & set(flags):
+        store = Store(str(tmp_path / "pipeline-data"))
+        for folder in ("runs", "snapshots"):
+            os.makedirs(store.path(folder))
+        for run_id in IDS[:2]:
+            add(store, run_id)
+            store.publish(run_id)
+        done = subprocess.run(
+            [sys.executable, data_pipeline.__file__, *flags],
+            env=os.environ | {"HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert store.published() == IDS["--list-runs" in flags]
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
