@@ -150,6 +150,7 @@ def folder(home: Path) -> Path:
     return home / "pipeline-data"
 
 
+@pytest.mark.slow
 def test_spark_submit_gives_the_tables_of_a_local_run(
     make_cluster: MakeCluster, report: RunRecord, tmp_path: Path
 ) -> None:
@@ -170,6 +171,7 @@ def test_spark_submit_gives_the_tables_of_a_local_run(
     assert not list(folder(tmp_path).glob("snapshots/*/probe"))
 
 
+@pytest.mark.slow
 def test_run_survives_a_worker_and_the_master(make_cluster: MakeCluster, report: RunRecord, tmp_path: Path) -> None:
     """What the dead worker held of silver is computed again; executors work on without a master."""
     cluster = make_cluster("one", "two")
@@ -180,6 +182,7 @@ def test_run_survives_a_worker_and_the_master(make_cluster: MakeCluster, report:
     assert differences(report.data_dir, folder(tmp_path)) == []
 
 
+@pytest.mark.slow
 def test_nothing_to_run_on(
     make_cluster: MakeCluster, small: Callable[..., DataPipelineConfig], spark: SparkSession, tmp_path: Path
 ) -> None:
@@ -215,6 +218,7 @@ def test_audit_blames_the_data_only_while_there_are_machines(
         audit(run)
 
 
+@pytest.mark.slow
 def test_disks_that_are_not_shared(make_cluster: MakeCluster, tmp_path: Path) -> None:
     """One of two workers has a disk of its own where the data folder is."""
     folder(tmp_path).mkdir()
@@ -249,6 +253,7 @@ def test_no_master(small: Callable[..., DataPipelineConfig], monkeypatch: pytest
         preflight(small(spark_master=f"spark://{master}"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_flag", [True, False])
 def test_driver_host_of_another_machine(by_flag: bool, tmp_path: Path) -> None:
     """Whoever names the master: a flag, or Spark's own settings."""
@@ -263,6 +268,7 @@ def test_driver_host_of_another_machine(by_flag: bool, tmp_path: Path) -> None:
     assert "--driver-host an address of this machine; Spark's own log: " in log
 
 
+@pytest.mark.slow
 def test_bad_input_is_joined_by_shuffle_and_its_skew_split(
     small: Callable[..., DataPipelineConfig], spark: SparkSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:

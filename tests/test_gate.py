@@ -366,8 +366,9 @@ def check_whole(root: Path) -> None:
         assert len(revenues) == 1
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(tmp_path: Path) -> None:
-    """SIGKILL at random moments of real runs: `KILLS=20 pytest tests/test_gate.py -k killed` is the full test."""
+    """SIGKILL at random moments of real runs: `KILLS=20 pytest tests/test_gate.py -m slow` is the full test."""
     root = tmp_path / "pipeline-data"
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
     started = time.monotonic()

@@ -91,6 +91,7 @@ for run_id in itertools.cycle(sys.argv[2:]):
 """
 
 
+@pytest.mark.slow
 def test_publisher_killed_at_any_instant_leaves_a_whole_snapshot(store: Store) -> None:
     for run_id in IDS[:2]:
         add(store, run_id)

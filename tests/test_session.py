@@ -228,6 +228,7 @@ spark.stop()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(ENGINE != "spark", reason="Sail has no JVM")
 def test_archive_of_classes(tmp_path: Path) -> None:
     """The first start makes it, the next ones use it, and one that is broken is no hindrance."""
