@@ -14,7 +14,7 @@ from typing import NamedTuple
 import duckdb
 import pytest
 from conftest import ENGINE, one
-from test_publish import IDS, add
+from test_publish import IDS, add_whole, empty_tables  # noqa: F401 - a fixture
 
 import data_pipeline
 from data_pipeline import (
@@ -198,7 +198,7 @@ def in_parts(line: str) -> tuple[dict[str, str], list[str]]:
 
 
 @pytest.mark.parametrize("line", [line for block in COMMANDS for line in block.text.splitlines()])
-def test_commands(line: str, tmp_path: Path) -> None:
+def test_commands(line: str, tmp_path: Path, empty_tables: Path) -> None:  # noqa: F811
     """What lists or rolls back is run; of the settings of a run, which would be a large one, the check is."""
     environment, flags = in_parts(line)
     config = load_config(parse_arguments(flags), environment)
@@ -208,8 +208,7 @@ def test_commands(line: str, tmp_path: Path) -> None:
         for folder in ("runs", "snapshots"):
             os.makedirs(store.path(folder))
         for run_id in IDS[:2]:
-            add(store, run_id)
-            store.publish(run_id)
+            add_whole(store, run_id, empty_tables)
         done = subprocess.run(
             [sys.executable, data_pipeline.__file__, *flags],
             env=os.environ | {"HOME": str(tmp_path)},
