@@ -207,6 +207,14 @@ def _text_like(pattern: str, change: Callable[[str], str] = str) -> Callable[[An
     return parse
 
 
+def _url(value: Any) -> str:
+    text = _text(value)
+    address = urllib.parse.urlsplit(text)
+    if address.scheme not in ("http", "https") or not address.hostname or address.port == 0 or re.search(r"\s", text):
+        raise ValueError
+    return text
+
+
 Url: TypeAlias = str
 Memory: TypeAlias = str
 Master: TypeAlias = str
@@ -225,7 +233,7 @@ PARSERS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "date": (_calendar_date, "a date such as 2026-01-31"),
     "bool": (_yes_or_no, "true or false"),
     "str": (_text, "a text without line breaks"),
-    "Url": (_text_like("https?://[^/].*"), "a URL that begins with https:// or http://"),
+    "Url": (_url, "a URL that begins with https:// or http://"),
     "Memory": (_text_like(r"[1-9]\d*[mgt]b?", str.lower), "an amount of memory such as 4g or 800m"),
     "Master": (_text_like(_MASTER), "local[*], yarn, or a URL such as spark://host:7077"),
 }
@@ -1680,6 +1688,18 @@ CLUSTER_FAILED = (
     "SparkContext was shut down|stopped SparkContext|Master removed our application|ExecutorLostFailure|FetchFailed"
 )
 DISK_FULL = "No space left on device|Disk quota exceeded"
+# Its errors for mistakes in the environment, and what to do.
+MISTAKES: Mapping[str, str] = {
+    "System memory .* must be at least": "give Java more, by --driver-memory in PYSPARK_SUBMIT_ARGS, "
+    "spark.driver.memory in spark-defaults.conf, or -Xmx in _JAVA_OPTIONS",
+    "JAVA_GATEWAY_EXITED|Too many open files": "see the limits that `ulimit -n`, `-u` and `-v` show, and the options "
+    "of Java in _JAVA_OPTIONS, JAVA_TOOL_OPTIONS and SPARK_SUBMIT_OPTS",
+    "EventLogFileWriter": "make the folder that spark.eventLog.dir of spark-defaults.conf names, or correct it",
+    "Cannot assign requested address": "correct SPARK_LOCAL_IP or --driver-host, or leave it out",
+    "SPARK_HOME may not be configured correctly": "correct SPARK_HOME, or unset it",
+    r"hadoop\.fs\.\S+ not found": "give Spark Hadoop's jar for data_dir, by spark.jars.packages in spark-defaults.conf",
+    "No FileSystem for scheme": "correct data_dir: no file system of Spark has this scheme",
+}
 
 
 def partition_count(rows: int, rows_each: int = ROWS_PER_FILE) -> int:
@@ -1695,11 +1715,11 @@ def aggregate(rows: DataFrame, metrics: Mapping[str, Column]) -> dict[str, Any]:
 
 def check_packages(requirements: str, *modules: str) -> None:
     """Checks that Python modules of a requirements file are installed. Raises PipelineError with the command to run."""
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), requirements)
     for module in modules:
         if importlib.util.find_spec(module) is None:
-            raise PipelineError(
-                f"{sys.executable} lacks {module}: run `{sys.executable} -m pip install -r {requirements}`"
-            )
+            command = shlex.join([sys.executable, "-m", "pip", "install", "-r", path])
+            raise PipelineError(f"{sys.executable} lacks {module}: run `{command}`")
 
 
 def check_reachable(absence: str, servers: str, otherwise: str, port: int = 0) -> None:
@@ -1847,6 +1867,7 @@ class Engine(ABC):
             "spark.sql.shuffle.partitions": str(config.shuffle_partitions or partition_count(rows, MILLION)),
             # The default, INT96, is deprecated and keeps readers from skipping by date.
             "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
+            "spark.sql.timestampType": "TIMESTAMP_LTZ",  # what TIMESTAMP means in the contract
         }
         self._started = contextlib.ExitStack()
         self._tag = f"data_pipeline-{secrets.token_hex(4)}"
@@ -1926,7 +1947,10 @@ class Engine(ABC):
         return self.lost.is_set() or bool(re.search(f"{CLUSTER_FAILED}|{DISK_FULL}", str(error)))
 
     def explain(self, error: Exception, step: str, spark_log: str) -> PipelineError | None:
-        """Returns what the user can do about a failure of machines or disks in a step; None for other failures."""
+        """Returns what the user can do about a failure of machines, disks or settings in a step; None for others."""
+        for mistake, advice in MISTAKES.items():
+            if re.search(mistake, str(error)):
+                return PipelineError(f"{root_cause(error)}, in {step}: {advice}{log_reference(spark_log)}")
         full = re.search(DISK_FULL, str(error))
         if full is None:
             return None
@@ -1983,6 +2007,14 @@ class LocalSpark(Engine):
             import findspark
 
             findspark.init(home)
+            import pyspark
+
+            version = ".".join(map(str, spark_version(spark_home())))
+            if not pyspark.__version__.startswith(version):  # a notebook, for example, has imported another one
+                raise PipelineError(
+                    f"SPARK_HOME {home} is Spark {version}, but pyspark {pyspark.__version__} was imported from "
+                    f"{os.path.dirname(pyspark.__file__)}: unset SPARK_HOME, or set it to that version"
+                )
         if is_local(self.master):  # Spark's workers would take the `python3` of the PATH
             os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
         if starts_jvm():
@@ -2588,6 +2620,8 @@ class Store(RunRecords):
             PipelineError: it cannot, or something stands where this pipeline puts its links.
         """
         if not self.is_local:
+            if server := re.match(r"hdfs://([^/]+:\d+)(/|$)", self.root):  # without a port, Hadoop may know the name
+                check_reachable("no HDFS", server[1], "correct data_dir")
             text = "On %s there is no link to publish by, and no lock: each run leaves its snapshot there"
             logger.warning(text, self.root)
             return
@@ -2741,7 +2775,9 @@ class Store(RunRecords):
         with self.lock(timeout):
             self.recover()
             published, known = self.published(), self.snapshots(AUDITED)
-            chosen = run_id or next((known_id for known_id in reversed(known) if known_id < (published or "")), "")
+            # Where the published one is gone, by the newest.
+            before = [known_id for known_id in known if published not in known or known_id < published]
+            chosen = run_id or (before or [""])[-1]
             if chosen not in known:
                 kept = f"kept are {', '.join(known) or 'none'} (--list-runs shows them)"
                 raise PipelineError(f"no snapshot {chosen or 'before the published one'} in {self.root}: {kept}")
@@ -3313,8 +3349,8 @@ def alert(record: RunRecord, history: Sequence[RunRecord]) -> str | None:
     return None
 
 
-def send_alert(webhook: str, text: str, timeout: float = 10.0) -> None:
-    """Posts the text to a webhook; one that is slow, broken or gone is a warning in the log. Its URL is a secret.
+def send_alert(webhook: str, text: str, timeout: float = 10.0) -> bool:
+    """Posts the text to a webhook and returns whether it arrived; if not, a warning says why, without the secret URL.
 
     The three characters that Slack reads as markup are escaped.
     """
@@ -3329,10 +3365,16 @@ def send_alert(webhook: str, text: str, timeout: float = 10.0) -> None:
     try:
         # In a thread, since the limit of urllib starts anew with every byte that arrives.
         call_in_thread(post).result(timeout)
+        return True
     except TimeoutError:
-        logger.warning("The alert was not delivered: no answer within %g seconds", timeout)
+        reason = f"no answer within {timeout:g} seconds"
     except Exception as error:  # whatever it is: its text may hold the URL
-        logger.warning("The alert was not delivered: %s %s", type(error).__name__, getattr(error, "code", ""))
+        inner = getattr(error, "reason", None)
+        cause = inner if isinstance(inner, OSError) else error
+        detail = getattr(error, "code", None) or getattr(cause, "strerror", None) or ""
+        reason = f"{type(cause).__name__} {detail}".strip()
+    logger.warning("The alert was not delivered: %s", reason)
+    return False
 
 
 def metrics(history: Sequence[RunRecord], published: RunRecord | None) -> str:
@@ -3462,6 +3504,9 @@ def list_runs(store: Store) -> Iterator[str]:
         rows = sum(count for table, count in record.rows.items() if table.startswith(BRONZE))
         started, as_of = record.started_at[:19], record.config.get("as_of_date", "")
         yield f"{sign} {run_id:<21} {started:<20} {as_of:<11} {rows:>14,}  {record.result}"
+    for part in (f"snapshots/{published}", f"runs/{published}.json") if published else ():
+        if not os.path.exists(store.path(part)):
+            yield f"* {published} is published, but {part} is gone: return to another with --rollback"
     yield "* published   + can be returned to with --rollback RUN"
 
 
@@ -3490,14 +3535,15 @@ class _TerminalFormatter(logging.Formatter):
 def _log_handler() -> logging.Handler:
     """Returns a handler to standard error: in colour on a terminal, unless NO_COLOR is set, else plain lines."""
     line, times = "%(asctime)s - %(levelname)s - %(message)s", "%Y-%m-%d %H:%M:%S"
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter(line, times))
+    handler, formatter = logging.StreamHandler(), logging.Formatter(line, times)
     logging.addLevelName(PROGRESS, "INFO")
     if not _on_terminal():
         handler.addFilter(lambda record: record.levelno != PROGRESS)
     elif not os.environ.get("NO_COLOR"):
         line = f"{_TerminalFormatter.DIM}%(asctime)s{_TerminalFormatter.END} %(message)s"
-        handler.setFormatter(_TerminalFormatter(line, "%H:%M:%S"))
+        formatter = _TerminalFormatter(line, "%H:%M:%S")
+    formatter.converter = time.gmtime  # as run ids, records and reports
+    handler.setFormatter(formatter)
     return handler
 
 
@@ -3547,6 +3593,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     instead.add_argument(
         "--rollback", metavar="RUN", nargs="?", const="", help="publish an earlier run again (default: the one before)"
     )
+    instead.add_argument("--test-alert", action="store_true", help="send a test alert to the webhook")
     flags, unknown = parser.parse_known_args(arguments)
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
@@ -3588,14 +3635,25 @@ def notify_not_started(error: BaseException, flags: argparse.Namespace | None) -
             send_alert(parse(webhook), f"❌ No run of the data pipeline on {socket.gethostname()}: {error}")
 
 
+def is_instead_of_run(flags: argparse.Namespace) -> bool:
+    """Returns whether the flags ask for something else than a run."""
+    return flags.list_runs or flags.test_alert or flags.rollback is not None
+
+
 def execute(flags: argparse.Namespace, config: DataPipelineConfig, on_start: Callable[[RunRecord], None]) -> None:
     """Runs the pipeline, or does what the flags ask for instead. Raises PipelineError where that cannot be done."""
     store = Store(config.root)
-    if not flags.list_runs and flags.rollback is None:
+    if not is_instead_of_run(flags):
         run_pipeline(config, on_start=on_start)
         return
     try:
-        if flags.list_runs:
+        if flags.test_alert:
+            if not config.alert_webhook:
+                raise ConfigurationError(f"there is no webhook to test: set {_variable('alert_webhook')}")
+            if not send_alert(config.alert_webhook, f"{config.app_name}: a test alert from {socket.gethostname()}"):
+                raise PipelineError("the test alert did not arrive: correct alert_webhook, or what receives it")
+            logger.info("The test alert was delivered")
+        elif flags.list_runs:
             print("\n".join(list_runs(store)), flush=True)
         else:
             logger.info("Published again: %s", store.rollback(flags.rollback, config.lock_timeout))
@@ -3644,10 +3702,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if interrupt := interruption(error):
             if not started:
                 logger.error("INTERRUPTED before the run began: %s", interrupt)
+                if interrupt.args and getattr(interrupt, "exit_code", 130) != 130:
+                    notify_not_started(interrupt, flags)
             return getattr(interrupt, "exit_code", 130)
         expected = isinstance(error, PipelineError)
         logger.error("%s", error if expected else "PIPELINE EXECUTION FAILED", exc_info=not expected)
-        if not started and not (flags and (flags.list_runs or flags.rollback is not None)):
+        if not started and not (flags and is_instead_of_run(flags)):
             notify_not_started(error, flags)
         return getattr(error, "exit_code", 1)
     finally:

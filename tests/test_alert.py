@@ -22,7 +22,16 @@ import pytest
 from pyspark.sql import SparkSession
 
 import data_pipeline
-from data_pipeline import DataPipelineConfig, NotPublishedError, RunRecord, alert, anomalies, run_pipeline, send_alert
+from data_pipeline import (
+    ConfigurationError,
+    DataPipelineConfig,
+    NotPublishedError,
+    RunRecord,
+    alert,
+    anomalies,
+    run_pipeline,
+    send_alert,
+)
 
 SECRET = "T0P-SECRET"  # noqa: S105 - of a URL that only the tests know
 
@@ -155,6 +164,31 @@ def test_command_that_cannot_run_tells(receiver: Receiver, tmp_path: Path) -> No
     assert done.returncode == 2
     assert "PIPELINE_ALERT_WEBHOOK: alert_webhook must be a URL that begins with https:// or http://\n" in done.stderr
     assert SECRET not in done.stderr
+
+
+@pytest.mark.parametrize("url", ["http://host:99999/x", "http://[::1", "http://host/a b", "https://", "http://h:x/"])
+def test_unusable_webhook_is_found_at_the_start(url: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"^alert_webhook must be a URL that begins with https:// or http://\Z"):
+        DataPipelineConfig(alert_webhook=url)
+
+
+def test_alert_that_is_a_test(receiver: Receiver, tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    command = ["--test-alert", "--data-dir", str(tmp_path / "data")]
+    assert data_pipeline.main([*command, "--alert-webhook", receiver.url]) == 0
+    [sent] = receiver.received
+    assert sent["text"].startswith("EcommerceDataPipeline: a test alert from ")
+    receiver.status = 404
+    assert data_pipeline.main([*command, "--alert-webhook", receiver.url]) == 2
+    assert "The alert was not delivered: HTTPError 404" in log.text
+    assert len(receiver.received) == 2, "a failed test is no failed run"
+    receiver.shutdown()
+    receiver.server_close()
+    assert data_pipeline.main([*command, "--alert-webhook", receiver.url]) == 2
+    assert "The alert was not delivered: ConnectionRefusedError Connection refused" in log.text
+    assert data_pipeline.main(command) == 2
+    assert "there is no webhook to test: set PIPELINE_ALERT_WEBHOOK" in log.text
+    assert SECRET not in log.text
+    assert not (tmp_path / "data").exists()
 
 
 def as_read(record: RunRecord, **changes: Any) -> RunRecord:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,12 @@ def test_good_run(tmp_path: Path) -> None:
         assert list((tmp_path / "pipeline-data" / table.layer / table.name).glob("*.parquet"))
     assert "bronze.products                          10 rows" in log
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pipeline-data"], "nothing else is left behind"
+
+
+def test_log_is_in_utc(tmp_path: Path) -> None:
+    _, log = run(tmp_path, "--num-customers", "0", TZ="Asia/Tokyo")
+    logged = datetime.strptime(log[:19], "%Y-%m-%d %H:%M:%S").replace(tzinfo=timezone.utc)
+    assert abs(logged - datetime.now(timezone.utc)) < timedelta(minutes=5)
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path) -> None:

@@ -34,8 +34,9 @@ class Machine:
         python.chmod(0o755)
         self.python = str(python)
         author = ("-c", "user.name=x", "-c", "user.email=x@example.com")
-        for command in (("init", "-q"), ("add", "."), (*author, "commit", "-qm", "first")):
-            subprocess.run(["git", "-C", self.checkout, *command], check=True)
+        commands: list[tuple[str, ...]] = [("init", "-q"), ("add", "."), (*author, "commit", "-qm", "first")]
+        for command in commands:
+            subprocess.run(["git", *command], cwd=self.checkout, check=True)
 
     def deploy(self, *arguments: str, **variables: str) -> Result:
         environment = {"HOME": str(self.home), "PATH": os.environ["PATH"], "PYTHON": self.python} | variables

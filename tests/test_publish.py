@@ -260,6 +260,21 @@ def test_rollback_audits_the_rows(store: Store, empty_tables: Path) -> None:
         store.rollback("", 0)
 
 
+def test_published_snapshot_that_is_gone(store: Store, empty_tables: Path) -> None:
+    for run_id in IDS[:3]:
+        add_whole(store, run_id, empty_tables)
+    store.publish(IDS[0])
+    assert not [line for line in list_runs(store) if "gone" in line]
+    os.unlink(store.path("runs", f"{IDS[0]}.json"))
+    [line] = [line for line in list_runs(store) if "gone" in line]
+    assert line.startswith(f"* {IDS[0]} is published, but runs/{IDS[0]}.json is gone")
+    shutil.rmtree(store.path("snapshots", IDS[0]))
+    assert f"snapshots/{IDS[0]} is gone" in "\n".join(list_runs(store))
+    assert store.rollback("", 0) == IDS[2], "the newest, since there is none to go back from"
+    os.unlink(store.path("current"))
+    assert store.rollback("", 0) == IDS[2]
+
+
 def test_rollback_that_cannot_be(store: Store, tmp_path: Path) -> None:
     add(store, IDS[0])
     add(store, IDS[1], REFUSED)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -127,6 +128,15 @@ def test_java_that_never_answers(fake_java: Callable[[str], str], monkeypatch: p
     assert time.monotonic() - started < 15
 
 
+def test_missing_package_is_installed_from_wherever_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PipelineError, match="lacks no_such_module: run `") as raised:
+        data_pipeline.check_packages("requirements.txt", "no_such_module")
+    command = shlex.split(str(raised.value).split("`")[1])
+    assert command[:4] == [sys.executable, "-m", "pip", "install"]
+    assert Path(command[-1]).is_file()
+
+
 def test_data_dir_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in ("file", "file/below"):
@@ -213,6 +223,72 @@ def test_session_of_the_process_is_used_and_left_running(
         assert other_thread.submit(data_pipeline.run_pipeline, config).result().result == "succeeded"
     assert spark.range(3).count() == 3
     assert not [table.name for table in spark.catalog.listTables() if table.name.startswith("transactions_clean")]
+
+
+MISTAKES: dict[str, tuple[str, dict[str, str], str, str]] = {
+    "driver memory": (
+        "",
+        {"PYSPARK_SUBMIT_ARGS": "--driver-memory 100m pyspark-shell"},
+        "System memory 104857600 must be at least",
+        "give Java more, by --driver-memory in PYSPARK_SUBMIT_ARGS",
+    ),
+    "open files": ("ulimit -n 40; ", {}, "JAVA_GATEWAY_EXITED", "see the limits that `ulimit -n`"),
+    "event log": (
+        "",
+        {"SPARK_CONF_DIR": "."},
+        "File file:/nowhere/events does not exist",
+        "make the folder that spark.eventLog.dir of spark-defaults.conf names",
+    ),
+    "address": ("", {"SPARK_LOCAL_IP": "203.0.113.5"}, "Cannot assign requested address", "correct SPARK_LOCAL_IP"),
+    "no jar": (
+        "",
+        {"PIPELINE_DATA_DIR": "s3a://bucket/shop"},
+        "Class org.apache.hadoop.fs.s3a.S3AFileSystem not found",
+        "give Spark Hadoop's jar for data_dir",
+    ),
+    "scheme": ("", {"PIPELINE_DATA_DIR": "foo://bucket/shop"}, 'No FileSystem for scheme "foo"', "correct data_dir"),
+    "HDFS": ("", {"PIPELINE_DATA_DIR": "hdfs://127.0.0.1:9/x"}, "no HDFS at 127.0.0.1:9", "or correct data_dir"),
+    "SPARK_HOME": ("", {"SPARK_HOME": "spark-3.5.1"}, "SPARK_HOME", "unset"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(ENGINE != "spark", reason="mistakes that Java and Spark make")
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_in_the_environment_is_one_line(mistake: str, tmp_path: Path, fake_spark: Callable[[str], str]) -> None:
+    limit, variables, problem, advice = MISTAKES[mistake]
+    if mistake == "SPARK_HOME":
+        fake_spark("3.5.1")
+    (tmp_path / "spark-defaults.conf").write_text(
+        "spark.eventLog.enabled true\nspark.eventLog.dir file:/nowhere/events\n"
+    )
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIPELINE_", "SPARK_"))}
+    own = {"PIPELINE_FAST_START": "no", "PIPELINE_DATA_DIR": str(tmp_path / "data"), "PIPELINE_NUM_TRANSACTIONS": "9"}
+    done = subprocess.run(
+        ["bash", "-c", f'{limit}exec "{sys.executable}" "{MODULE}" --quiet'],
+        env=kept | own | variables,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    *_, line = done.stderr.splitlines()
+    assert problem in line and advice in line
+    assert "Traceback" not in done.stderr
+
+
+def test_timestamps_have_a_zone_whatever_the_session_says(
+    spark: SparkSession, small: Callable[..., DataPipelineConfig]
+) -> None:
+    spark.conf.set("spark.sql.timestampType", "TIMESTAMP_NTZ")
+    try:
+        record = data_pipeline.run_pipeline(small(num_customers=5, num_transactions=10, num_products=2), spark)
+        assert record.result == "succeeded"
+        assert spark.conf.get("spark.sql.timestampType") == "TIMESTAMP_NTZ"
+    finally:
+        spark.conf.set("spark.sql.timestampType", "TIMESTAMP_LTZ")
 
 
 START = """
