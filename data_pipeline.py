@@ -2636,24 +2636,7 @@ class Store(RunRecords):
                 f"not enough room in data_dir {self.root}: {free / MILLION:,.0f} MB free, about "
                 f"{needed / MILLION:,.0f} MB needed; free some, or choose another with --data-dir"
             )
-        self.check_layout()
-
-    def check_layout(self) -> None:
-        """Raises PipelineError where something stands in the data folder in the place of a link or of a page."""
-        targets = {layer: f"current/{layer}" for layer in LAYERS}
-
-        def is_own(name: str, path: str) -> bool:
-            if name in OWN_FILES:
-                return os.path.isfile(path) and OWN_FILES[name] in Path(path).read_text(errors="replace")[:1_000]
-            target = os.readlink(path) if os.path.islink(path) else ""
-            return target == targets[name] if name in targets else bool(RUN_ID.fullmatch(os.path.basename(target)))
-
-        for name in (*targets, "current", *OWN_FILES):
-            if os.path.lexists(path := self.path(name)) and not is_own(name, path):
-                problem = "is not this pipeline's, which would put a link there"
-                if name in OWN_FILES:
-                    problem = "is not this pipeline's, which would write its own there"
-                raise PipelineError(f"{path} {problem}: move it away, or choose another folder with --data-dir")
+        check_layout(self)
 
     @contextlib.contextmanager
     def writing(self, path: str, problem: str = "cannot write to data_dir") -> Iterator[None]:
@@ -2769,7 +2752,7 @@ class Store(RunRecords):
         """
         if not self.is_local:
             raise PipelineError(f"{self.root} has no link to switch: point its readers to another snapshot instead")
-        self.check_layout()
+        check_layout(self)
         if not os.path.isdir(self.root):
             raise PipelineError(f"nothing to return to: there is no data folder {self.root}")
         with self.lock(timeout):
@@ -2818,6 +2801,24 @@ class Store(RunRecords):
         """Returns the bytes of a table's files; None where only the engine can tell."""
         folder = self.local_folder(run_id)
         return sum(file.stat().st_size for file in Path(folder, layer, name).glob("*.parquet")) if folder else None
+
+
+def check_layout(store: Store) -> None:
+    """Raises PipelineError where something stands in the data folder in the place of a link or of a page."""
+    targets = {layer: f"current/{layer}" for layer in LAYERS}
+
+    def is_own(name: str, path: str) -> bool:
+        if name in OWN_FILES:
+            return os.path.isfile(path) and OWN_FILES[name] in Path(path).read_text(errors="replace")[:1_000]
+        target = os.readlink(path) if os.path.islink(path) else ""
+        return target == targets[name] if name in targets else bool(RUN_ID.fullmatch(os.path.basename(target)))
+
+    for name in (*targets, "current", *OWN_FILES):
+        if os.path.lexists(path := store.path(name)) and not is_own(name, path):
+            problem = "is not this pipeline's, which would put a link there"
+            if name in OWN_FILES:
+                problem = "is not this pipeline's, which would write its own there"
+            raise PipelineError(f"{path} {problem}: move it away, or choose another folder with --data-dir")
 
 
 # ── Inspection ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -3667,6 +3668,21 @@ def execute(flags: argparse.Namespace, config: DataPipelineConfig, on_start: Cal
         ) from None
 
 
+def report_failure(error: BaseException, flags: argparse.Namespace | None, *, has_record: bool) -> int:
+    """Logs what ended the process, sends an alert unless the run record led to one, and returns the exit code."""
+    if interrupt := interruption(error):
+        if not has_record:
+            logger.error("INTERRUPTED before the run began: %s", interrupt)
+            if interrupt.args and getattr(interrupt, "exit_code", 130) != 130:
+                notify_not_started(interrupt, flags)
+        return getattr(interrupt, "exit_code", 130)
+    expected = isinstance(error, PipelineError)
+    logger.error("%s", error if expected else "PIPELINE EXECUTION FAILED", exc_info=not expected)
+    if not has_record and not (flags and is_instead_of_run(flags)):
+        notify_not_started(error, flags)
+    return getattr(error, "exit_code", 1)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the pipeline from the command line and returns the exit code."""
     # Where it is closed, the next file that is opened would become the standard error of Java.
@@ -3699,17 +3715,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logger.setLevel(PROGRESS if config.log_level == "INFO" and _on_terminal() else config.log_level)
         execute(flags, config, started.append)
     except (KeyboardInterrupt, Exception) as error:
-        if interrupt := interruption(error):
-            if not started:
-                logger.error("INTERRUPTED before the run began: %s", interrupt)
-                if interrupt.args and getattr(interrupt, "exit_code", 130) != 130:
-                    notify_not_started(interrupt, flags)
-            return getattr(interrupt, "exit_code", 130)
-        expected = isinstance(error, PipelineError)
-        logger.error("%s", error if expected else "PIPELINE EXECUTION FAILED", exc_info=not expected)
-        if not started and not (flags and is_instead_of_run(flags)):
-            notify_not_started(error, flags)
-        return getattr(error, "exit_code", 1)
+        return report_failure(error, flags, has_record=bool(started))
     finally:
         for number, handler in previous.items():
             signal.signal(number, signal.SIG_IGN if stopped.is_set() else handler)  # this process is about to end

@@ -168,7 +168,9 @@ def test_command_that_cannot_run_tells(receiver: Receiver, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("url", ["http://host:99999/x", "http://[::1", "http://host/a b", "https://", "http://h:x/"])
 def test_unusable_webhook_is_found_at_the_start(url: str) -> None:
-    with pytest.raises(ConfigurationError, match=r"^alert_webhook must be a URL that begins with https:// or http://\Z"):
+    with pytest.raises(
+        ConfigurationError, match=r"^alert_webhook must be a URL that begins with https:// or http://\Z"
+    ):
         DataPipelineConfig(alert_webhook=url)
 
 
