@@ -2025,6 +2025,12 @@ class LocalSpark(Engine):
             raise PipelineError(f"Spark's own settings name the master {master}: name it by --spark-master too")
         return spark
 
+    def start(self, spark_log: str) -> None:
+        super().start(spark_log)
+        if self.given is None:  # it is the active session of the thread that made it, and has to be this one's
+            jvm: Any = self.spark.sparkContext._jvm
+            jvm.SparkSession.setActiveSession(self.spark._jsparkSession)
+
     def launch_jvm(self, spark_log: str) -> None:
         """Launches the JVM, which writes Spark's own log to its standard error, before the session needs it."""
         from pyspark import SparkConf, SparkContext
@@ -3673,8 +3679,6 @@ def report_failure(error: BaseException, flags: argparse.Namespace | None, *, ha
     if interrupt := interruption(error):
         if not has_record:
             logger.error("INTERRUPTED before the run began: %s", interrupt)
-            if interrupt.args and getattr(interrupt, "exit_code", 130) != 130:
-                notify_not_started(interrupt, flags)
         return getattr(interrupt, "exit_code", 130)
     expected = isinstance(error, PipelineError)
     logger.error("%s", error if expected else "PIPELINE EXECUTION FAILED", exc_info=not expected)
