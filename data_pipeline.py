@@ -52,6 +52,7 @@ import fcntl
 import functools
 import glob
 import hashlib
+import html
 import importlib
 import importlib.metadata
 import importlib.util
@@ -299,6 +300,7 @@ class DataPipelineConfig:
     anomaly_factor: float = _option(
         3.0, "warn when rows or quarantine rate differ by this factor from the median of the last runs", min=1.0
     )
+    report_title: str | None = _option(None, "title of report.html (default: the application's name)")
     log_level: str = _option(
         "INFO", "what to log; DEBUG adds Spark's own log", choices=("DEBUG", "INFO", "WARNING", "ERROR")
     )
@@ -527,7 +529,7 @@ def check_gate(run: Run, source: Source) -> None:
                 message = f"{quality.quarantined:,} rows are quarantined, {rate:.2%}: more than {limit:.2%}"
                 fail_gate(run, table, "max_quarantine_rate", quality.quarantined, message)
         if failures := run.record.gate_failures:
-            rules = ", ".join(f"{failure['table']}.{failure['rule']}" for failure in failures)
+            rules = ", ".join("{table}.{rule} ({message})".format(**failure) for failure in failures)
             raise NotPublishedError(
                 f"GATE MISSED, nothing is published: {rules}; the refused snapshot lies in {run.snapshot.path()}; "
                 "correct the source, or change the limit"
@@ -3094,7 +3096,7 @@ RENAMED_FIELDS: Mapping[str, str] = {
 }  # fmt: skip
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class RunRecord:
     """What a run did; written to `runs/<run id>.json`, whose fields are these.
 
@@ -3196,6 +3198,33 @@ class RunRecord:
             if rows and ((name, rule) in warn) == warnings
         ]
         return sorted(found, key=lambda row: -row["rows"])
+
+    @property
+    def weeks(self) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+        """The revenue of the weeks that were over on the as-of date, and of the one that was not."""
+        as_of, weeks = date.fromisoformat(str(self.config["as_of_date"])), self.summaries.get("revenue_by_week", [])
+        over = [week for week in weeks if date.fromisoformat(str(week["week"])) + timedelta(days=6) <= as_of]
+        return over, weeks[-1] if len(weeks) > len(over) else None
+
+    def figures(self) -> dict[str, str]:
+        """Returns the figures that a notebook shows."""
+        return {
+            "run": self.run_id,
+            "result": self.result,
+            "as of": str(self.config.get("as_of_date")),
+            "rows received": _shown(self.received, "count"),
+            "quarantined": _shown(self.quarantine_rate, "percent"),
+            "revenue": _shown(self.revenue, "dollars"),
+            "duration": _shown(self.duration, "seconds"),
+            "data": self.data_dir,
+        }
+
+    def __repr__(self) -> str:
+        return f"RunRecord({', '.join(f'{name}: {figure}' for name, figure in self.figures().items())})"
+
+    def _repr_html_(self) -> str:
+        rows = (f"<tr><th>{name}</th><td>{html.escape(figure)}</td></tr>" for name, figure in self.figures().items())
+        return f"<table>{''.join(rows)}</table>"
 
     def summary(self) -> Iterator[str]:
         """Returns the lines that close the log."""
@@ -3439,6 +3468,11 @@ def _shown(value: Any, kind: str) -> str:
     return "–" if not value and value != 0 else FORMATS[kind].format(Decimal(str(value)))
 
 
+def _in_words(name: str) -> str:
+    """Returns a value of the data as a label: credit_card becomes Credit card."""
+    return (name[:1].upper() + name[1:]).replace("_", " ")
+
+
 def _markdown(value: Any) -> str:
     """Returns a value as text that Markdown leaves alone, whatever was in the data."""
     text = f"{value:,}" if isinstance(value, int | Decimal) else f"{value:,.2f}" if isinstance(value, float) else value
@@ -3456,7 +3490,7 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"shown": _shown, "markdown": _markdown}
+    environment.filters |= {"shown": _shown, "markdown": _markdown, "in_words": _in_words}
     return environment.get_template(template).render(**values)
 
 

@@ -283,7 +283,7 @@ def test_rollback_after_a_kill_is_told(report: RunRecord, tmp_path: Path) -> Non
     assert store.published() == "20260101T000000Z-0000"
     assert [run.result for run in store.history()] == ["succeeded", "succeeded", "killed"]
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "killed</span> · run 20260103" in page
+    assert "killed</b> · run 20260103" in page
     assert "Published is run 20260101T000000Z-0000" in page
     assert 'result="killed"} 1.0' in (tmp_path / "metrics.prom").read_text()
 

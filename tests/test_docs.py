@@ -220,6 +220,18 @@ def test_commands(line: str, tmp_path: Path, empty_tables: Path) -> None:  # noq
         assert store.published() == IDS["--list-runs" in flags]
 
 
+def test_import_from_another_folder(tmp_path: Path) -> None:
+    program = f"""
+import sys
+sys.path.insert(0, {str(PROJECT)!r})
+from data_pipeline import DataPipelineConfig, RunRecord, job_summary
+config = DataPipelineConfig(num_customers=7)
+print(job_summary(RunRecord("r", "2026-01-01T00:00:00+00:00", "/data", config.redacted(), {{}})))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "Pipeline run r: running" in done.stdout, done.stderr
+
+
 def test_links_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text()):

@@ -104,7 +104,10 @@ def test_too_many_refused_rows(
     published.defect_rate = 0.2
     caplog.set_level("INFO", logger="data_pipeline")
     record = refused(
-        published, spark, r"GATE MISSED, nothing is published: transactions.max_quarantine_rate; .*snapshots"
+        published,
+        spark,
+        r"GATE MISSED, nothing is published: transactions\.max_quarantine_rate \(140 rows are quarantined, "
+        r"14\.00%: more than 5\.00%\); .*snapshots",
     )
     assert "transactions: 140 rows are quarantined, 14.00%: more than 5.00%" in caplog.text
     [missed] = record["gate_failures"]

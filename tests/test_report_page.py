@@ -144,14 +144,21 @@ def test_figures_equal_gold(
         f"SELECT category, {count.format('sum(stock_quantity)')}, {dollars.format('sum(inventory_value)')}"
         " FROM products_active GROUP BY ALL ORDER BY sum(inventory_value) DESC"
     )
-    weeks = db.sql(
+    *weeks, (running, so_far) = db.sql(
         "SELECT date_trunc('week', transaction_date)::DATE::VARCHAR, sum(amount) FROM transactions_clean"
         " GROUP BY ALL ORDER BY 1"
-    )
+    ).fetchall()
     week = page.locator("section", has=page.locator("figcaption", has_text="Revenue by week"))
     week.locator("summary").click()
     shown = [[row.locator("th").inner_text(), row.locator("td").inner_text()] for row in week.locator("tbody tr").all()]
-    assert shown == [[monday, f"${revenue:,.2f}"] for monday, revenue in weeks.fetchall()]
+    assert shown == [[monday, f"${revenue:,.2f}"] for monday, revenue in weeks]
+    assert running == "2026-03-02", "the as-of date is the Wednesday after"
+    assert week.locator("p.now").inner_text().startswith(f"${weeks[-1][1]:,.2f}"), "the last week that was over"
+    assert f"The week from {running} was not over: ${so_far:,.2f} so far" in week.inner_text()
+    assert page.locator("section figcaption, section caption").first.inner_text() == "Revenue by week"
+    methods = {row[0] for row in figures(page, "Payment methods")}
+    assert {"Credit card", "Paypal"} < methods
+    assert figures(page, "Devices and browsers")[0][0] == "Mobile, Chrome"
     refused = one(db, "SELECT count(*) FROM quarantine_transactions WHERE list_contains(_reasons, 'amount_missing')")
     assert ["transactions: amount_missing", str(refused)] in figures(page, "Quarantined rows by reason")
     page.close()
@@ -164,6 +171,26 @@ def test_page_is_small_and_whole(report: RunRecord, config: DataPipelineConfig) 
         assert name not in text
     for table in tables("bronze"):
         assert f"Completeness of {table.name}" in text
+
+
+def test_title(report: RunRecord) -> None:
+    assert "<h1>EcommerceDataPipeline</h1>" in html_report([report], report)
+    named = dataclasses.replace(report, config={**report.config, "report_title": "Ada's <shop>"})
+    assert "<h1>Ada&#39;s &lt;shop&gt;</h1>" in html_report([named], named)
+
+
+@pytest.mark.parametrize("result", ["succeeded", "running"])
+def test_notebook_shows_a_few_figures(report: RunRecord, result: str) -> None:
+    """Of a run that has not got to its figures, too."""
+    begun = RunRecord(report.run_id, report.started_at, "/data/<shop>", report.config, report.versions)
+    record = report if result == "succeeded" else begun
+    page = record._repr_html_()
+    assert len(repr(record)) < 400 and len(page) < 800
+    assert f"result: {result}, as of: 2026-03-04, rows received: {record.received:,}, " in repr(record)
+    assert f"<tr><th>result</th><td>{result}</td></tr>" in page
+    assert "<shop>" not in page
+    if result == "succeeded":
+        assert f"revenue: ${report.revenue:,}" in repr(record)
 
 
 def test_failed_run_shows_what_is_published(report: RunRecord) -> None:
