@@ -427,7 +427,6 @@ def run_pipeline(
             run.start_engine()
             with run.layer(BRONZE, "Raw Data Ingestion"):
                 bronze = ingest_bronze(run, source)
-                profile(run)
             with run.layer(SILVER, "Data Cleansing and Enrichment"):
                 valid = clean(run, bronze)
                 check_gate(run, source)
@@ -466,7 +465,7 @@ class Received(NamedTuple):
 
 
 def ingest_bronze(run: Run, source: Source) -> dict[str, Received]:
-    """Writes the delivery unchanged, and counts the violations of each rule meanwhile."""
+    """Writes the delivery unchanged, counts the violations of each rule meanwhile, and profiles each column."""
 
     def ingest(name: str) -> Received:
         table = TABLES[name]
@@ -479,7 +478,9 @@ def ingest_bronze(run: Run, source: Source) -> dict[str, Received]:
             run.read(BRONZE, table), {rule: counts[rule] for rule in violations}, {part: counts[part] for part in sound}
         )
 
-    return run.parallel(ingest, names(BRONZE))
+    bronze = run.parallel(ingest, names(BRONZE))
+    profile(run)
+    return bronze
 
 
 def with_lineage(rows: DataFrame, record: RunRecord) -> DataFrame:
