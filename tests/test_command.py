@@ -189,7 +189,7 @@ def test_terminated_run_reports_itself_within_seven_seconds(tmp_path: Path, rece
             time.sleep(0.1)
         record = json.loads(path.read_text())
         assert (record["result"], record["exit_code"]) == ("interrupted", 143)
-        assert "interrupted</span>" in (tmp_path / "pipeline-data" / "report.html").read_text(encoding="utf-8")
+        assert "interrupted</b>" in (tmp_path / "pipeline-data" / "report.html").read_text(encoding="utf-8")
         assert 'result="interrupted"} 1.0' in (tmp_path / "pipeline-data" / "metrics.prom").read_text()
         log += process.stderr.read()
         assert process.wait(timeout=60) == 143
