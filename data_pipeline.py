@@ -682,7 +682,7 @@ class Run:
         uri = self.snapshot.table_uri(layer, table.name)
         counts = self.engine.write(rows, uri, {"rows": F.count(F.lit(1)), **(metrics or {})})
         self.record.rows[name] = counts["rows"]
-        self.record.bytes[name] = self.snapshot.store.size(self.record.run_id, layer, table.name)
+        self.record.bytes[name] = self.snapshot.size(layer, table.name)
         rows_written, folder = f"{counts['rows']:,} rows", uri.removeprefix("file://")
         logger.info("✓ Saved %s to: %s (%s, %.2f s)", table.name, folder, rows_written, time.perf_counter() - started)
         return counts
@@ -2508,6 +2508,10 @@ class Snapshot:
         """Returns the paths of the data files of a table, in order; none where only the engine reaches them."""
         return sorted(glob.glob(os.path.join(glob.escape(self.path(*names)), "*.parquet"))) if self.folder else []
 
+    def size(self, *names: str) -> int | None:
+        """Returns the bytes of a table's files; None where only the engine can tell."""
+        return sum(map(os.path.getsize, self.files(*names))) if self.folder else None
+
     def checksums(self) -> dict[str, str]:
         """Returns the SHA-256 of each data file by its path in the snapshot."""
         files = [file for layer, table in SNAPSHOT_TABLES for file in self.files(layer, table.name)]
@@ -2806,11 +2810,6 @@ class Store(RunRecords):
         """Removes all but the newest audited snapshots, and the newest refused one."""
         self.remove([*self.snapshots(AUDITED)[:-keep], *self.snapshots(REFUSED)[:-1]])
 
-    def size(self, run_id: str, layer: str, name: str) -> int | None:
-        """Returns the bytes of a table's files; None where only the engine can tell."""
-        folder = self.local_folder(run_id)
-        return sum(file.stat().st_size for file in Path(folder, layer, name).glob("*.parquet")) if folder else None
-
 
 def check_layout(store: Store) -> None:
     """Raises PipelineError where something stands in the data folder in the place of a link or of a page."""
@@ -2906,9 +2905,11 @@ def inspect_files(snapshot: Snapshot, queries: Mapping[Key, str]) -> dict[Key, A
     answers = {}
     with duckdb.connect(config=settings) as connection:
         connection.execute("SET TimeZone = 'UTC'")
+        for layer, name in sorted(set().union(*map(named, queries.values()))):
+            _create_view(connection, snapshot, layer, name)
         for key, sql in queries.items():
             # In a thread, since DuckDB reports an interrupt of its own thread as another error.
-            asking = call_in_thread(_ask_duckdb, connection, snapshot, sql)
+            asking = call_in_thread(_ask_duckdb, connection, sql)
             try:
                 answers[key] = asking.result()
             except KeyboardInterrupt:
@@ -2918,11 +2919,16 @@ def inspect_files(snapshot: Snapshot, queries: Mapping[Key, str]) -> dict[Key, A
     return answers
 
 
-def _ask_duckdb(connection: duckdb.DuckDBPyConnection, snapshot: Snapshot, sql: str) -> Answer:
+def _create_view(connection: duckdb.DuckDBPyConnection, snapshot: Snapshot, layer: str, name: str) -> None:
     try:
-        for layer, name in named(sql):
-            rows = connection.read_parquet(snapshot.files(layer, name))
-            rows.project(", ".join(_columns_in_utc(layer, name, "TIMESTAMP"))).create_view(f"{layer}_{name}")
+        rows = connection.read_parquet(snapshot.files(layer, name))
+        rows.project(", ".join(_columns_in_utc(layer, name, "TIMESTAMP"))).create_view(f"{layer}_{name}")
+    except Exception as error:
+        raise RuntimeError(f"{layer}.{name}: {error}") from error
+
+
+def _ask_duckdb(connection: duckdb.DuckDBPyConnection, sql: str) -> Answer:
+    try:
         answer = connection.execute(TABLE_NAME.sub(r"\1_\2", sql))
         columns = [column for column, *_ in answer.description or ()]
         return [dict(zip(columns, row, strict=True)) for row in answer.fetchall()]
@@ -3744,8 +3750,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     # What is ignored already, as in a background job of a script, stays ignored.
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in [number for number, handler in previous.items() if handler is not signal.SIG_IGN]:
-        signal.signal(number, stop)
+    for number, handler in previous.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, stop)
     try:
         flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
         config = load_config(flags, os.environ)
