@@ -2758,10 +2758,12 @@ class Store(RunRecords):
         os.replace(link, self.path("current"))
 
     def rollback(self, run_id: str, timeout: float) -> str:
-        """Publishes an earlier snapshot again, by default the one before the published one; returns its run id.
+        """Publishes an earlier snapshot again, by default the newest whole one before the published one.
+
+        Returns its run id.
 
         Raises:
-            PipelineError: there is no such snapshot, or it is not whole.
+            PipelineError: there is no such snapshot, or the one that is named is not whole.
         """
         if not self.is_local:
             raise PipelineError(f"{self.root} has no link to switch: point its readers to another snapshot instead")
@@ -2771,18 +2773,20 @@ class Store(RunRecords):
         with self.lock(timeout):
             self.recover()
             published, known = self.published(), self.snapshots(AUDITED)
-            # Where the published one is gone, by the newest.
-            before = [known_id for known_id in known if published not in known or known_id < published]
-            chosen = run_id or (before or [""])[-1]
-            if chosen not in known:
-                kept = f"kept are {', '.join(known) or 'none'} (--list-runs shows them)"
-                raise PipelineError(f"no snapshot {chosen or 'before the published one'} in {self.root}: {kept}")
-            record = self.record(chosen)
-            if record is None:
-                raise PipelineError(f"snapshot {chosen} cannot be checked: its run record is missing or unreadable")
-            audit_again(Snapshot(self, record))
-            self.publish(chosen)
-        return chosen
+            is_gone = published not in known or self.record(published) is None  # then a later one will do as well
+            before = [name for name in known if name != published and (is_gone or name < str(published))]
+            for chosen in [name for name in known if name == run_id] if run_id else reversed(before):
+                try:
+                    audit_again(self, chosen)
+                    self.publish(chosen)
+                    return chosen
+                except PipelineError as error:
+                    if run_id:
+                        raise
+                    logger.warning("Passed over: %s", error)
+            wanted = run_id or "that is whole before the published one"
+            kept = f"kept are {', '.join(known) or 'none'} (--list-runs shows them)"
+            raise PipelineError(f"no snapshot {wanted} in {self.root}: {kept}")
 
     def remove(self, run_ids: Iterable[str]) -> None:
         """Removes snapshots but for the published one."""
@@ -3063,18 +3067,21 @@ def audit(run: Run) -> None:
     logger.info("AUDIT: rows, keys and revenue add up (%.1f s)", run.record.seconds["audit"])
 
 
-def audit_again(snapshot: Snapshot) -> None:
+def audit_again(store: Store, run_id: str) -> None:
     """Checks, without Spark, that a snapshot is still what its run audited. Raises PipelineError."""
-    record, problems = snapshot.record, []
-    if record.sha256:  # earlier versions recorded none
-        changed = sorted(dict(record.sha256.items() ^ snapshot.checksums().items()))
-        problems = [f"{file} is not as it was written" for file in changed]
+    record, problems = store.record(run_id), []
+    if record is None:
+        raise PipelineError(f"snapshot {run_id} cannot be checked: its run record is missing or unreadable")
+    snapshot = Snapshot(store, record)
     try:
+        if record.sha256:  # earlier versions recorded none
+            changed = sorted(dict(record.sha256.items() ^ snapshot.checksums().items()))
+            problems = [f"{file} is not as it was written" for file in changed]
         problems = problems or list(audit_problems(record, inspect_files(snapshot, audit_queries())))
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         problems = [str(error)]
     if problems:
-        raise PipelineError(f"snapshot {record.run_id} is not whole: {'; '.join(problems[:3])}")
+        raise PipelineError(f"snapshot {run_id} is not whole: {'; '.join(problems[:3])}")
 
 
 def summarize(run: Run) -> None:
@@ -3639,7 +3646,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     instead = parser.add_argument_group("instead of a run").add_mutually_exclusive_group()
     instead.add_argument("--list-runs", action="store_true", help="show the runs and what became of them")
     instead.add_argument(
-        "--rollback", metavar="RUN", nargs="?", const="", help="publish an earlier run again (default: the one before)"
+        "--rollback",
+        metavar="RUN",
+        nargs="?",
+        const="",
+        help="publish an earlier run again (default: the newest whole one before)",
     )
     instead.add_argument("--test-alert", action="store_true", help="send a test alert to the webhook")
     flags, unknown = parser.parse_known_args(arguments)

@@ -231,22 +231,49 @@ def remove_folder(file: Path) -> None:
     shutil.rmtree(file.parent)
 
 
+def make_unreadable(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
 @pytest.mark.parametrize(
     ("has_checksums", "damage"),
     [
-        *((True, damage) for damage in (overwrite, add_file, Path.unlink, remove_folder)),
+        *((True, damage) for damage in (overwrite, add_file, Path.unlink, remove_folder, make_unreadable)),
         *((False, damage) for damage in (overwrite, Path.unlink, remove_folder)),
     ],
 )
 def test_rollback_to_a_damaged_snapshot_is_refused(
-    has_checksums: bool, damage: Callable[[Path], None], store: Store, empty_tables: Path
+    has_checksums: bool,
+    damage: Callable[[Path], None],
+    store: Store,
+    empty_tables: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    damaged = add_whole(store, IDS[0], empty_tables, **({} if has_checksums else {"sha256": {}}))
-    add_whole(store, IDS[1], empty_tables)
+    add_whole(store, IDS[0], empty_tables)
+    damaged = add_whole(store, IDS[1], empty_tables, **({} if has_checksums else {"sha256": {}}))
+    add_whole(store, IDS[2], empty_tables)
     damage(damaged / "gold" / "device_analytics" / "part-0.parquet")
-    with pytest.raises(PipelineError, match=f"snapshot {IDS[0]} is not whole: .*gold[/.]device_analytics"):
-        store.rollback("", 0)
-    assert store.published() == IDS[1]
+    with pytest.raises(PipelineError, match=f"snapshot {IDS[1]} is not whole: .*gold[/.]device_analytics") as raised:
+        store.rollback(IDS[1], 0)
+    assert store.published() == IDS[2]
+    assert store.rollback("", 0) == store.published() == IDS[0], "where none is named, the newest that is whole"
+    assert caplog.messages == [f"Passed over: {raised.value}"]
+
+
+def test_rollback_where_none_is_whole(store: Store, empty_tables: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for run_id in IDS[:3]:
+        add_whole(store, run_id, empty_tables)
+    add_whole(store, IDS[3], empty_tables)
+    store.publish(IDS[2])
+    os.unlink(store.path("runs", f"{IDS[1]}.json"))
+    overwrite(Path(store.path("snapshots", IDS[0], "gold", "device_analytics", "part-0.parquet")))
+    assert main(["--rollback", "--data-dir", store.root]) == 2
+    first, second, last = caplog.messages
+    assert first.startswith(f"Passed over: snapshot {IDS[1]} cannot be checked: its run record is missing")
+    assert second.startswith(f"Passed over: snapshot {IDS[0]} is not whole: gold/device_analytics")
+    assert last.startswith(f"no snapshot that is whole before the published one in {store.root}: kept are {IDS[0]}, ")
+    assert store.published() == IDS[2], "not a later one, which somebody has gone back from"
 
 
 def test_rollback_audits_the_rows(store: Store, empty_tables: Path) -> None:
@@ -254,10 +281,10 @@ def test_rollback_audits_the_rows(store: Store, empty_tables: Path) -> None:
     add_whole(store, IDS[0], empty_tables, rows=rows, sha256={})
     add_whole(store, IDS[1], empty_tables)
     with pytest.raises(PipelineError, match=r"not whole: silver\.products_active: 1 rows were written, 0 are there"):
-        store.rollback("", 0)
+        store.rollback(IDS[0], 0)
     os.unlink(store.path("runs", f"{IDS[0]}.json"))
     with pytest.raises(PipelineError, match=f"snapshot {IDS[0]} cannot be checked: its run record is missing"):
-        store.rollback("", 0)
+        store.rollback(IDS[0], 0)
 
 
 def test_published_snapshot_that_is_gone(store: Store, empty_tables: Path) -> None:
@@ -268,6 +295,8 @@ def test_published_snapshot_that_is_gone(store: Store, empty_tables: Path) -> No
     os.unlink(store.path("runs", f"{IDS[0]}.json"))
     [line] = [line for line in list_runs(store) if "gone" in line]
     assert line.startswith(f"* {IDS[0]} is published, but runs/{IDS[0]}.json is gone")
+    assert store.rollback("", 0) == IDS[2], "the newest: nothing is known of the one to go back from"
+    store.publish(IDS[0])
     shutil.rmtree(store.path("snapshots", IDS[0]))
     assert f"snapshots/{IDS[0]} is gone" in "\n".join(list_runs(store))
     assert store.rollback("", 0) == IDS[2], "the newest, since there is none to go back from"
@@ -281,7 +310,7 @@ def test_rollback_that_cannot_be(store: Store, tmp_path: Path) -> None:
     add(store, IDS[2])
     store.publish(IDS[0])
     for wanted, message in (
-        ("", f"no snapshot before the published one in {store.root}: kept are {IDS[0]}, {IDS[2]}"),
+        ("", f"no snapshot that is whole before the published one in {store.root}: kept are {IDS[0]}, {IDS[2]}"),
         (IDS[1], f"no snapshot {IDS[1]}"),
         ("../..", "no snapshot ../.."),
     ):
@@ -301,6 +330,33 @@ def test_page_that_is_not_ours_is_refused_and_left_alone(name: str, store: Store
     with pytest.raises(PipelineError, match=rf"{store.root}/{name} is not this pipeline's.*move it away"):
         store.check(0)
     assert Path(store.path(name)).read_text() == "years of work"
+
+
+# The beginning of both, as the project's first release that had them wrote it, and each one since.
+OF_EARLIER_RELEASES = {
+    "report.html": """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<link rel="icon" href="data:,">
+<title>succeeded · EcommerceDataPipeline</title>
+""",
+    "metrics.prom": """# HELP data_pipeline_last_run_timestamp_seconds When the last run began.
+# TYPE data_pipeline_last_run_timestamp_seconds gauge
+data_pipeline_last_run_timestamp_seconds{data_dir="/home/ada/pipeline-data"} 1.795556529e+09
+""",
+}
+
+
+@pytest.mark.parametrize("name", OF_EARLIER_RELEASES)
+def test_page_of_an_earlier_release_is_replaced(name: str, store: Store) -> None:
+    add(store, IDS[0])
+    Path(store.path(name)).write_text(OF_EARLIER_RELEASES[name], encoding="utf-8")
+    store.check(0)
+    data_pipeline.save_report(store)
+    assert Path(store.path(name)).read_text(encoding="utf-8") != OF_EARLIER_RELEASES[name]
 
 
 @pytest.mark.parametrize("name", ["bronze", "quarantine", "current"])
