@@ -1725,6 +1725,13 @@ def check_packages(requirements: str, *modules: str) -> None:
             raise PipelineError(f"{sys.executable} lacks {module}: run `{command}`")
 
 
+def is_host(name: str) -> bool:
+    """Returns whether the network knows a host of this name."""
+    with contextlib.suppress(OSError):
+        return bool(socket.getaddrinfo(name, None))
+    return False
+
+
 def check_reachable(absence: str, servers: str, otherwise: str, port: int = 0) -> None:
     """Raises PipelineError if none of the servers, host[:port],…, answers; Spark itself would try for minutes."""
     errors: list[str] = []
@@ -2633,8 +2640,9 @@ class Store(RunRecords):
             PipelineError: it cannot, or something stands where this pipeline puts its links.
         """
         if not self.is_local:
-            if server := re.match(r"hdfs://([^/]+:\d+)(/|$)", self.root):  # without a port, Hadoop may know the name
-                check_reachable("no HDFS", server[1], "correct data_dir")
+            server = re.match(r"hdfs://([^/:]+)(:\d+)?(/|$)", self.root)
+            if server and (server[2] or is_host(server[1])):  # else Hadoop's settings may say which servers it means
+                check_reachable("no HDFS", server[1] + (server[2] or ":8020"), "correct data_dir")
             text = "On %s there is no link to publish by, and no lock: each run leaves its snapshot there"
             logger.warning(text, self.root)
             return

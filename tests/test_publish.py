@@ -472,6 +472,14 @@ def test_folder_of_another_user_is_said_to_be_theirs(of_root: Path) -> None:
             pass
 
 
+def test_hdfs_that_does_not_answer_is_named_and_a_name_of_several_servers_is_left_to_hadoop() -> None:
+    for server, named in (("localhost", "localhost:8020"), ("localhost:9", "localhost:9"), ("no.invalid:9",) * 2):
+        with pytest.raises(PipelineError, match=rf"no HDFS at {named} \(.*\): start it, or correct data_dir"):
+            Store(f"hdfs://{server}/shop").check(0)
+    for server in ("nameservice.invalid", ""):
+        Store(f"hdfs://{server}/shop").check(0)
+
+
 @pytest.mark.parametrize("name", ["runs", "snapshots"])
 def test_part_that_is_a_file_is_named(name: str, tmp_path: Path) -> None:
     (tmp_path / name).touch()
