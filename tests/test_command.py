@@ -13,6 +13,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pytest
 from conftest import ENGINE
 from test_alert import Receiver, receiver  # noqa: F401 - a fixture
@@ -62,6 +63,18 @@ def test_good_run(tmp_path: Path) -> None:
         assert list((tmp_path / "pipeline-data" / table.layer / table.name).glob("*.parquet"))
     assert "bronze.products                          10 rows" in log
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pipeline-data"], "nothing else is left behind"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(ENGINE != "spark", reason="settings of Spark")
+def test_timestamps_have_a_zone_whatever_spark_defaults_say(tmp_path: Path) -> None:
+    """The schemas are read by that setting where threads of Python share those of Java, as they do here."""
+    (tmp_path / "spark-defaults.conf").write_text("spark.sql.timestampType TIMESTAMP_NTZ\n")
+    code, log = run(tmp_path, *SMALL, SPARK_CONF_DIR=str(tmp_path), PYSPARK_PIN_THREAD="false")
+    assert code == 0, log
+    files = f"{tmp_path}/pipeline-data/bronze/transactions/*.parquet"
+    types = duckdb.sql(f"SELECT DISTINCT typeof(timestamp) FROM '{files}'").fetchall()
+    assert types == [("TIMESTAMP WITH TIME ZONE",)]
 
 
 def test_log_is_in_utc(tmp_path: Path) -> None:

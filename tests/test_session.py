@@ -279,18 +279,6 @@ def test_mistake_in_the_environment_is_one_line(mistake: str, tmp_path: Path, fa
     assert "Traceback" not in done.stderr
 
 
-def test_timestamps_have_a_zone_whatever_the_session_says(
-    spark: SparkSession, small: Callable[..., DataPipelineConfig]
-) -> None:
-    spark.conf.set("spark.sql.timestampType", "TIMESTAMP_NTZ")
-    try:
-        record = data_pipeline.run_pipeline(small(num_customers=5, num_transactions=10, num_products=2), spark)
-        assert record.result == "succeeded"
-        assert spark.conf.get("spark.sql.timestampType") == "TIMESTAMP_NTZ"
-    finally:
-        spark.conf.set("spark.sql.timestampType", "TIMESTAMP_LTZ")
-
-
 START = """
 import os
 from pathlib import Path
