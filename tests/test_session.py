@@ -11,9 +11,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pyspark
 import pytest
 from conftest import ENGINE
 from pyspark.sql import SparkSession
+from test_command import run
 
 import data_pipeline
 from data_pipeline import DataPipelineConfig, PipelineError, choose_engine, open_source, preflight
@@ -90,6 +92,22 @@ def test_spark_home_without_spark(tmp_path: Path, config: DataPipelineConfig, mo
     monkeypatch.setenv("SPARK_HOME", str(tmp_path))
     with pytest.raises(PipelineError, match=rf"no Spark in {tmp_path}: .*; correct SPARK_HOME, or unset it"):
         preflight(dataclasses.replace(config, engine="spark"))
+
+
+def test_spark_home_of_another_version_than_the_pyspark_that_was_imported(
+    tmp_path: Path, fake_spark: Callable[[str], str]
+) -> None:
+    home = Path(fake_spark("3.5.1"))
+    (home / "python" / "lib").mkdir(parents=True)
+    (home / "python" / "lib" / "py4j-0.10.9.7-src.zip").touch()
+    program = ("-c", "import pyspark, sys, data_pipeline; sys.exit(data_pipeline.main())")
+    code, log = run(
+        tmp_path, program=program, PYTHONPATH=str(Path(MODULE).parent), SPARK_HOME=str(home), PIPELINE_ENGINE="spark"
+    )
+    assert code == 2, log
+    last = log.splitlines()[-1]
+    assert f"SPARK_HOME {home} is Spark 3.5.1, but pyspark {pyspark.__version__} was imported from " in last
+    assert last.endswith("unset SPARK_HOME, or set it to that version")
 
 
 @pytest.mark.usefixtures("no_session")
