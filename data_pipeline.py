@@ -1765,6 +1765,14 @@ def root_cause(error: Exception) -> str:
     return (causes or lines[:1])[-1][:300]
 
 
+def start_failure(error: Exception, spark_log: str) -> str:
+    """Returns why Spark did not start: from its log, where Java ended before Python was connected."""
+    with contextlib.suppress(OSError), open(spark_log, encoding="utf-8", errors="replace") as log:
+        if logged := re.search('(?:Exception in thread "main" |initialization of VM\n)(.*)', log.read()):
+            return logged[1]
+    return root_cause(error)
+
+
 def log_reference(spark_log: str) -> str:
     """Returns the end of a message that names Spark's own log, where there is one."""
     return f"; Spark's own log: {spark_log}" if os.path.isfile(spark_log) and os.path.getsize(spark_log) else ""
@@ -1960,7 +1968,9 @@ class Engine(ABC):
         """Returns what the user can do about a failure of machines, disks or settings in a step; None for others."""
         for mistake, advice in MISTAKES.items():
             if re.search(mistake, str(error)):
-                return PipelineError(f"{root_cause(error)}, in {step}: {advice}{log_reference(spark_log)}")
+                return PipelineError(
+                    f"{start_failure(error, spark_log)}, in {step}: {advice}{log_reference(spark_log)}"
+                )
         full = re.search(DISK_FULL, str(error))
         if full is None:
             return None
@@ -2042,13 +2052,14 @@ class LocalSpark(Engine):
             jvm.SparkSession.setActiveSession(self.spark._jsparkSession)
 
     def launch_jvm(self, spark_log: str) -> None:
-        """Launches the JVM, which writes Spark's own log to its standard error, before the session needs it."""
+        """Launches the JVM, whose output is Spark's own log, before the session needs it."""
         from pyspark import SparkConf, SparkContext
         from pyspark.java_gateway import launch_gateway
 
         conf = SparkConf().setAll([*self.options().items()])
         with open(spark_log, "ab") if self.config.log_level != "DEBUG" else contextlib.nullcontext() as log:
-            gateway = SparkContext._gateway or launch_gateway(conf, {"stderr": log})  # type: ignore[no-untyped-call]
+            output = {"stdout": log, "stderr": log}
+            gateway = SparkContext._gateway or launch_gateway(conf, output)  # type: ignore[no-untyped-call]
             SparkContext._ensure_initialized(gateway=gateway)
 
     def options(self) -> dict[str, Any]:
@@ -2115,13 +2126,9 @@ class SparkCluster(LocalSpark):
         try:
             return super().create_session(spark_log)
         except (Py4JError, PySparkException) as error:
-            cause = root_cause(error)
-            with contextlib.suppress(OSError), open(spark_log, encoding="utf-8", errors="replace") as log:
-                if logged := re.search('Exception in thread "main" (.*)', log.read()):
-                    cause = logged[1]  # Java ended before Python was connected
             raise PipelineError(
-                f"cannot start on {self.master}: {cause}; it has to be a master of this version of Spark, "
-                f"and --driver-host an address of this machine{log_reference(spark_log)}"
+                f"cannot start on {self.master}: {start_failure(error, spark_log)}; it has to be a master of this "
+                f"version of Spark, and --driver-host an address of this machine{log_reference(spark_log)}"
             ) from error
 
     def start(self, spark_log: str) -> None:

@@ -250,7 +250,8 @@ MISTAKES: dict[str, tuple[str, dict[str, str], str, str]] = {
         "System memory 104857600 must be at least",
         "give Java more, by --driver-memory in PYSPARK_SUBMIT_ARGS",
     ),
-    "open files": ("ulimit -n 40; ", {}, "JAVA_GATEWAY_EXITED", "see the limits that `ulimit -n`"),
+    "open files": ("ulimit -n 40; ", {}, ", in start-up: ", "see the limits that `ulimit -n`"),
+    "memory": ("ulimit -v 1500000; ", {}, "Could not allocate ", "see the limits that `ulimit -n`, `-u` and `-v`"),
     "event log": (
         "",
         {"SPARK_CONF_DIR": "."},
@@ -292,6 +293,7 @@ def test_mistake_in_the_environment_is_one_line(mistake: str, tmp_path: Path, fa
         check=False,
     )
     assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
     *_, line = done.stderr.splitlines()
     assert problem in line and advice in line
     assert "Traceback" not in done.stderr
