@@ -3293,9 +3293,13 @@ def recording(record: RunRecord, store: Store, engine: Engine) -> Iterator[None]
         yield
         record.result, record.exit_code = "succeeded", 0
     except BaseException as raised:
-        error = explained(raised, record, engine, store)
-        record.fail(error)
-        raise error from error.__cause__
+        stopped = interruption(raised)
+        if stopped is None or store.published() != record.run_id:
+            error = explained(raised, record, engine, store)
+            record.fail(error)
+            raise error from error.__cause__
+        logger.warning("The data was published already: %s", stopped)
+        record.result, record.exit_code = "succeeded", 0
     finally:
         record.finished_at = _now().isoformat(timespec="seconds")
         record.seconds["total"] = time.perf_counter() - started
@@ -3743,15 +3747,17 @@ def execute(flags: argparse.Namespace, config: DataPipelineConfig, on_start: Cal
 
 def report_failure(error: BaseException, flags: argparse.Namespace | None, *, has_record: bool) -> int:
     """Logs what ended the process, sends an alert unless the run record led to one, and returns the exit code."""
-    if interrupt := interruption(error):
-        if not has_record:
-            logger.error("INTERRUPTED before the run began: %s", interrupt)
-        return getattr(interrupt, "exit_code", 130)
-    expected = isinstance(error, PipelineError)
-    logger.error("%s", error if expected else "PIPELINE EXECUTION FAILED", exc_info=not expected)
-    if not has_record and not (flags and is_instead_of_run(flags)):
+    error = interruption(error) or error
+    interrupted, expected = isinstance(error, KeyboardInterrupt), isinstance(error, PipelineError)
+    if not interrupted:
+        logger.error("%s", error if expected else "PIPELINE EXECUTION FAILED", exc_info=not expected)
+    elif not has_record:
+        logger.error("INTERRUPTED before the run began: %s", error)
+    exit_code = getattr(error, "exit_code", 130 if interrupted else 1)
+    # Who presses Ctrl-C knows.
+    if not (has_record or exit_code == 130 or (flags and is_instead_of_run(flags))):
         notify_not_started(error, flags)
-    return getattr(error, "exit_code", 1)
+    return exit_code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -73,7 +73,7 @@ def test_timestamps_have_a_zone_whatever_spark_defaults_say(tmp_path: Path) -> N
     code, log = run(tmp_path, *SMALL, SPARK_CONF_DIR=str(tmp_path), PYSPARK_PIN_THREAD="false")
     assert code == 0, log
     files = f"{tmp_path}/pipeline-data/bronze/transactions/*.parquet"
-    types = duckdb.sql(f"SELECT DISTINCT typeof(timestamp) FROM '{files}'").fetchall()
+    types = duckdb.connect().execute(f"SELECT DISTINCT typeof(timestamp) FROM '{files}'").fetchall()
     assert types == [("TIMESTAMP WITH TIME ZONE",)]
 
 
@@ -212,6 +212,48 @@ def test_terminated_run_reports_itself_within_seven_seconds(tmp_path: Path, rece
     [alert] = receiver.received
     assert "interrupted in bronze" in alert["text"] and "stopped by SIGTERM" in alert["text"]
     wait_until_all_have_ended(tmp_path)
+
+
+STOPPED_EARLY = """
+import os, signal, sys, data_pipeline
+data_pipeline.preflight = lambda *_: os.kill(os.getpid(), signal.{signal})
+sys.exit(data_pipeline.main())
+"""
+
+
+def test_signal_before_there_is_a_record(tmp_path: Path, receiver: Receiver) -> None:  # noqa: F811
+    variables = {"PYTHONPATH": str(Path(data_pipeline.__file__).parent), "PIPELINE_ALERT_WEBHOOK": receiver.url}
+    for name, expected in (("SIGINT", 130), ("SIGTERM", 143)):
+        code, log = run(tmp_path, program=("-c", STOPPED_EARLY.format(signal=name)), **variables)
+        assert code == expected
+        assert log.count("\n") == 1
+        assert log.endswith(f"INTERRUPTED before the run began: stopped by {name}\n")
+    [alert] = receiver.received
+    assert alert["text"].startswith("❌ No run of the data pipeline on ")
+    assert alert["text"].endswith(": stopped by SIGTERM")
+
+
+INTERRUPTED_WHILE_PUBLISHING = """
+import os, signal, sys, data_pipeline
+replace = os.replace
+def interrupted(source, target):
+    replace(source, target)
+    if target.endswith("/current"):
+        os.kill(os.getpid(), signal.SIGTERM)
+os.replace = interrupted
+sys.exit(data_pipeline.main())
+"""
+
+
+def test_interrupt_while_publishing_leaves_the_result_of_what_is_published(tmp_path: Path) -> None:
+    path = str(Path(data_pipeline.__file__).parent)
+    code, log = run(tmp_path, *SMALL, program=("-c", INTERRUPTED_WHILE_PUBLISHING), PYTHONPATH=path)
+    assert code == 0, log
+    assert "WARNING - The data was published already: stopped by SIGTERM\n" in log
+    assert "INTERRUPTED" not in log
+    [record] = (tmp_path / "pipeline-data" / "runs").glob("*.json")
+    assert json.loads(record.read_text())["result"] == "succeeded"
+    assert (tmp_path / "pipeline-data" / "current").resolve().name == record.stem
 
 
 INTERRUPTED_AT_THE_END = """
