@@ -155,6 +155,9 @@ def test_data_dir_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     config = DataPipelineConfig()
     config.data_dir = "~/$SHOP/data"
     assert config.root == os.path.expanduser("~/corner/data")
+    monkeypatch.setenv("SHOP", "a\nb")
+    with pytest.raises(ConfigurationError, match=r"data_dir must not contain '\\n', which Spark misreads"):
+        config.root  # noqa: B018
     config.data_dir = "s3a://bucket/shop/"
     assert config.root == "s3a://bucket/shop"
     config.data_dir = "file:/srv/shop"
