@@ -498,12 +498,11 @@ def test_lock_that_is_no_file_is_named(store: Store) -> None:
 
 @pytest.mark.parametrize("flag", ["--list-runs", "--rollback"])
 def test_folder_that_cannot_be_read_is_one_line(flag: str, of_root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    if os.geteuid() == 65534:
-        os.seteuid(0)
+    user = os.geteuid()
+    os.seteuid(os.getuid())
     for part in ("runs", "snapshots"):
         (of_root / part).chmod(0)
-    if os.geteuid() == 0:
-        os.seteuid(65534)
+    os.seteuid(user)
     assert main([flag, "--data-dir", str(of_root)]) == 2
     [line] = caplog.records
     assert "Permission denied" in line.getMessage() or "not permitted" in line.getMessage()
