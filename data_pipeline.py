@@ -1716,13 +1716,17 @@ def aggregate(rows: DataFrame, metrics: Mapping[str, Column]) -> dict[str, Any]:
     return rows.agg(*(metric.alias(name) for name, metric in metrics.items())).collect()[0].asDict()
 
 
+def install_command(requirements: str) -> str:
+    """Returns the command that installs a requirements file for this Python, from wherever the user stands."""
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), requirements)
+    return shlex.join([sys.executable, "-m", "pip", "install", "-r", path])
+
+
 def check_packages(requirements: str, *modules: str) -> None:
     """Checks that Python modules of a requirements file are installed. Raises PipelineError with the command to run."""
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), requirements)
     for module in modules:
         if importlib.util.find_spec(module) is None:
-            command = shlex.join([sys.executable, "-m", "pip", "install", "-r", path])
-            raise PipelineError(f"{sys.executable} lacks {module}: run `{command}`")
+            raise PipelineError(f"{sys.executable} lacks {module}: run `{install_command(requirements)}`")
 
 
 def is_host(name: str) -> bool:
@@ -2320,7 +2324,7 @@ def spark_home() -> Path:
         return Path(home)
     spec = importlib.util.find_spec("pyspark")
     if spec is None or spec.origin is None:
-        raise PipelineError("no Spark found: run `pip install -r requirements.txt`, or set SPARK_HOME")
+        raise PipelineError(f"no Spark found: run `{install_command('requirements.txt')}`, or set SPARK_HOME")
     return Path(spec.origin).parent
 
 
@@ -2375,7 +2379,8 @@ def check_java() -> None:
         )
     home = java_home(spark)
     if home is None:
-        raise PipelineError(f"no Java found: {wanted}; install one and set JAVA_HOME to it")
+        bring = f"run `{install_command('requirements.txt')}`, or " if spark < (4,) else ""
+        raise PipelineError(f"no Java found: {wanted}; {bring}install one and set JAVA_HOME to it")
     version = java_version(home)
     if not oldest <= int(version.removeprefix("1.").partition(".")[0]) <= newest:
         raise PipelineError(f"{wanted}, but {home} is Java {version}; set JAVA_HOME to one that fits")

