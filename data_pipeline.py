@@ -2846,11 +2846,10 @@ def check_layout(store: Store) -> None:
         return target == targets[name] if name in targets else bool(RUN_ID.fullmatch(os.path.basename(target)))
 
     for name in (*targets, "current", *OWN_FILES):
-        if os.path.lexists(path := store.path(name)) and not is_own(name, path):
-            problem = "is not this pipeline's, which would put a link there"
-            if name in OWN_FILES:
-                problem = "is not this pipeline's, which would write its own there"
-            raise PipelineError(f"{path} {problem}: move it away, or choose another folder with --data-dir")
+        with store.writing(path := store.path(name)):
+            if os.path.lexists(path) and not is_own(name, path):
+                problem = "is not this pipeline's, which would put its own there"
+                raise PipelineError(f"{path} {problem}: move it away, or choose another folder with --data-dir")
 
 
 # ── Inspection ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -3350,27 +3349,27 @@ def best_effort(problem: str) -> Iterator[None]:
 
 def notify(record: RunRecord, store: Store, config: DataPipelineConfig) -> None:
     """Reports a run that has ended: by report, metrics and job summary, then by the webhook, which may be slow."""
-    save_report(store)
-    if "GITHUB_STEP_SUMMARY" in os.environ:
-        with best_effort("There is no summary of the job"):
-            add_to_step_summary(job_summary(record))
+    history: list[RunRecord] = []
+    with best_effort("The records of the runs cannot be read"):
+        history = store.history()
+    save_report(store, history)
+    with best_effort("There is no summary of the job"):
+        add_to_step_summary(job_summary(record))
     with best_effort("No alert could be sent"):
-        if config.alert_webhook and (text := alert(record, store.history())):
+        if config.alert_webhook and (text := alert(record, history)):
             send_alert(config.alert_webhook, text)
 
 
-def save_report(store: Store) -> None:
+def save_report(store: Store, history: Sequence[RunRecord]) -> None:
     """Writes `report.html` and `metrics.prom` beside the data, each whole or not at all; a failure is a warning.
 
     Nothing is written on storage that is named by a URI, and before the first run has ended.
     """
-    with best_effort("The records of the runs cannot be read"):
-        history = [run for run in store.history() if run.result in RESULTS]
-        if not history:
-            return
-        published = store.record(store.published())
-        for name, page in zip(OWN_FILES, (html_report, metrics), strict=True):
-            with best_effort(f"{name} is not renewed"):
+    history = [run for run in history if run.result in RESULTS]
+    published = store.record(store.published())
+    for name, page in zip(OWN_FILES, (html_report, metrics), strict=True):
+        with best_effort(f"{name} is not renewed"):
+            if history:
                 store.write_atomic(name, page(history, published))
 
 
@@ -3740,7 +3739,7 @@ def execute(flags: argparse.Namespace, config: DataPipelineConfig, on_start: Cal
             print("\n".join(list_runs(store)), flush=True)
         else:
             logger.info("Published again: %s", store.rollback(flags.rollback, config.lock_timeout))
-            save_report(store)
+            save_report(store, store.history())
     except OSError as error:
         if error.filename is None:  # standard output is full or closed: Python would try again, and fail, at its end
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115

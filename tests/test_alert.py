@@ -264,6 +264,24 @@ def test_report_that_fails_costs_no_alert(
     assert 'result="refused"} 1.0' in Path(config.data_dir, "metrics.prom").read_text()
 
 
+def test_records_that_cannot_be_read_cost_no_alert(
+    report: RunRecord,
+    receiver: Receiver,
+    log: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    def fail(_: Any) -> list[RunRecord]:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(data_pipeline.Store, "history", fail)
+    failed = dataclasses.replace(report, result="failed")
+    data_pipeline.notify(failed, data_pipeline.Store(str(tmp_path)), DataPipelineConfig(alert_webhook=receiver.url))
+    assert len(receiver.received) == 1
+    [line] = log.messages
+    assert line == "The records of the runs cannot be read: [Errno 5] Input/output error"
+
+
 def test_rollback_after_a_kill_is_told(report: RunRecord, tmp_path: Path) -> None:
     """A run was killed once it was published; the report then shows the one before, and metrics that it was killed."""
     store = data_pipeline.Store(str(tmp_path))

@@ -259,9 +259,9 @@ def test_interrupt_while_publishing_leaves_the_result_of_what_is_published(tmp_p
 INTERRUPTED_AT_THE_END = """
 import os, signal, sys, data_pipeline
 save_report = data_pipeline.save_report
-def interrupted(store):
+def interrupted(*arguments):
     os.kill(os.getpid(), signal.SIGINT)
-    save_report(store)
+    save_report(*arguments)
 data_pipeline.save_report = interrupted
 sys.exit(data_pipeline.main())
 """

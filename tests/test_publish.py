@@ -324,7 +324,7 @@ def test_rollback_that_cannot_be(store: Store, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["report.html", "metrics.prom"])
 def test_page_that_is_not_ours_is_refused_and_left_alone(name: str, store: Store) -> None:
     add(store, IDS[0])
-    data_pipeline.save_report(store)
+    data_pipeline.save_report(store, store.history())
     store.check(0)
     Path(store.path(name)).write_text("years of work")
     with pytest.raises(PipelineError, match=rf"{store.root}/{name} is not this pipeline's.*move it away"):
@@ -355,7 +355,7 @@ def test_page_of_an_earlier_release_is_replaced(name: str, store: Store) -> None
     add(store, IDS[0])
     Path(store.path(name)).write_text(OF_EARLIER_RELEASES[name], encoding="utf-8")
     store.check(0)
-    data_pipeline.save_report(store)
+    data_pipeline.save_report(store, store.history())
     assert Path(store.path(name)).read_text(encoding="utf-8") != OF_EARLIER_RELEASES[name]
 
 
@@ -450,6 +450,7 @@ def of_root() -> Iterator[Path]:
         for part in ("runs", "snapshots"):
             (folder / part).mkdir(mode=0o755)
         (folder / ".lock").touch(0o444)
+        (folder / "metrics.prom").touch(0)
         folder.chmod(0o555)
         user = os.geteuid()
         if user == 0:
@@ -470,6 +471,8 @@ def test_folder_of_another_user_is_said_to_be_theirs(of_root: Path) -> None:
     ):
         with store.lock(0):
             pass
+    with pytest.raises(PipelineError, match=rf"Permission denied: {of_root}/metrics.prom, which belongs to {owner};"):
+        data_pipeline.check_layout(store)
 
 
 def test_hdfs_that_does_not_answer_is_named_and_a_name_of_several_servers_is_left_to_hadoop() -> None:

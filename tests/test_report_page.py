@@ -226,7 +226,7 @@ def test_records_of_an_older_version(
         os.makedirs(store.path("snapshots", record["run_id"]))
         save(store, record)
         store.publish(record["run_id"])
-        save_report(store)
+        save_report(store, store.history())
     assert caplog.text == ""
     assert newer["run_id"] in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "data_pipeline_last_run_result" in (tmp_path / "metrics.prom").read_text()
@@ -250,7 +250,7 @@ def test_record_of_version_1_is_read_by_its_own_names(report: RunRecord, tmp_pat
     assert {"at", "offsets", "highlights", "missed"} < set(older) and "kept" in older["quality"]["customers"]
     save(store, older)
     assert store.history() == [as_read(today)]
-    save_report(store)
+    save_report(store, store.history())
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert f"{report.quality['transactions'].accepted:,} accepted" in page
     assert "rule_failing_rows" in (tmp_path / "metrics.prom").read_text()
@@ -264,7 +264,7 @@ def test_thirty_runs(report: RunRecord, tmp_path: Path) -> None:
     for n in range(50):
         run_id, started = f"209901{n // 24 + 1:02}T{n % 24:02}0000Z-0000", f"2099-01-{n // 24 + 1:02}T{n % 24:02}:00:00"
         save(store, record | {"run_id": run_id, "started_at": started})
-    save_report(store)
+    save_report(store, store.history())
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "2099-01-03 01:00" in page
     assert "2099-01-01 20:00" in page
