@@ -3353,8 +3353,7 @@ def notify(record: RunRecord, store: Store, config: DataPipelineConfig) -> None:
     with best_effort("The records of the runs cannot be read"):
         history = store.history()
     save_report(store, history)
-    with best_effort("There is no summary of the job"):
-        add_to_step_summary(job_summary(record))
+    add_to_step_summary(lambda: job_summary(record))
     with best_effort("No alert could be sent"):
         if config.alert_webhook and (text := alert(record, history)):
             send_alert(config.alert_webhook, text)
@@ -3563,11 +3562,11 @@ class Annotations(logging.Handler):
         print(f"::{kind}::{text}", flush=True)
 
 
-def add_to_step_summary(markdown: str) -> None:
+def add_to_step_summary(markdown: Callable[[], str]) -> None:
     """Appends to the page that GitHub Actions shows of a job; does nothing elsewhere."""
     if path := os.environ.get("GITHUB_STEP_SUMMARY"):
         with best_effort("Cannot write the job summary"), open(path, "a", encoding="utf-8") as file:
-            file.write(markdown + "\n")
+            file.write(markdown() + "\n")
 
 
 def list_runs(store: Store) -> Iterator[str]:
@@ -3709,7 +3708,7 @@ def load_config(
 
 def notify_not_started(error: BaseException, flags: argparse.Namespace | None) -> None:
     """Reports a run that has no record. The webhook is used even where other settings are wrong."""
-    add_to_step_summary(f"## ❌ Nothing was run\n\n{_markdown(error)}\n")
+    add_to_step_summary(lambda: f"## ❌ Nothing was run\n\n{_markdown(error)}\n")
     webhook = (flags and flags.alert_webhook) or os.environ.get(_variable("alert_webhook"))
     with contextlib.suppress(ValueError):
         if webhook:
