@@ -3,8 +3,8 @@
 
 CREATE MACRO tidy(method) AS regexp_replace(lower(trim(method)), '[ _-]+', '_', 'g');
 CREATE MACRO mean_of(cents, n) AS
-    CASE WHEN n = 0 THEN 0.00 ELSE (((2 * cents + n) // (2 * n)) / 100)::DECIMAL(18, 2) END;
-CREATE MACRO dollars(cents) AS (cents::HUGEINT * 0.01::DECIMAL(3, 2))::DECIMAL(18, 2);
+    CASE WHEN n = 0 THEN 0.00 ELSE (((2 * cents + n) // (2 * n)) / 100)::DECIMAL(20, 2) END;
+CREATE MACRO dollars(cents) AS (cents::HUGEINT * 0.01::DECIMAL(3, 2))::DECIMAL(20, 2);
 
 CREATE TABLE valid_transaction AS
 WITH valid AS (

@@ -216,7 +216,7 @@ def test_damage_is_found_at_the_audit(table: str, damage: Callable[[Path], None]
         ),
         (
             "gold/payment_analytics",
-            lambda rows: rows.withColumn("total_amount", F.expr("CAST(total_amount + 0.01 AS DECIMAL(18,2))")),
+            lambda rows: rows.withColumn("total_amount", F.expr("CAST(total_amount + 0.01 AS DECIMAL(20,2))")),
             "revenue differs: .*gold.payment_analytics",
         ),
     ],

@@ -105,7 +105,7 @@ def test_age_groups(age: int | None, group: str | None, frame: Frame) -> None:
     [("0.05", 2, "0.03"), ("0.01", 2, "0.01"), ("0.01", 3, "0.00"), ("10.00", 3, "3.33"), ("0.00", 0, "0.00")],
 )
 def test_average_rounds_half_up(total: str, count: int, expected: str, frame: Frame) -> None:
-    row = frame("total DECIMAL(18,2), count BIGINT", {"total": Decimal(total), "count": count})
+    row = frame("total DECIMAL(20,2), count BIGINT", {"total": Decimal(total), "count": count})
     assert row.select(mean_or_zero(F.col("total"), F.col("count"))).collect()[0][0] == Decimal(expected)
 
 

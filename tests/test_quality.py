@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from datetime import date, datetime
 from decimal import Decimal
@@ -15,13 +16,14 @@ from data_pipeline import (
     TABLES,
     WARN,
     DataPipelineConfig,
-    KeyViolations,
     Rule,
     Table,
+    Violations,
     duplicate_keys,
     flag_rows,
     latest_per_key,
     names,
+    nullified,
     orphan_keys,
     rejected_rows,
     valid_rows,
@@ -89,7 +91,7 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
 def received(frame: Frame, table: Table, *changes: dict[str, Any]) -> DataFrame:
     """The good row of a table with each of the changes."""
     rows = [GOOD[table.name] | change for change in changes]
-    return frame(" ".join(table.schema.split()), *rows)
+    return frame(" ".join(table.schema_in("bronze").split()), *rows)
 
 
 @pytest.mark.parametrize(
@@ -99,17 +101,30 @@ def received(frame: Frame, table: Table, *changes: dict[str, Any]) -> DataFrame:
 )
 def test_rule(table: str, rule: Any, frame: Frame, config: DataPipelineConfig) -> None:
     """Each rule with rows that break it, rows that do not, and one without the value."""
-    blank = [" "] if dict(TABLES[table].columns())[rule.column] == "string" and rule.severity == REJECT else []
-    breaking, passing = VALUES.get(rule.name, ([None, *blank], [GOOD[table][rule.column]]))
-    missing = [] if rule.name.endswith("_missing") else [None]
-    rows = received(frame, TABLES[table], *({rule.column: value} for value in [*breaking, *passing, *missing]))
+    blank = [" "] if dict(TABLES[table].columns("bronze"))[rule.column] == "string" and rule.severity == REJECT else []
+    good = GOOD[table].get(rule.column)
+    values = VALUES.get(rule.name, ([None, *blank], [good]))
+    breaking, passing = ([{rule.column: value} for value in some] for some in values)
+    no_record, malformed, other = (
+        {rule.column: None, "_rescued_data": json.dumps({key: "x"})} for key in ("_record", rule.column, "colour")
+    )
+    if rule.name == "record_malformed":
+        breaking, passing = [no_record], [{}, malformed, other]
+    elif rule.name.endswith("_missing"):
+        passing += [no_record] + ([] if isinstance(good, str) else [malformed])
+        breaking += [other]
+    elif rule.name.endswith("_malformed") and rule.name not in VALUES:
+        breaking, passing = [malformed], [{}, {rule.column: None}, no_record, other]
+    else:
+        passing += [{rule.column: None}, no_record]
+    rows = received(frame, TABLES[table], *breaking, *passing)
     verdicts = [row[0] for row in rows.select(rule.is_violated(config)).collect()]
-    assert verdicts == [True] * len(breaking) + [False] * (len(passing) + len(missing))
+    assert verdicts == [True] * len(breaking) + [False] * len(passing)
 
 
 def test_every_rule_is_about_a_column_of_its_table() -> None:
     for table in map(TABLES.__getitem__, BRONZE):
-        columns = dict(table.columns())
+        columns = dict(table.columns("bronze"))
         assert all(rule.column in columns for rule in table.rules)
         assert len({rule.name for rule in table.rules}) == len(table.rules) > 0
 
@@ -126,27 +141,28 @@ def split_of(
     table = TABLES[name]
     rows = received(frame, table, *changes)
     known = {key: received(frame, TABLES[parent], {}) for key, parent in table.foreign_keys.items()} | parents
-    keys = key_violations(rows, table, known)
-    flagged = flag_rows(rows, table, keys, config)
-    single, several = (
-        valid_rows(flagged.where(which), table, config) for which in ("NOT _duplicate_key", "_duplicate_key")
-    )
-    kept = single.withColumn("_records", F.lit(1).cast("bigint")).unionByName(latest_per_key(several, table))
-    return Split(kept, rejected_rows(flagged, table, keys, config))
+    found = violations(rows, table, known)
+    flagged = flag_rows(rows, table, found, config)
+    single, several = (valid_rows(flagged.where(which), table) for which in ("NOT _duplicate_key", "_duplicate_key"))
+    counted = single.withColumns({"_records": F.lit(1).cast("bigint"), "_versions": F.lit(1)})
+    kept = nullified(counted.unionByName(latest_per_key(several, table)), table.rules, config)
+    return Split(kept, rejected_rows(flagged, table, found, config))
 
 
-def key_violations(rows: DataFrame, table: Table, parents: dict[str, DataFrame]) -> KeyViolations:
-    return KeyViolations(duplicate_keys(rows, table), {key: orphan_keys(rows, key, parents[key]) for key in parents})
+def violations(rows: DataFrame, table: Table, parents: dict[str, DataFrame]) -> Violations:
+    orphans = {key: orphan_keys(rows, key, parents[key]) for key in parents}
+    return Violations(table.rules, duplicate_keys(rows, table), orphans)
 
 
 def test_what_no_key_is_odd_of_needs_no_join(frame: Frame, config: DataPipelineConfig) -> None:
     """With and without the joins the verdicts are the same."""
     table = TABLES["transactions"]
     rows = received(frame, table, {}, {"transaction_id": "TXN_0000002", "amount": None})
-    none = flag_rows(rows, table, KeyViolations(None, {}), config).select(*rows.columns, "_duplicate_key", "_rejected")
+    none = flag_rows(rows, table, Violations(table.rules, None, {}), config)
+    none = none.select(*rows.columns, "_duplicate_key", "_rejected")
     parents = {key: received(frame, TABLES[parent], {}) for key, parent in table.foreign_keys.items()}
-    found = flag_rows(rows, table, key_violations(rows, table, parents), config).select(*none.columns)
-    assert sorted(map(str, none.collect())) == sorted(map(str, found.collect()))
+    joined = flag_rows(rows, table, violations(rows, table, parents), config).select(*none.columns)
+    assert sorted(map(str, none.collect())) == sorted(map(str, joined.collect()))
 
 
 def test_refused_row_carries_every_reason(frame: Frame, config: DataPipelineConfig) -> None:

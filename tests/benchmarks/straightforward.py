@@ -230,7 +230,7 @@ def customers_enriched(customers: DataFrame, transactions_clean: DataFrame, conf
         customers.join(orders, "customer_id", "left")
         .withColumn("total_orders", F.coalesce("total_orders", F.lit(0)))
         .withColumn("total_spent", F.coalesce("total_spent", F.lit(0)))
-        .withColumn("total_spent", F.col("total_spent").cast("decimal(18,2)"))
+        .withColumn("total_spent", F.col("total_spent").cast("decimal(20,2)"))
         .withColumn("full_name", F.concat_ws(" ", "first_name", "last_name"))
         .withColumn("age_group", band("age", AGE_GROUPS))
         .withColumn("customer_segment", band("total_spent", config.segments))
@@ -249,7 +249,7 @@ def customer_analytics(customers_enriched: DataFrame) -> DataFrame:
             F.sum("age").cast("decimal(18,0)").alias("years"),
             F.count("age").alias("ages"),
             F.sum("total_orders").alias("orders"),
-            F.sum("total_spent").cast("decimal(18,2)").alias("segment_revenue"),
+            F.sum("total_spent").cast("decimal(20,2)").alias("segment_revenue"),
         )
         .withColumn("avg_age", mean_or_zero("years", "ages"))
         .withColumn("avg_total_spent", mean_or_zero("segment_revenue", "customer_count"))
@@ -264,7 +264,7 @@ def category_analytics(transactions_clean: DataFrame) -> DataFrame:
         transactions_clean.groupBy("product_category")
         .agg(
             F.count("*").alias("transaction_count"),
-            F.sum("amount").cast("decimal(18,2)").alias("total_revenue"),
+            F.sum("amount").cast("decimal(20,2)").alias("total_revenue"),
             F.min("amount").alias("min_transaction"),
             F.max("amount").alias("max_transaction"),
             F.sum("quantity").alias("units_sold"),
@@ -279,7 +279,7 @@ def payment_analytics(transactions_clean: DataFrame) -> DataFrame:
     total = transactions_clean.count()
     return (
         transactions_clean.groupBy("payment_method")
-        .agg(F.count("*").alias("usage_count"), F.sum("amount").cast("decimal(18,2)").alias("total_amount"))
+        .agg(F.count("*").alias("usage_count"), F.sum("amount").cast("decimal(20,2)").alias("total_amount"))
         .withColumn("avg_amount", mean_or_zero("total_amount", "usage_count"))
         .withColumn("usage_share", F.col("usage_count") / F.lit(total))
     )
@@ -292,7 +292,7 @@ def device_analytics(transactions_clean: DataFrame) -> DataFrame:
         .groupBy("device", "browser")
         .agg(
             F.count("*").alias("transaction_count"),
-            F.sum("amount").cast("decimal(18,2)").alias("total_revenue"),
+            F.sum("amount").cast("decimal(20,2)").alias("total_revenue"),
             F.sum("quantity").alias("units_sold"),
         )
         .withColumn("avg_transaction_value", mean_or_zero("total_revenue", "transaction_count"))
@@ -305,7 +305,7 @@ def product_analytics(products_active: DataFrame) -> DataFrame:
         products_active.groupBy("category", "supplier")
         .agg(
             F.count("*").alias("product_count"),
-            F.sum("price").cast("decimal(18,2)").alias("prices"),
+            F.sum("price").cast("decimal(20,2)").alias("prices"),
             F.sum("stock_quantity").alias("total_stock"),
             F.sum("inventory_value").alias("inventory_value"),
         )
