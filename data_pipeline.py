@@ -44,18 +44,22 @@ if sys.version_info < (3, 11):  # before anything that an older Python cannot pa
 
 import argparse
 import atexit
+import codecs
 import concurrent.futures
 import contextlib
+import csv
 import dataclasses
 import difflib
 import fcntl
 import functools
 import glob
+import gzip
 import hashlib
 import html
 import importlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import logging
 import math
@@ -75,6 +79,8 @@ import traceback
 import urllib.parse
 import warnings
 import zipfile
+import zlib
+import zoneinfo
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -223,7 +229,25 @@ def _url(value: Any) -> str:
     return text
 
 
+def _character(value: Any) -> str:
+    text = {"tab": "\t", "\\t": "\t"}.get(value, value)
+    if not isinstance(text, str) or len(text) != 1 or text in "\r\n":
+        raise ValueError
+    return text
+
+
+def _encoding(value: Any) -> str:
+    return codecs.lookup(_text(value)).name
+
+
+def _time_zone(value: Any) -> str:
+    return zoneinfo.ZoneInfo(_text(value)).key
+
+
 Url: TypeAlias = str
+Character: TypeAlias = str
+Encoding: TypeAlias = str
+TimeZone: TypeAlias = str
 Words: TypeAlias = tuple[str, ...]
 Memory: TypeAlias = str
 Master: TypeAlias = str
@@ -243,6 +267,9 @@ PARSERS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "bool": (_yes_or_no, "true or false"),
     "str": (_text, "a text without line breaks"),
     "Words": (_words, "names such as credit_card,paypal: lower case, separated by commas"),
+    "Character": (_character, "one character, or tab"),
+    "Encoding": (_encoding, "an encoding such as utf-8 or latin-1"),
+    "TimeZone": (_time_zone, "a time zone such as Europe/Berlin"),
     "Url": (_url, "a URL that begins with https:// or http://"),
     "Memory": (_text_like(r"[1-9]\d*[mgt]b?", str.lower), "an amount of memory such as 4g or 800m"),
     "Master": (_text_like(_MASTER), "local[*], yarn, or a URL such as spark://host:7077"),
@@ -270,6 +297,17 @@ class DataPipelineConfig:
     seed: int = _option(42, "the same seed and as-of date give the same rows", min=-(2**63), max=2**63 - 1)
     as_of_date: date = _option(
         lambda: _now().date(), "last day of the data, in UTC (default: today)", min=date(2000, 1, 1)
+    )
+    source_dir: str | None = _option(None, "folder of landed files to read, instead of generating records")
+    models_dir: str | None = _option(None, "folder of staging models, <table>.sql (default: the source folder)")
+    source_delimiter: Character | None = _option(None, "what separates the fields of CSV (default: , and tab in .tsv)")
+    source_quote: Character = _option('"', "what quotes the fields of CSV; doubled within them")
+    source_encoding: Encoding = _option("utf-8", "encoding of landed text")
+    source_decimal: str = _option(".", "decimal separator of landed text", choices=(".", ","))
+    source_time_zone: TimeZone = _option("UTC", "time zone of landed timestamps that name none")
+    settle_seconds: float = _option(5.0, "age that the youngest landed file must have reached", min=0.0, max=86_400.0)
+    on_bad_file: str = _option(
+        "refuse", "what to do about a landed file that cannot be read", choices=("refuse", "quarantine")
     )
     history_days: int = _option(730, "days of history, the as-of date included", min=1, max=3_650)
     defect_rate: float = _option(0.02, "share of the records that are given a defect", min=0.0, max=0.5)
@@ -367,13 +405,10 @@ class DataPipelineConfig:
         """
         if is_uri(self.data_dir):
             return self.data_dir.rstrip("/")
-        path = os.path.expanduser(os.path.expandvars(self.data_dir))
-        if unknown := re.match(r"~\w*|.*?(\$\w+|\$\{\w+\})", path):
-            found = unknown[1] or unknown[0]
-            raise ConfigurationError(f"data_dir names {found}, which does not exist here: {self.data_dir}")
+        path = expanded("data_dir", self.data_dir)
         if pattern := re.search(r"[*?{}\[\]\\\x00-\x1f]", path):
             raise ConfigurationError(f"data_dir must not contain {pattern[0]!r}, which Spark misreads: {path!r}")
-        return os.path.abspath(path)
+        return path
 
     @property
     def segments(self) -> Mapping[str, Decimal | None]:
@@ -384,6 +419,14 @@ class DataPipelineConfig:
     def first_day(self) -> date:
         """The first day of the history."""
         return self.as_of_date - timedelta(days=self.history_days - 1)
+
+
+def expanded(name: str, folder: str) -> str:
+    """Returns the absolute path of the folder of a field. Raises ConfigurationError."""
+    path = os.path.expanduser(os.path.expandvars(folder))
+    if unknown := re.match(r"~\w*|.*?(\$\w+|\$\{\w+\})", path):
+        raise ConfigurationError(f"{name} names {unknown[1] or unknown[0]}, which does not exist here: {folder}")
+    return os.path.abspath(path)
 
 
 def check_config(config: DataPipelineConfig) -> None:
@@ -486,10 +529,17 @@ def ingest_bronze(run: Run, source: Source) -> dict[str, Received]:
         with run.step(f"{BRONZE}.{name}"):
             rows = with_lineage(source.delivery(run.engine.spark, name), table, run.record)
             counts = run.write(BRONZE, table, rows, {**violations, **sound})
+        if name not in source.derived and counts["rows"] != source.expected_rows[name]:
+            raise PipelineError(
+                f"{counts['rows']:,} of {source.expected_rows[name]:,} records of {name} were kept: a model keeps "
+                f"every row of its own table; leave WHERE and DISTINCT out of {name}.sql, and let the rules reject rows"
+            )
         return Received(
             run.read(BRONZE, table), {rule: counts[rule] for rule in violations}, {part: counts[part] for part in sound}
         )
 
+    with run.step("source"):
+        source.receive(run)
     bronze = run.parallel(ingest, names(BRONZE))
     profile(run)
     return bronze
@@ -667,6 +717,13 @@ class Run:
     def cached(self, rows: DataFrame) -> DataFrame:
         """Keeps rows that are used several times until the end of the layer."""
         return self._cached.enter_context(self.engine.cached(rows, self.snapshot.folder))
+
+    def temporary_folder(self, name: str) -> str:
+        """Makes a folder beside the tables, else on this machine, which is removed at the end of the layer."""
+        folder = self.snapshot.path(name) if self.snapshot.folder else tempfile.mkdtemp()
+        os.makedirs(folder, exist_ok=True)
+        self._cached.callback(shutil.rmtree, folder, ignore_errors=True)
+        return folder
 
     def write_all(self, layer: str, builders: Mapping[str, Callable[[], DataFrame]]) -> dict[str, DataFrame]:
         """Builds and writes tables of a layer in parallel; returns them as read back."""
@@ -1203,7 +1260,16 @@ SNAPSHOT_TABLES = tuple(
 class Source(Protocol):
     """Delivers the records of a run. Only the source knows how many to expect."""
 
-    expected_rows: Mapping[str, int]  # by bronze table
+    @property
+    def expected_rows(self) -> Mapping[str, int]:
+        """The rows of each bronze table; before `receive`, an estimate."""
+
+    @property
+    def derived(self) -> frozenset[str]:
+        """The tables for which that number stays an estimate."""
+
+    def receive(self, run: Run) -> None:
+        """Receives what there is. Raises NotPublishedError where that cannot be used."""
 
     def delivery(self, spark: SparkSession, name: str) -> DataFrame:
         """Returns the records of a bronze table, with the columns of its contract."""
@@ -1211,7 +1277,7 @@ class Source(Protocol):
 
 def open_source(config: DataPipelineConfig) -> Source:
     """Returns the source that the configuration names."""
-    return Generated(config)
+    return LandedFiles(config) if config.source_dir else Generated(config)
 
 
 class Generated:
@@ -1220,6 +1286,8 @@ class Generated:
     Raises:
         ConfigurationError: transactions without customers or products.
     """
+
+    derived: frozenset[str] = frozenset()
 
     def __init__(self, config: DataPipelineConfig) -> None:
         self.config = config
@@ -1234,6 +1302,9 @@ class Generated:
                     f"num_{parent} is 0, but num_transactions is {config.num_transactions}: "
                     f"each transaction needs one; set num_transactions to 0 too, or num_{parent} to 1 or more"
                 )
+
+    def receive(self, run: Run) -> None:
+        """Does nothing: the records are generated when they are written."""
 
     def delivery(self, spark: SparkSession, name: str) -> DataFrame:
         """Returns the generated records of a bronze table."""
@@ -1250,6 +1321,215 @@ class Generated:
                 "_rescued_data": F.lit(None).cast("string"),
             }
         )
+
+
+class LandedFiles:
+    """Reads the files that others land in a folder, by staging models where there are any.
+
+    A table is a file or a folder of its name. A staging model, `<table>.sql`, is a SELECT in Spark SQL over the files
+    of its table, whose rows it all keeps, or over those of other tables, from which it derives its own.
+
+    Raises:
+        ConfigurationError: a folder that does not exist, or a table without files and without a model.
+    """
+
+    def __init__(self, config: DataPipelineConfig) -> None:
+        self.config = config
+        self.root = expanded("source_dir", config.source_dir or "")
+        models_dir = expanded("models_dir", config.models_dir) if config.models_dir else self.root
+        for folder in (self.root, models_dir):
+            if not os.path.isdir(folder):
+                raise ConfigurationError(f"there is no folder {folder}: correct source_dir or models_dir")
+        self.files = list_files(self.root)
+        self.models = read_models(models_dir)
+        landed = {file.table for file in self.files}
+        self.derived = frozenset(self.models) - landed
+        for name in names(BRONZE):
+            if name not in landed | self.derived:
+                raise ConfigurationError(
+                    f"nothing is there for the table {name} in {self.root}: land a file such as {name}.csv or a folder "
+                    f"{name} of files, or write a model {name}.sql that makes it from another table"
+                )
+            if name in landed and name in self.models and name not in tables_in(self.models[name]):
+                raise ConfigurationError(
+                    f"the model {name}.sql does not read the files of {name}: SELECT … FROM {name}"
+                )
+        self.expected_rows: dict[str, int] = {
+            name: sum(file.estimated_rows for file in self.files if name in self.derived or file.table == name)
+            for name in names(BRONZE)
+        }
+        self._records: dict[str, DataFrame] = {}
+        self._malformed: dict[str, DataFrame] = {}
+
+    def receive(self, run: Run) -> None:
+        """Reads the files once they have settled, and keeps their list with the snapshot.
+
+        Raises:
+            NotPublishedError: a file cannot be read, or lacks a column that the contract requires.
+        """
+        wait_until_settled(self.files, self.config.settle_seconds)
+        reader = FileReader(self.root, run.temporary_folder(".staged"), self.config)
+        parts = reader.read(self.files, with_models=self.models)
+        report_delivery(self.files, run.record)
+        if self.config.on_bad_file == "refuse" and (bad := [file for file in self.files if file.is_bad]):
+            more = f"; so are {len(bad) - 1} more" if bad[1:] else ""
+            raise NotPublishedError(
+                f"{bad[0].path} cannot be read, nothing is published: {bad[0].problem}{more}; correct it, or go on "
+                "without it by --on-bad-file quarantine"
+            )
+        run.snapshot.save_files(self.files)
+        for name in names(BRONZE):
+            own = [part for part in parts if part.table == name]
+            self._records[name] = records_of(run.engine, [part for part in own if not part.is_malformed], self.files)
+            if malformed := [part for part in own if part.is_malformed]:
+                self._malformed[name] = records_of(run.engine, malformed, self.files)
+            if name not in self.derived:
+                read = [file for file in self.files if file.table == name and not file.problem]
+                self.expected_rows[name] = sum(file.rows + file.malformed for file in read)
+
+    def delivery(self, spark: SparkSession, name: str) -> DataFrame:
+        """Returns the records of a bronze table, typed, and the lines that are no record."""
+        table = TABLES[name]
+        records = self._records[name]
+        if name in self.models:
+            records = apply_model(spark, name, self.models[name], self._records)
+        rows = conformed(records, table, self.config)
+        return rows.unionByName(malformed_rows(self._malformed[name], table)) if name in self._malformed else rows
+
+
+def read_models(folder: str) -> dict[str, str]:
+    """Returns the staging models in a folder, by the name of their table."""
+    paths = {name: Path(folder, f"{name}.sql") for name in names(BRONZE)}
+    return {
+        name: path.read_text(encoding="utf-8").strip().rstrip(";") for name, path in paths.items() if path.is_file()
+    }
+
+
+def tables_in(model: str) -> set[str]:
+    """Returns the bronze tables whose files a staging model reads."""
+    return {name.lower() for name in re.findall(r"\b(?:FROM|JOIN)\s+`?(\w+)", model, re.IGNORECASE)} & set(
+        names(BRONZE)
+    )
+
+
+def apply_model(spark: SparkSession, name: str, model: str, records: Mapping[str, DataFrame]) -> DataFrame:
+    """Returns the rows of a staging model, to which the records of each table are a table of its name.
+
+    Raises:
+        PipelineError: the model is no query that can be understood.
+    """
+    from pyspark.errors import PySparkException
+
+    views = {table: f"landed_{secrets.token_hex(8)}" for table in tables_in(model)}
+    for table, view in views.items():
+        records[table].createOrReplaceTempView(view)
+    # As a WITH around the model, so that no name of the session is taken.
+    tables = ", ".join(f"{table} AS (SELECT * FROM {view})" for table, view in views.items())
+    try:
+        rows = spark.sql(f"{f'WITH {tables} ' if tables else ''}SELECT * FROM (\n{model}\n)")
+        rows.dtypes  # noqa: B018 - by which Connect and Sail analyse the query
+    except PySparkException as error:
+        raise PipelineError(f"the model {name}.sql cannot be used: {root_cause(error)}") from error
+    given = {column.lower() for column in rows.columns}
+    if missing := [column for column in required_columns(TABLES[name]) if column not in given]:
+        raise PipelineError(f"the model {name}.sql returns no {', '.join(missing)}: name each, with AS, in its SELECT")
+    if "_source_row" not in given and name in views:
+        logger.warning("%s.sql drops _source_file and _source_row: quarantine will not say where a row was", name)
+    return rows
+
+
+# What a text must look like to be of a type: a cast alone takes 2026 for a date, and 5d for a number.
+TEXT_PATTERNS: Mapping[str, str] = {
+    "int": r"[+-]?\d+([.]0*)?",
+    "bigint": r"[+-]?\d+([.]0*)?",  # pandas writes whole numbers so, in a column with nulls
+    "decimal": r"[+-]?\d+([.]\d{1,2}0*)?",
+    "double": r"[+-]?(\d+([.]\d*)?|[.]\d+)([eE][+-]?\d+)?",
+    "date": r"\d{4}-\d\d-\d\d",
+    "timestamp": r"\d{4}-\d\d-\d\d([ T]\d\d:\d\d(:\d\d([.]\d{1,6})?)?( ?(Z|[+-]\d\d(:?\d\d)?))?)?",
+    "boolean": "([tT][rR][uU][eE]|[fF][aA][lL][sS][eE]|[01])",
+}
+TIMES = ("date", "timestamp", "timestamp_ntz")
+
+
+def parsed(text: str, kind: str, config: DataPipelineConfig) -> str:
+    """Returns Spark SQL for a text as a value of a type of the contract; null where it is not exactly one."""
+    text = f"trim({text})"
+    if config.source_decimal == "," and kind.startswith(("decimal", "double")):
+        text = f"CASE WHEN NOT contains({text}, '.') THEN translate({text}, ',', '.') END"
+    matching = f"CASE WHEN {text} RLIKE r'^{TEXT_PATTERNS[kind.partition('(')[0]]}\\z' THEN {text} END"
+    if kind in ("int", "bigint"):
+        matching = f"regexp_replace({matching}, '[.]0*$', '')"
+    value = f"try_cast({matching} AS {kind})"
+    if kind == "double":
+        return f"CASE WHEN abs({value}) < CAST('Infinity' AS DOUBLE) THEN {value} END"
+    if kind == "timestamp" and config.source_time_zone != "UTC":
+        has_zone = rf"{text} RLIKE r':.*(Z|[+-]\d\d(:?\d\d)?)\z'"
+        return f"CASE WHEN {has_zone} THEN {value} ELSE to_utc_timestamp({value}, '{config.source_time_zone}') END"
+    return value
+
+
+def converted(value: str, given: str, kind: str, config: DataPipelineConfig) -> str:
+    """Returns Spark SQL for a value of the type `given` as one of the contract; null where that would change it."""
+    if given == kind or kind == "string":
+        return f"CAST({value} AS {kind})"
+    if given == "string":
+        return parsed(value, kind, config)
+    if given == "timestamp_ntz" and kind == "timestamp":
+        return f"to_utc_timestamp(CAST({value} AS TIMESTAMP), '{config.source_time_zone}')"
+    is_time = given in TIMES
+    is_number = re.match("tinyint|smallint|int|bigint|float|double|decimal|boolean", given)
+    if is_time != (kind in TIMES) or not (is_time or is_number):
+        return f"CAST(NULL AS {kind})"  # a number may be seconds, days or milliseconds: a model knows
+    there = f"try_cast({value} AS {kind})"
+    return f"CASE WHEN try_cast({there} AS {given}) = {value} THEN {there} END"
+
+
+def quoted(column: str) -> str:
+    """Returns the name of a column, which may hold any character, as Spark SQL."""
+    return "`{}`".format(column.replace("`", "``"))
+
+
+def conformed(rows: DataFrame, table: Table, config: DataPipelineConfig) -> DataFrame:
+    """Returns rows with the columns of the contract, matched by their names.
+
+    A value that does not fit its type is null; its text, and the columns that the contract does not know, are in
+    `_rescued_data`.
+    """
+    given = {name.strip().lower(): (quoted(name), kind) for name, kind in rows.dtypes}
+    columns = {name: kind for name, kind in table.columns() if name in given}
+    typed = {f"_typed_{name}": F.expr(converted(*given[name], kind, config)) for name, kind in columns.items()}
+    rescued = {  # as text, by the name of the column
+        **{
+            name: F.expr(f"CASE WHEN _typed_{name} IS NULL AND trim({text}) <> '' THEN {text} END")
+            for name, kind in columns.items()
+            if kind != "string" and (text := f"CAST({given[name][0]} AS STRING)")
+        },
+        **{
+            name.strip(): F.expr(f"CAST({quoted(name)} AS STRING)")
+            for name in rows.columns
+            if name.strip().lower() not in {*columns, *LANDED_COLUMNS}
+        },
+    }
+    texts = F.to_json(F.struct(*(text.alias(name) for name, text in rescued.items()))) if rescued else F.lit(None)
+    is_rescued = F.coalesce(*rescued.values(), F.lit(None)).isNotNull()
+    values = {name: F.col(f"_typed_{name}") for name in columns}
+    values |= {name: F.col(given[name][0]) for name in LANDED_COLUMNS if name in given}
+    values.setdefault("_delivery", F.lit(0))
+    kinds = {**dict(table.columns()), **LANDED_COLUMNS}
+    return rows.withColumns(typed).select(
+        *(values.get(name, F.lit(None)).cast(kind).alias(name) for name, kind in kinds.items()),
+        F.when(is_rescued, texts).cast("string").alias("_rescued_data"),
+    )
+
+
+def malformed_rows(lines: DataFrame, table: Table) -> DataFrame:
+    """Returns the lines that are no record as rows of a bronze table: with nothing but their text."""
+    record = F.struct(F.col("_record").cast("string").alias("_record"))
+    return lines.select(
+        *(F.lit(None).cast(kind).alias(name) for name, kind in table.columns()),
+        *LANDED_COLUMNS,
+        F.to_json(record).alias("_rescued_data"),
+    )
 
 
 class Category(NamedTuple):
@@ -2075,6 +2355,11 @@ class Engine(ABC):
         """Returns the rows of a Parquet table."""
         return self.spark.read.schema(schema).parquet(uri)
 
+    def read_landed(self, paths: Mapping[int, str]) -> DataFrame:
+        """Returns the rows of Parquet files of one schema, with the number by which each is named as `_delivery`."""
+        rows = self.spark.read.parquet(*(f"file://{path}" for path in paths.values()))
+        return rows.withColumn("_delivery", F.regexp_extract(F.input_file_name(), r"(\d+)[.]\w+$", 1).cast("bigint"))
+
     def write(self, rows: DataFrame, uri: str, metrics: Mapping[str, Column]) -> dict[str, Any]:
         """Writes rows as Parquet, and returns the metrics over them."""
         from pyspark.sql import Observation
@@ -2356,6 +2641,14 @@ class Sail(SparkConnect):
         """Returns the rows of a Parquet table; Sail reads the %41 of a path in a URI as an A."""
         return super().read(uri.removeprefix("file://"), schema)
 
+    def read_landed(self, paths: Mapping[int, str]) -> DataFrame:
+        """Returns the rows of Parquet files of one schema; Sail cannot say which file a row comes from."""
+        numbered = (
+            self.spark.read.parquet(path).withColumn("_delivery", F.lit(number).cast("bigint"))
+            for number, path in paths.items()
+        )
+        return functools.reduce(lambda one, other: one.unionByName(other), numbered)
+
     def write(self, rows: DataFrame, uri: str, metrics: Mapping[str, Column]) -> dict[str, Any]:
         return super().write(rows, uri.removeprefix("file://"), metrics)
 
@@ -2615,6 +2908,14 @@ class Snapshot:
     def size(self, *names: str) -> int | None:
         """Returns the bytes of a table's files; None where only the engine can tell."""
         return sum(map(os.path.getsize, self.files(*names))) if self.folder else None
+
+    def save_files(self, files: Iterable[LandedFile]) -> None:
+        """Keeps the list of the files that were read: what was received is published, or not, with the tables."""
+        if self.folder:
+            os.makedirs(self.folder, exist_ok=True)
+            read = [{**dataclasses.asdict(file), "run": self.record.run_id} for file in files if not file.problem]
+            text = json.dumps(read, indent=1, ensure_ascii=False)
+            Path(self.folder, "_files.json").write_text(text, encoding="utf-8", errors="surrogateescape")
 
     def checksums(self) -> dict[str, str]:
         """Returns the SHA-256 of each data file by its path in the snapshot."""
@@ -2937,6 +3238,510 @@ def check_layout(store: Store) -> None:
                 raise PipelineError(f"{path} {problem}: move it away, or choose another folder with --data-dir")
 
 
+# ── Landed files ─────────────────────────────────────────────────────────────────────────────────────────────────
+# Text is read by one strict reader for all engines: Python finds the records, DuckDB turns them into Parquet, and the
+# engine gives them types. Parquet is read by the engine in place.
+
+FILE_FORMATS: Mapping[str, str] = {
+    ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".txt": "lines",
+    ".parquet": "parquet",
+}  # fmt: skip
+UNFINISHED = re.compile(r"[._].*|.*[.](tmp|part|_COPYING_)")  # names of files that are still being written
+LANDED_COLUMNS: Mapping[str, str] = {"_delivery": "bigint", "_source_file": "string", "_source_row": "bigint"}
+FIELD_LIMIT = 16 * MILLION  # characters; an unclosed quote makes one field of the rest of the file
+
+
+class BadFileError(Exception):
+    """A landed file that cannot be read; the message says why."""
+
+
+@dataclass(slots=True)
+class LandedFile:
+    """A file of a delivery, and what was found in it; the list of them is kept with the snapshot."""
+
+    table: str
+    path: str  # in the source folder
+    size: int
+    mtime_ns: int
+    delivery: int = 0  # its position in the list
+    sha256: str = ""
+    rows: int = 0
+    malformed: int = 0  # records that are none
+    lines: int = 0  # of text: the header, those of the records, malformed and blank ones
+    blank: int = 0
+    columns: Sequence[str] = ()
+    problem: str = ""  # why it is left out
+    is_bad: bool = False  # it was not, for example, changed while it was read
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether the file is compressed by gzip."""
+        return self.path.endswith(".gz")
+
+    @property
+    def suffix(self) -> str:
+        """The end of the name that tells the format."""
+        return os.path.splitext(self.path.removesuffix(".gz"))[1].lower()
+
+    @property
+    def estimated_rows(self) -> int:
+        """About how many records it holds: of 100 bytes as text, of 20 when compressed or Parquet."""
+        return 1 + self.size // (20 if self.is_compressed or self.suffix == ".parquet" else 100)
+
+
+def natural_order(path: str) -> list[tuple[int, int | str]]:
+    """Returns a key by which orders-2.csv comes before orders-10.csv."""
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", path) if part]
+
+
+def list_files(root: str) -> list[LandedFile]:
+    """Returns the files of the bronze tables in a folder, in natural order: the list is made once for a run."""
+    found: list[LandedFile] = []
+    unknown: list[LandedFile] = []
+    for table in names(BRONZE):
+        for folder, folders, files in os.walk(root):
+            is_root = os.path.samefile(folder, root)
+            folders[:] = [name for name in folders if (name == table if is_root else not UNFINISHED.fullmatch(name))]
+            for name in files:
+                path = os.path.join(folder, name)
+                if UNFINISHED.fullmatch(name) or name.endswith(".sql") or (is_root and name.partition(".")[0] != table):
+                    continue
+                state = os.stat(path)
+                file = LandedFile(table, os.path.relpath(path, root), state.st_size, state.st_mtime_ns)
+                (found if file.suffix in FILE_FORMATS else unknown).append(file)
+    if unknown:
+        logger.warning("%d files are skipped, whose names have no known ending: %s …", len(unknown), unknown[0].path)
+    found.sort(key=lambda file: (names(BRONZE).index(file.table), natural_order(file.path)))
+    return [dataclasses.replace(file, delivery=number) for number, file in enumerate(found, start=1)]
+
+
+def wait_until_settled(files: Iterable[LandedFile], settle_seconds: float) -> None:
+    """Waits until the youngest file is older than `settle_seconds`: somebody may still be writing it."""
+    youngest = max((file.mtime_ns for file in files), default=0) / 1e9
+    if (wait := min(youngest + settle_seconds - time.time(), settle_seconds)) > 0:
+        logger.info("Waiting %.1f s for the youngest file to settle", wait)
+        time.sleep(wait)
+
+
+class Part(NamedTuple):
+    """Records of one table that lie in Parquet: in staged files whose columns are c0, c1 …, or in landed files."""
+
+    table: str
+    columns: Sequence[str]  # as they were landed
+    staged: str = ""
+    landed: Mapping[int, str] = {}  # paths by delivery
+    is_malformed: bool = False
+
+
+class FileReader:
+    """Reads landed files strictly.
+
+    Each text is read once by Python, which decodes it and finds its records. A file whose bytes DuckDB can parse as
+    they are is parsed in place. Of others a copy is parsed: UTF-8, without what is no record, with the number of each.
+    """
+
+    def __init__(self, root: str, folder: str, config: DataPipelineConfig) -> None:
+        self.root = root
+        self.folder = folder
+        self.config = config
+        self.copies: dict[int, str] = {}  # by delivery
+        self.keys: dict[str, dict[str, str]] = {}  # of the JSON objects of each table: c0, c1 … by name
+        self.parquet_types: dict[int, tuple[tuple[str, str], ...]] = {}
+
+    def read(self, files: Sequence[LandedFile], with_models: Iterable[str]) -> list[Part]:
+        """Reads the files and returns their records; the columns of a table with a model may have any name.
+
+        Files that cannot be read, or that change meanwhile, have a `problem` afterwards.
+        """
+        csv.field_size_limit(FIELD_LIMIT)
+        with duckdb_connection(self.folder) as connection:
+            for file in files:
+                try:
+                    self._scan(connection, file)
+                    if file.table not in with_models:
+                        check_columns(file)
+                except (BadFileError, OSError, EOFError, ValueError, zlib.error) as error:
+                    file.problem, file.is_bad = str(error) or type(error).__name__, True
+            readable = [file for file in files if not file.problem]
+            parts = [
+                part
+                for table in names(BRONZE)
+                for part in self._parts(connection, table, [file for file in readable if file.table == table])
+            ]
+        for file in files:
+            state = os.stat(self._path(file)) if os.path.exists(self._path(file)) else None
+            if state is None or (state.st_size, state.st_mtime_ns) != (file.size, file.mtime_ns):
+                file.problem, file.is_bad = "it changed while it was read, so that the next run will read it", False
+        return parts
+
+    def _path(self, file: LandedFile) -> str:
+        return os.path.join(self.root, file.path)
+
+    def _link(self, file: LandedFile) -> str:
+        """Returns a link to the file whose name is its number: other names may look like patterns or partitions."""
+        link = os.path.join(self.folder, f"{file.delivery}{file.suffix}")
+        if not os.path.lexists(link):
+            os.symlink(self._path(file), link)
+        return link
+
+    def _scan(self, connection: duckdb.DuckDBPyConnection, file: LandedFile) -> None:
+        file.sha256 = sha256(self._path(file))
+        if file.suffix == ".parquet":
+            self._scan_parquet(connection, file)
+        elif FILE_FORMATS[file.suffix] == "csv":
+            is_plain = not file.is_compressed and self._encoding in ("utf-8-sig", "ascii")
+            if not is_plain or not self._scan_csv(file, None):
+                with self._copy(file) as copy:
+                    self._scan_csv(file, copy)
+        else:
+            with self._copy(file) as copy:
+                self._scan_lines(file, copy)
+
+    @property
+    def _encoding(self) -> str:
+        name = codecs.lookup(self.config.source_encoding).name
+        return "utf-8-sig" if name == "utf-8" else name
+
+    def _text(self, file: LandedFile) -> TextIO:
+        opener: Any = gzip.open if file.is_compressed else open
+        text: TextIO = opener(self._path(file), "rt", encoding=self._encoding, errors="strict", newline="")
+        return text
+
+    @contextlib.contextmanager
+    def _copy(self, file: LandedFile) -> Iterator[TextIO]:
+        self.copies[file.delivery] = path = os.path.join(self.folder, f"{file.delivery}.copy")
+        with open(path, "w", encoding="utf-8", newline="") as copy:
+            yield copy
+
+    def _delimiter(self, file: LandedFile) -> str:
+        return self.config.source_delimiter or ("\t" if file.suffix == ".tsv" else ",")
+
+    def _scan_csv(self, file: LandedFile, copy: TextIO | None) -> bool:
+        """Finds the records of a file, and copies them; without a copy, returns whether DuckDB can parse the file."""
+        delimiter = self._delimiter(file)
+        file.rows = file.malformed = file.blank = 0
+        with self._text(file) as text:
+            records = csv_records(text, delimiter, self.config.source_quote)
+            header, lines = next(records, ([], []))
+            file.columns, file.lines = column_names(header), len(lines)
+            width = len(file.columns)
+            if copy:
+                copy.write(f"_source_row{delimiter}{without_newline(lines)}\n")
+            for record, lines in records:
+                file.lines += len(lines)
+                if len(record) == width or (width == 1 and not record):
+                    file.rows += 1
+                    if copy:
+                        copy.write(f"{file.rows + file.malformed}{delimiter}{without_newline(lines)}\n")
+                elif not record:
+                    file.blank += 1
+                elif copy:
+                    self._reject(file, lines)
+                else:
+                    return False
+            return not isinstance(text.newlines, tuple)
+
+    def _scan_lines(self, file: LandedFile, copy: TextIO) -> None:
+        """Copies the records of a file that has one a line, as JSON objects with the keys c0, c1 and so on."""
+        keys = self.keys.setdefault(file.table, {})
+        found: dict[str, None] = {}
+        parse = parse_object if FILE_FORMATS[file.suffix] == "json" else lambda line: {"value": line.rstrip("\r\n")}
+        with self._text(file) as text:
+            for line in text:
+                file.lines += 1
+                if not line.strip():
+                    file.blank += 1
+                    continue
+                try:
+                    record = parse(line)
+                    found |= dict.fromkeys(record)
+                    row = {keys.setdefault(name, f"c{len(keys)}"): value for name, value in record.items()}
+                    text_of_row = json.dumps({"_source_row": file.rows + file.malformed + 1, **row}, ensure_ascii=False)
+                    text_of_row.encode()
+                except (ValueError, RecursionError):
+                    if not file.rows and line.lstrip("\ufeff \t\r\n").startswith("["):
+                        raise BadFileError(
+                            "it is a JSON array: one object a line is needed, as `jq -c .[]` makes it"
+                        ) from None
+                    self._reject(file, [line])
+                else:
+                    file.rows += 1
+                    copy.write(text_of_row + "\n")
+        file.columns = column_names(list(found)) if found else ()
+
+    def _reject(self, file: LandedFile, lines: Sequence[str]) -> None:
+        """Sets the lines of what is no record aside, as they are."""
+        file.malformed += 1
+        line = {"c0": without_newline(lines), "_source_row": file.rows + file.malformed}
+        path = os.path.join(self.folder, f"{file.delivery}.malformed")
+        with open(path, "a", encoding="utf-8", errors="replace") as malformed:
+            malformed.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def _scan_parquet(self, connection: duckdb.DuckDBPyConnection, file: LandedFile) -> None:
+        import duckdb
+
+        try:
+            link = sql_text(self._link(file))
+            described = ask_duckdb(connection, f"DESCRIBE SELECT * FROM read_parquet({link})")
+            [counted] = ask_duckdb(connection, f"SELECT sum(num_rows) AS n FROM parquet_file_metadata({link})")
+        except duckdb.Error as error:
+            raise BadFileError(str(error).partition("\n")[0]) from None
+        file.columns = column_names([row["column_name"] for row in described])
+        file.rows = int(counted["n"])
+        self.parquet_types[file.delivery] = tuple((row["column_name"], row["column_type"]) for row in described)
+
+    def _parts(self, connection: duckdb.DuckDBPyConnection, table: str, files: Sequence[LandedFile]) -> Iterator[Part]:
+        """Stages the text files of a table, those of equal columns together; Parquet stays where it is."""
+        groups: dict[Any, list[LandedFile]] = {}
+        for file in files:
+            if FILE_FORMATS[file.suffix] == "csv":
+                kind: Any = (tuple(file.columns), self._delimiter(file), file.delivery in self.copies)
+            else:
+                kind = self.parquet_types.get(file.delivery, "objects")
+            if file.columns:
+                groups.setdefault(kind, []).append(file)
+        for kind, group in groups.items():
+            if group[0].suffix == ".parquet":
+                yield Part(table, group[0].columns, landed={file.delivery: self._link(file) for file in group})
+            else:
+                columns = list(self.keys[table]) if kind == "objects" else group[0].columns
+                yield from self._staged(connection, table, columns, group)
+        if malformed := [file for file in files if file.malformed]:
+            paths = [os.path.join(self.folder, f"{file.delivery}.malformed") for file in malformed]
+            staged = os.path.join(self.folder, f"{table}-malformed.parquet")
+            ask_duckdb(connection, f"COPY ({numbered(read_objects(paths, 1), 1, malformed)}) TO {sql_text(staged)}")
+            yield Part(table, ["_record"], staged, is_malformed=True)
+
+    def _staged(
+        self, connection: duckdb.DuckDBPyConnection, table: str, columns: Sequence[str], group: Sequence[LandedFile]
+    ) -> Iterator[Part]:
+        import duckdb
+
+        in_place = group[0].delivery not in self.copies
+        paths = [self.copies.get(file.delivery) or self._link(file) for file in group]
+        if FILE_FORMATS[group[0].suffix] == "csv":
+            reading = self._read_csv(paths, len(columns), self._delimiter(group[0]), in_place)
+        else:
+            reading = read_objects(paths, len(columns))
+        staged = os.path.join(self.folder, f"{table}-{group[0].delivery}-{len(group)}.parquet")
+        try:
+            ask_duckdb(connection, f"COPY ({numbered(reading, len(columns), group, in_place)}) TO {sql_text(staged)}")
+        except duckdb.Error as error:
+            if re.search(DISK_FULL, str(error)):
+                raise
+            if len(group) == 1:
+                group[0].problem, group[0].is_bad = str(error).partition("\n")[0], True
+            else:  # which one is it?
+                for file in group:
+                    yield from self._staged(connection, table, columns, [file])
+            return
+        check_counts(connection, staged, group)
+        yield Part(table, columns, staged)
+
+    def _read_csv(self, paths: Iterable[str], width: int, delimiter: str, in_place: bool) -> str:
+        """Returns DuckDB's table of CSV files; a copy begins with the number of the record."""
+        columns = [f"c{n}" for n in range(width)] if in_place else ["_source_row", *(f"c{n}" for n in range(width))]
+        quote = sql_text(self.config.source_quote)
+        return (
+            f"read_csv([{', '.join(map(sql_text, paths))}], columns = {text_columns(columns)}, filename = true, "
+            f"auto_detect = false, header = true, delim = {sql_text(delimiter)}, quote = {quote}, escape = {quote}, "
+            f"allow_quoted_nulls = false, max_line_size = {4 * FIELD_LIMIT}, buffer_size = {8 * FIELD_LIMIT})"
+        )
+
+
+def csv_records(text: TextIO, delimiter: str, quote: str) -> Iterator[tuple[list[str], list[str]]]:
+    """Returns the fields and the lines of each record. Raises BadFileError."""
+    lines: list[str] = []
+    number = 1
+
+    def remembered() -> Iterator[str]:
+        for line in text:
+            lines.append(line)
+            yield line
+
+    try:
+        for record in csv.reader(remembered(), delimiter=delimiter, quotechar=quote, strict=True):
+            yield record, lines
+            number += len(lines)
+            lines.clear()
+    except csv.Error as error:
+        raise BadFileError(
+            f"line {number}: {error}; is a quote not closed, or one within a text not doubled?"
+        ) from None
+
+
+def parse_object(line: str) -> dict[str, str | None]:
+    """Returns the values of a JSON object as text, numbers as they are written. Raises ValueError for anything else."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError("a key is repeated")
+        return found
+
+    def no_number(text: str) -> NoReturn:
+        raise ValueError(f"{text} is no number")
+
+    parsed = json.loads(line, object_pairs_hook=unique, parse_int=str, parse_float=str, parse_constant=no_number)
+    if not isinstance(parsed, dict):
+        raise ValueError("it is no object")
+    return {
+        name: value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for name, value in parsed.items()
+    }
+
+
+def column_names(header: Sequence[str]) -> list[str]:
+    """Returns the names of columns, trimmed, and numbered where they are empty. Raises BadFileError."""
+    found = [name.strip() or f"column_{number}" for number, name in enumerate(header, start=1)]
+    lower = [name.lower() for name in found]
+    if repeated := [name for name in found if lower.count(name.lower()) > 1]:
+        raise BadFileError(f"two columns are called {repeated[0]}")
+    if reserved := {*lower} & {*LANDED_COLUMNS, "_record", "_rescued_data"}:
+        raise BadFileError(f"a column is called {min(reserved)}, a name that the pipeline needs itself")
+    return found
+
+
+def without_newline(lines: Iterable[str]) -> str:
+    """Returns the text of a record without the end of its last line."""
+    return "".join(lines).rstrip("\r\n")
+
+
+def required_columns(table: Table) -> list[str]:
+    """Returns the columns of a bronze table without which a row is rejected."""
+    return [rule.column for rule in table.rules if rule.name.endswith("_missing") and rule.severity == REJECT]
+
+
+def check_columns(file: LandedFile) -> None:
+    """Checks that a file has the columns that its table requires. Raises BadFileError."""
+    given = {name.lower() for name in file.columns}
+    missing = [name for name in required_columns(TABLES[file.table]) if name not in given]
+    if file.columns and missing:
+        raise BadFileError(
+            f"it has no {', '.join(missing)}, but {', '.join(file.columns)}: a model {file.table}.sql can name them "
+            "(--inspect-source proposes one)"
+        )
+
+
+def sql_text(text: str) -> str:
+    """Returns a text as a literal of SQL."""
+    return "'{}'".format(text.replace("'", "''"))
+
+
+def text_columns(columns: Iterable[str]) -> str:
+    """Returns DuckDB's declaration of columns of text."""
+    return "{" + ", ".join(f"{column}: 'VARCHAR'" for column in columns) + "}"
+
+
+def read_objects(paths: Iterable[str], width: int) -> str:
+    """Returns DuckDB's table of files of JSON objects, one a line, with the keys c0, c1 and so on."""
+    columns = text_columns(["_source_row", *(f"c{n}" for n in range(width))])
+    return (
+        f"read_json([{', '.join(map(sql_text, paths))}], columns = {columns}, format = 'newline_delimited', "
+        f"filename = true, maximum_object_size = {4 * FIELD_LIMIT})"
+    )
+
+
+def numbered(reading: str, width: int, files: Sequence[LandedFile], in_place: bool = False) -> str:
+    """Returns the query of the records in files, with the number of each in its file: by its place, or as copied."""
+    starts = itertools.accumulate((file.rows if in_place else 0 for file in files), initial=0)
+    places = ", ".join(
+        f"({file.delivery}, {sql_text(os.fsencode(file.path).decode(errors='replace'))}, {start})"
+        for file, start in zip(files, starts, strict=False)
+    )
+    row = "row_number() OVER ()" if in_place else "CAST(_source_row AS BIGINT)"
+    columns = ", ".join(f"c{n}" for n in range(width))
+    return f"""
+        SELECT {columns}, number - start AS _source_row, _delivery, _source_file
+        FROM (SELECT *, {row} AS number, CAST(regexp_extract(filename, '(\\d+)[.]\\w+$', 1) AS BIGINT) AS _delivery
+            FROM {reading})
+        JOIN (VALUES {places}) AS places(_delivery, _source_file, start) USING (_delivery)"""
+
+
+def check_counts(connection: duckdb.DuckDBPyConnection, staged: str, files: Iterable[LandedFile]) -> None:
+    """Marks the files of which DuckDB has found other records than Python did."""
+    query = f"""
+        SELECT _delivery, count(*) AS n, min(_source_row) AS least, max(_source_row) AS most
+        FROM {sql_text(staged)} GROUP BY 1"""
+    found = {row["_delivery"]: row for row in ask_duckdb(connection, query)}
+    for file in files:
+        row = found.get(file.delivery, {"n": 0, "least": 1, "most": 0})
+        if row["n"] != file.rows or row["least"] < 1 or row["most"] > file.rows + file.malformed:
+            file.problem = f"Python finds {file.rows:,} records in it, DuckDB {row['n']:,}: is its quoting consistent?"
+            file.is_bad = True
+
+
+def report_delivery(files: Sequence[LandedFile], record: RunRecord) -> None:
+    """Logs and records what was read of each table, and which files are left out."""
+    seen: dict[tuple[str, str], LandedFile] = {}
+    for file in files:
+        delivery = record.delivery.setdefault(file.table, {"files": 0, "bytes": 0, "rows": 0, "left_out": {}})
+        if file.problem:
+            delivery["left_out"][file.path] = file.problem
+            record.anomalies.append(f"{file.path} is left out: {file.problem}")
+            logger.warning("%s is left out: %s", file.path, file.problem)
+            continue
+        delivery["files"] += 1
+        delivery["bytes"] += file.size
+        delivery["rows"] += file.rows + file.malformed
+        same = seen.setdefault((file.table, file.sha256), file)
+        if same is not file:
+            logger.warning("%s has the same content as %s; both are read", file.path, same.path)
+        if not file.rows + file.malformed:
+            logger.warning("%s holds no record", file.path)
+    for table, delivery in record.delivery.items():
+        logger.info("%s: {files:,} files, {rows:,} records, {bytes:,} bytes".format(**delivery), table)
+
+
+def records_of(engine: Engine, parts: Sequence[Part], files: Sequence[LandedFile]) -> DataFrame:
+    """Returns the records of the parts, with all columns that one of them has, but for files that are left out.
+
+    A column that is text in one part, or of different types, is text in all.
+    """
+    frames = [frame_of(engine, part, files) for part in parts]
+    nothing = ", ".join(f"CAST(NULL AS {kind}) AS {name}" for name, kind in LANDED_COLUMNS.items())
+    frames = frames or [engine.spark.sql(f"SELECT {nothing} WHERE false")]
+    spellings: dict[str, str] = {}
+    kinds: dict[str, set[str]] = {}
+    for name, kind in (column for frame in frames for column in frame.dtypes):
+        spellings.setdefault(name.lower(), name)
+        kinds.setdefault(name.lower(), set()).add(kind)
+
+    def aligned(frame: DataFrame) -> DataFrame:
+        given = {name.lower(): (name, kind) for name, kind in frame.dtypes}
+        columns = []
+        for key, spelling in spellings.items():
+            [kind] = kinds[key] if len(kinds[key]) == 1 else ["string"]
+            name, has = given.get(key, ("", ""))
+            column = F.col(quoted(name)) if has else F.lit(None)
+            # The text of a timestamp is that in UTC.
+            text = F.concat(column.cast("string"), F.lit("Z")) if has == "timestamp" != kind else column
+            columns.append(text.cast(kind).alias(spelling))
+        return frame.select(*columns)
+
+    rows = functools.reduce(lambda one, other: one.unionByName(other), map(aligned, frames))
+    left_out = [file.delivery for file in files if file.problem]
+    return rows.where(~F.col("_delivery").isin(left_out)) if left_out else rows
+
+
+def frame_of(engine: Engine, part: Part, files: Sequence[LandedFile]) -> DataFrame:
+    """Returns the records of a part, under the names of their columns."""
+    if part.staged:
+        columns = [f"c{n}" for n in range(len(part.columns))]
+        schema = ", ".join(
+            [*(f"{column} STRING" for column in columns), *(f"{n} {k}" for n, k in LANDED_COLUMNS.items())]
+        )
+        rows = engine.read(f"file://{part.staged}", schema)
+        named = (F.col(column).alias(name) for column, name in zip(columns, part.columns, strict=True))
+        return rows.select(*named, *LANDED_COLUMNS)
+    rows = engine.read_landed(part.landed)
+    places = ", ".join(f"({file.delivery}, {sql_text(file.path)})" for file in files if file.delivery in part.landed)
+    paths = engine.spark.sql(f"SELECT CAST(col1 AS BIGINT) AS _delivery, col2 AS _source_file FROM VALUES {places}")
+    named = (F.col(quoted(name)).alias(name.strip()) for name in rows.columns)
+    return (
+        rows.select(*named).join(F.broadcast(paths), "_delivery").withColumn("_source_row", F.lit(None).cast("bigint"))
+    )
+
+
 # ── Inspection ───────────────────────────────────────────────────────────────────────────────────────────────────
 # What is asked of finished tables, in SQL that DuckDB, Spark and Sail answer alike: it counts, adds up and compares,
 # and never divides, rounds or formats. Tables are named as in `gold.customer_analytics`; times are in UTC, zoneless.
@@ -3003,28 +3808,49 @@ def inspect_files(snapshot: Snapshot, queries: Mapping[Key, str]) -> dict[Key, A
     Raises:
         RuntimeError: files are missing or cannot be read.
     """
+    answers = {}
+    with duckdb_connection(snapshot.path()) as connection:
+        for layer, name in sorted(set().union(*map(named, queries.values()))):
+            _create_view(connection, snapshot, layer, name)
+        for key, sql in queries.items():
+            try:
+                answers[key] = ask_duckdb(connection, TABLE_NAME.sub(r"\1_\2", sql))
+            except Exception as error:
+                raise RuntimeError(f"{', '.join('.'.join(table) for table in named(sql))}: {error}") from error
+    return answers
+
+
+@contextlib.contextmanager
+def duckdb_connection(folder: str) -> Iterator[duckdb.DuckDBPyConnection]:
+    """Opens an empty DuckDB database in memory, which keeps what is too large for it in a folder."""
     import duckdb
 
     settings: dict[str, Any] = {
         "threads": os.cpu_count() or 1,
         "memory_limit": "1GB",  # by default most of the machine, where Java is too
-        "temp_directory": snapshot.path(".duckdb"),  # by default in the working directory
+        "temp_directory": os.path.join(folder, ".duckdb"),  # by default in the working directory
     }
-    answers = {}
     with duckdb.connect(config=settings) as connection:
         connection.execute("SET TimeZone = 'UTC'")
-        for layer, name in sorted(set().union(*map(named, queries.values()))):
-            _create_view(connection, snapshot, layer, name)
-        for key, sql in queries.items():
-            # In a thread, since DuckDB reports an interrupt of its own thread as another error.
-            asking = call_in_thread(_ask_duckdb, connection, sql)
-            try:
-                answers[key] = asking.result()
-            except KeyboardInterrupt:
-                connection.interrupt()
-                concurrent.futures.wait([asking], STOP_WITHIN)
-                raise
-    return answers
+        yield connection
+
+
+def ask_duckdb(connection: duckdb.DuckDBPyConnection, sql: str) -> Answer:
+    """Returns the answer to a query, or nothing when it is interrupted."""
+
+    def ask() -> Answer:
+        answer = connection.execute(sql)
+        columns = [column for column, *_ in answer.description or ()]
+        return [dict(zip(columns, row, strict=True)) for row in answer.fetchall()]
+
+    # In a thread, since DuckDB reports an interrupt of its own thread as another error.
+    asking = call_in_thread(ask)
+    try:
+        return asking.result()
+    except KeyboardInterrupt:
+        connection.interrupt()
+        concurrent.futures.wait([asking], STOP_WITHIN)
+        raise
 
 
 def _create_view(connection: duckdb.DuckDBPyConnection, snapshot: Snapshot, layer: str, name: str) -> None:
@@ -3033,15 +3859,6 @@ def _create_view(connection: duckdb.DuckDBPyConnection, snapshot: Snapshot, laye
         rows.project(", ".join(_columns_in_utc(layer, name, "TIMESTAMP"))).create_view(f"{layer}_{name}")
     except Exception as error:
         raise RuntimeError(f"{layer}.{name}: {error}") from error
-
-
-def _ask_duckdb(connection: duckdb.DuckDBPyConnection, sql: str) -> Answer:
-    try:
-        answer = connection.execute(TABLE_NAME.sub(r"\1_\2", sql))
-        columns = [column for column, *_ in answer.description or ()]
-        return [dict(zip(columns, row, strict=True)) for row in answer.fetchall()]
-    except Exception as error:
-        raise RuntimeError(f"{', '.join('.'.join(table) for table in named(sql))}: {error}") from error
 
 
 def inspect_by_engine(run: Run, sql: str) -> Answer:
@@ -3241,6 +4058,7 @@ class RunRecord:
     started_after: dict[str, float] = field(default_factory=dict)
     quality: dict[str, Quality] = field(default_factory=dict)
     profile: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    delivery: dict[str, dict[str, Any]] = field(default_factory=dict)  # by landed table: files, bytes, rows, left_out
     revenue: Decimal | None = None  # of completed orders, in dollars
     previews: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # the first rows of each gold table
     summaries: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # by the names of SUMMARIES
@@ -3460,7 +4278,7 @@ def save_report(store: Store, history: Sequence[RunRecord]) -> None:
 def warn_of_anomalies(record: RunRecord, store: Store, factor: float) -> None:
     """Logs and records what differs much from the last runs. Anomalies do not block publishing."""
     with best_effort("The run is not compared with the last ones"):
-        record.anomalies = anomalies(record, store.history(), factor)
+        record.anomalies += anomalies(record, store.history(), factor)
     for line in record.anomalies:
         logger.warning("%s", line)
 
