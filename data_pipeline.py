@@ -3418,21 +3418,30 @@ class FileReader:
 
     def _scan_csv(self, file: LandedFile, copy: TextIO | None) -> bool:
         """Finds the records of a file, and copies them; without a copy, returns whether DuckDB can parse the file."""
-        delimiter = self._delimiter(file)
+        delimiter, quote = self._delimiter(file), self.config.source_quote
+        # DuckDB drops the space before a quote, and the quotes; for Python they are part of the field.
+        space_before_quote = re.compile(rf"(^|{re.escape(delimiter)})\s+{re.escape(quote)}", re.MULTILINE)
         file.rows = file.malformed = file.blank = 0
         with self._text(file) as text:
-            records = csv_records(text, delimiter, self.config.source_quote)
+            records = csv_records(text, delimiter, quote)
             header, lines = next(records, ([], []))
             file.columns, file.lines = column_names(header), len(lines)
             width = len(file.columns)
             if copy:
-                copy.write(f"_source_row{delimiter}{without_newline(lines)}\n")
+                copy.write(without_newline(lines) + "\n")  # DuckDB skips it
+                writer = csv.writer(copy, delimiter=delimiter, quotechar=quote, lineterminator="\n")
             for record, lines in records:
                 file.lines += len(lines)
                 if len(record) == width or (width == 1 and not record):
                     file.rows += 1
-                    if copy:
-                        copy.write(f"{file.rows + file.malformed}{delimiter}{without_newline(lines)}\n")
+                    raw = without_newline(lines)
+                    is_odd = quote in raw and space_before_quote.search(raw)
+                    if copy and is_odd:
+                        writer.writerow([file.rows + file.malformed, *record])
+                    elif copy:
+                        copy.write(f"{file.rows + file.malformed}{delimiter}{raw}\n")
+                    elif is_odd:
+                        return False
                 elif not record:
                     file.blank += 1
                 elif copy:
@@ -3498,7 +3507,7 @@ class FileReader:
                 kind: Any = (tuple(file.columns), self._delimiter(file), file.delivery in self.copies)
             else:
                 kind = self.parquet_types.get(file.delivery, "objects")
-            if file.columns:
+            if file.columns or file.rows:
                 groups.setdefault(kind, []).append(file)
         for kind, group in groups.items():
             if group[0].suffix == ".parquet":
@@ -3615,9 +3624,9 @@ def check_columns(file: LandedFile) -> None:
     """Checks that a file has the columns that its table requires. Raises BadFileError."""
     given = {name.lower() for name in file.columns}
     missing = [name for name in required_columns(TABLES[file.table]) if name not in given]
-    if file.columns and missing:
+    if missing and (file.columns or file.rows):
         raise BadFileError(
-            f"it has no {', '.join(missing)}, but {', '.join(file.columns)}: a model {file.table}.sql can name them "
+            f"it has no {', '.join(missing)}, but {', '.join(file.columns) or 'nothing'}: a model {file.table}.sql can name them "
             "(--inspect-source proposes one)"
         )
 
@@ -3649,9 +3658,9 @@ def numbered(reading: str, width: int, files: Sequence[LandedFile], in_place: bo
         for file, start in zip(files, starts, strict=False)
     )
     row = "row_number() OVER ()" if in_place else "CAST(_source_row AS BIGINT)"
-    columns = ", ".join(f"c{n}" for n in range(width))
+    columns = "".join(f"c{n}, " for n in range(width))
     return f"""
-        SELECT {columns}, number - start AS _source_row, _delivery, _source_file
+        SELECT {columns}number - start AS _source_row, _delivery, _source_file
         FROM (SELECT *, {row} AS number, CAST(regexp_extract(filename, '(\\d+)[.]\\w+$', 1) AS BIGINT) AS _delivery
             FROM {reading})
         JOIN (VALUES {places}) AS places(_delivery, _source_file, start) USING (_delivery)"""

@@ -1,0 +1,567 @@
+"""Files that others land: every kind is read, nothing is lost or guessed, and what cannot be read is named."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import logging
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from datetime import date, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ENGINE, one, open_tables
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from data_pipeline import (
+    TABLES,
+    ConfigurationError,
+    DataPipelineConfig,
+    FileReader,
+    LandedFile,
+    LandedFiles,
+    NotPublishedError,
+    PipelineError,
+    RunRecord,
+    conformed,
+    list_files,
+    names,
+    run_pipeline,
+    wait_until_settled,
+)
+
+Small = Callable[..., DataPipelineConfig]
+
+CUSTOMERS = "customer_id,first_name,last_name,email\n1,Ann,Lee,ann@example.com\n2,Bo,Kim,\n"
+PRODUCTS = (
+    "product_id,product_name,category,price,stock_quantity,supplier,created_date,is_active\n"
+    "A,Lamp,Home,9.99,5,Ford,2024-01-01,true\nB,Kite,Toys,20.00,0,Ford,2024-01-01,1\n"
+)
+ORDERS_HEADER = "transaction_id,customer_id,product_id,quantity,amount,timestamp,payment_method,status"
+ORDERS = f"{ORDERS_HEADER}\nT1,1,A,1,9.99,2026-03-01 10:00:00,paypal,completed\n"
+
+
+def land(folder: Path, files: Mapping[str, str | bytes]) -> str:
+    """Writes files into a folder, by their paths."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(folder)
+
+
+@pytest.fixture
+def shop(small: Small, spark: SparkSession, tmp_path: Path) -> Callable[..., RunRecord]:
+    """Runs the pipeline on a good shop of two customers and two products, with these files besides."""
+
+    def run(files: Mapping[str, str | bytes | None], **values: Any) -> RunRecord:
+        defaults = {"customers.csv": CUSTOMERS, "products.csv": PRODUCTS, "transactions/1.csv": ORDERS}
+        source = land(
+            tmp_path / "source", {name: text for name, text in {**defaults, **files}.items() if text is not None}
+        )
+        return run_pipeline(small(source_dir=source, settle_seconds=0, max_quarantine_rate=1, **values), spark)
+
+    return run
+
+
+def read(folder: Path, config: DataPipelineConfig) -> tuple[list[LandedFile], dict[str, list[tuple[Any, ...]]]]:
+    """Reads the files of a folder without an engine; returns them, and the staged rows by what they are."""
+    files = list_files(str(folder))
+    staging = folder / ".staging"
+    staging.mkdir()
+    rows: dict[str, list[tuple[Any, ...]]] = {"records": [], "malformed": []}
+    for part in FileReader(str(folder), str(staging), config).read(files, with_models=names("bronze")):
+        columns = ", ".join(f"c{number}" for number in range(len(part.columns)))
+        query = f"SELECT {columns}, _source_row FROM '{part.staged}' ORDER BY _delivery, _source_row"
+        rows["malformed" if part.is_malformed else "records"] += duckdb.sql(query).fetchall()
+    return files, rows
+
+
+LATIN = "id,name\n1,Zoë\n".encode("latin-1")
+TEXTS: dict[str, tuple[str, str | bytes, list[tuple[Any, ...]], list[tuple[Any, ...]], dict[str, Any]]] = {
+    "plain": ("t.csv", "id,name\n1,a\n2,b\n", [("1", "a", 1), ("2", "b", 2)], [], {}),
+    "no newline at the end": ("t.csv", "id,name\n1,a", [("1", "a", 1)], [], {}),
+    "windows": ("t.csv", "id,name\r\n1,a\r\n2,b\r\n", [("1", "a", 1), ("2", "b", 2)], [], {}),
+    "both newlines": ("t.csv", "id,name\r\n1,a\n2,b\r\n", [("1", "a", 1), ("2", "b", 2)], [], {}),
+    "byte order mark": ("t.csv", "\ufeffid,name\n1,ä\n", [("1", "ä", 1)], [], {}),
+    "mark and bad record": ("t.csv", "\ufeffid,name\n1\n2,ä\n", [("2", "ä", 2)], [("1", 1)], {}),
+    "null and empty": ("t.csv", 'id,name\n1,\n,""\n', [("1", None, 1), (None, "", 2)], [], {}),
+    "null and empty, copied": ("t.csv", 'id,name\n1,\n9\n,""\n', [("1", None, 1), (None, "", 3)], [("9", 2)], {}),
+    "newline within": ("t.csv", 'id,name\n1,"a\nb"\n2,c\n', [("1", "a\nb", 1), ("2", "c", 2)], [], {}),
+    "quotes": ("t.csv", 'id,name\n1,"say ""hi"""\n2,5" disk\n', [("1", 'say "hi"', 1), ("2", '5" disk', 2)], [], {}),
+    "space before quote": ("t.csv", 'id,name\n1, "a"\n ,"b"\n, "\n', [("1", ' "a"', 1), (" ", "b", 2), (None, ' "', 3)], [], {}),
+    "blank lines": ("t.csv", "id,name\n\n1,a\n\n\n2,b\n\n", [("1", "a", 1), ("2", "b", 2)], [], {}),
+    "too few and too many": (
+        "t.csv", 'id,name\n1\n2,b\n3,"c\nd",e\n4,d\n', [("2", "b", 2), ("4", "d", 4)], [("1", 1), ('3,"c\nd",e', 3)], {},
+    ),
+    "one column": ("t.csv", 'id\n1\n\n""\n', [("1", 1), (None, 2), ("", 3)], [], {}),
+    "semicolons": ("t.csv", "id;name\n1;a,b\n", [("1", "a,b", 1)], [], {"source_delimiter": ";"}),
+    "tabs": ("t.tsv", "id\tname\n1\ta\n", [("1", "a", 1)], [], {}),
+    "single quotes": ("t.csv", "id,name\n1,'a,b'\n", [("1", "a,b", 1)], [], {"source_quote": "'"}),
+    "latin-1": ("t.csv", LATIN, [("1", "Zoë", 1)], [], {"source_encoding": "latin-1"}),
+    "utf-16": ("t.csv", "id,name\n1,ü\n".encode("utf-16"), [("1", "ü", 1)], [], {"source_encoding": "utf-16"}),
+    "gzip": ("t.csv.gz", gzip.compress(b"id,name\n1,a\n"), [("1", "a", 1)], [], {}),
+    "gzip, two members": (
+        "t.csv.gz", gzip.compress(b"id,name\n1,a\n") + gzip.compress(b"2,b\n"), [("1", "a", 1), ("2", "b", 2)], [], {},
+    ),
+    "header only": ("t.csv", "id,name\n", [], [], {}),
+    "nothing": ("t.csv", "", [], [], {}),
+    "objects": (
+        "t.jsonl",
+        '{"id": 12.50, "name": null}\n\n{"id": 1e3, "more": true}\n{"id": 12345678901234567890, "more": {"a": [1.50]}}\n',
+        [("12.50", None, None, 1), ("1e3", None, "true", 2), ("12345678901234567890", None, '{"a": ["1.50"]}', 3)],
+        [], {},
+    ),
+    "no objects": (
+        "t.json",
+        '{"id": 1}\n5\n[1]\nnull\n{"id": 1, "id": 2}\n{"id": NaN}\n{"id": "\\ud800"}\n{"id":\n{"id": ""}\n',
+        [("1", 1), ("", 9)],
+        [("5", 2), ("[1]", 3), ("null", 4), ('{"id": 1, "id": 2}', 5), ('{"id": NaN}', 6), ('{"id": "\\ud800"}', 7),
+         ('{"id":', 8)], {},
+    ),
+    "lines": ("t.txt", ' a "b\n\nc\\N\n', [(' a "b', 1), ("c\\N", 2)], [], {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_text_is_read_strictly(case: str, tmp_path: Path, small: Small) -> None:
+    name, text, records, malformed, values = TEXTS[case]
+    land(tmp_path, {name.replace("t.", "transactions."): text})
+    [file], rows = read(tmp_path, small(**values))
+    assert file.problem == ""
+    assert rows == {"records": records, "malformed": malformed}
+    assert (file.rows, file.malformed) == (len(records), len(malformed))
+
+
+BAD: dict[str, tuple[str, bytes, str]] = {
+    "cut gzip": ("t.csv.gz", gzip.compress(b"id,name\n" + b"1,a\n" * 1000)[:-20], "ended before the end-of-stream"),
+    "no gzip": ("t.csv.gz", b"id,name\n1,a\n", "Not a gzipped file"),
+    "wrong encoding": ("t.csv", LATIN, "'utf-8' codec can't decode byte 0xeb"),
+    "unclosed quote": ("t.csv", b'id,name\n1,"a\n' + b"2,b\n" * 100, "line 2: unexpected end of data; is a quote"),
+    "text after a quote": ("t.csv", b'id,name\n1,a\n1,"a"b\n', "line 3: ',' expected after '\"'; is a quote"),
+    "repeated column": ("t.csv", b"id,Name,name \n1,a,b\n", "two columns are called"),
+    "column of ours": ("t.csv", b"id,_source_row\n1,2\n", "a column is called _source_row"),
+    "JSON array": ("t.json", b'[{"id": 1},\n{"id": 2}]\n', "it is a JSON array: one object a line is needed"),
+    "Parquet without footer": ("t.parquet", b"PAR1" + b"x" * 100, "too small|footer|magic bytes|No magic"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_file_that_cannot_be_read_is_named_with_the_reason(case: str, tmp_path: Path, small: Small) -> None:
+    name, content, problem = BAD[case]
+    land(tmp_path, {name.replace("t.", "transactions/a."): content, "transactions/b.csv": "id\n1\n"})
+    [bad, good], rows = read(tmp_path, small())
+    assert bad.is_bad and any(part in bad.problem for part in problem.split("|")), bad.problem
+    assert (good.problem, rows["records"]) == ("", [("1", 1)])
+
+
+def test_files_of_different_columns_and_orders(tmp_path: Path, small: Small) -> None:
+    land(tmp_path, {f"transactions/{n}.csv": text for n, text in enumerate(["a,b\n1,2\n", "b,a\n2,1\n", "a,b\n3,4\n"])})
+    files, rows = read(tmp_path, small())
+    assert rows["records"] == [("1", "2", 1), ("3", "4", 1), ("2", "1", 1)], "those of equal columns are read together"
+    assert [file.columns for file in files] == [["a", "b"], ["b", "a"], ["a", "b"]]
+
+
+def test_only_finished_files_of_known_formats_are_listed_in_natural_order(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = ["customers.csv.gz", "transactions/a=7/2.json", "transactions/a=7/10.JSONL", "transactions/x [1].csv"]
+    others = ["customers.csv.tmp", "transactions/.a.csv", "transactions/_a.csv", "transactions/a.csv.part", "orders.csv",
+              "transactions/a.csv._COPYING_", "transactions/_old/a.csv", "transactions.sql", "transactions/a.xlsx"]  # fmt: skip
+    land(tmp_path, dict.fromkeys([*wanted, *others], ""))
+    assert [file.path for file in list_files(str(tmp_path))] == wanted
+    assert "1 files are skipped, whose names have no known ending: transactions/a.xlsx" in caplog.text
+
+
+def test_large_and_odd_values_survive(tmp_path: Path, small: Small) -> None:
+    """Values longer than DuckDB's and Python's own limits, and numbers of records beyond one vector."""
+    long = "x" * 3_000_000
+    lines = [f'{number},"{number}\n"' for number in range(1, 10_000)]
+    land(tmp_path, {"transactions/[a]*?.csv": f"id,name\n0,{long}\n" + "\n".join(lines), "transactions/b.txt": long})
+    files, rows = read(tmp_path, small())
+    assert [file.problem for file in files] == ["", ""]
+    assert rows["records"] == [("0", long, 1), *((str(n), f"{n}\n", n + 1) for n in range(1, 10_000)), (long, 1)]
+
+
+# Of each type: texts with their value, and texts that do not fit it.
+TYPES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "age": (
+        {"5": 5, " +5 ": 5, "-5": -5, "5.0": 5, "5.": 5, "007": 7, "": None, "  ": None},
+        ["5.5", "5d", "1e3", "2147483648", "five", "0x5", "5,0", "١"],
+    ),
+    "customer_id": ({"9223372036854775807": 2**63 - 1}, ["9223372036854775808", "A17"]),
+    "amount": (
+        {"12.34": Decimal("12.34"), "12.3": Decimal("12.30"), "12.3400": Decimal("12.34"), "-0.01": Decimal("-0.01"),
+         "9999999999.99": Decimal("9999999999.99"), "12": Decimal(12)},
+        ["12.345", "12,34", "$12", "1e3", "10000000000.00", "1 000", "NaN", ".5", "12.340000000001"],
+    ),
+    "weight_kg": ({"1.5": 1.5, ".5": 0.5, "1e3": 1000.0, "5": 5.0}, ["5d", "1e400", "NaN", "Infinity", "1,5"]),
+    "signup_date": ({"2026-02-28": date(2026, 2, 28)}, ["2026-02-30", "2026", "2026-1-1", "28.02.2026", "2026-01-01 xyz"]),
+    "timestamp": (
+        {
+            "2026-01-31 10:11:12": datetime(2026, 1, 31, 10, 11, 12), "2026-01-31": datetime(2026, 1, 31),
+            "2026-01-31T10:11": datetime(2026, 1, 31, 10, 11), "2026-01-31T10:11:12.5Z": datetime(2026, 1, 31, 10, 11, 12, 500_000),
+            "2026-01-31 10:11:12.123456": datetime(2026, 1, 31, 10, 11, 12, 123_456),
+            "2026-01-31 10:11:12+02:00": datetime(2026, 1, 31, 8, 11, 12), "2026-01-31T10:11:12-0330": datetime(2026, 1, 31, 13, 41, 12),
+            "2026-01-31 10:11:12 +02": datetime(2026, 1, 31, 8, 11, 12),
+        },
+        ["12:30", "2026", "2026-02-30 10:00:00", "2026-01-31 25:00:00", "2026-01-31 10:11:12.1234567", "1769854272", "2026-01-31 x"],
+    ),
+    "is_active": ({"true": True, "FALSE": False, "1": True, "0": False}, ["yes", "t", "2", "wahr"]),
+}  # fmt: skip
+OWNER = {name: table for table in names("bronze") for name, _ in TABLES[table].columns()} | {"customer_id": "customers"}
+
+
+@pytest.mark.parametrize("column", TYPES)
+def test_types_lose_nothing(column: str, spark: SparkSession, config: DataPipelineConfig) -> None:
+    """A text becomes exactly its value, or is null and kept as text."""
+    good, bad = TYPES[column]
+    table = TABLES[OWNER[column]]
+    texts = [*good, *bad]
+    rows = spark.createDataFrame(
+        [(number, text) for number, text in enumerate(texts)], f"_source_row BIGINT, {column} STRING"
+    )
+    found = {row["_source_row"]: row for row in conformed(rows, table, config).collect()}
+    values = {text: found[number][column] for number, text in enumerate(texts)}
+    assert values == {**good, **dict.fromkeys(bad)}
+    rescued = {text: found[number]["_rescued_data"] for number, text in enumerate(texts)}
+    assert rescued == {
+        **dict.fromkeys(good),
+        **{text: json.dumps({column: text}, separators=(",", ":"), ensure_ascii=False) for text in bad},
+    }
+
+
+def test_local_conventions(spark: SparkSession, small: Small) -> None:
+    """Decimal commas, and timestamps in a time zone with a summer time."""
+    config = small(source_decimal=",", source_time_zone="Europe/Berlin")
+    texts = [("12,34", "2026-07-01 10:00:00"), ("12.34", "2026-01-01 10:00:00Z"), ("1.234,5", "2026-01-01 10:00")]
+    rows = conformed(spark.createDataFrame(texts, "amount STRING, timestamp STRING"), TABLES["transactions"], config)
+    assert [(row["amount"], row["timestamp"]) for row in rows.collect()] == [
+        (Decimal("12.34"), datetime(2026, 7, 1, 8)),
+        (None, datetime(2026, 1, 1, 10)),
+        (None, datetime(2026, 1, 1, 9)),
+    ]
+
+
+PARQUET: dict[str, tuple[str, pa.Array, list[Any], dict[str, Any]]] = {
+    "double": ("amount", pa.array([12.34, 12.345, 0.1 + 0.2, 1e15, 12345678.9, None]),
+               [Decimal("12.34"), None, None, None, Decimal("12345678.90"), None], {}),
+    "wide decimal": ("amount", pa.array([Decimal("12.3400"), Decimal("12.3450")], pa.decimal128(38, 4)), [Decimal("12.34"), None], {}),
+    "whole amount": ("amount", pa.array([12]), [Decimal("12.00")], {}),
+    "double for a number": ("quantity", pa.array([2.0, 2.5]), [2, None], {}),
+    "large number": ("quantity", pa.array([2, 2**40]), [2, None], {}),
+    "number for a text": ("product_id", pa.array([17]), ["17"], {}),
+    "number for a timestamp": ("timestamp", pa.array([1769854272]), [None], {}),
+    "instant": ("timestamp", pa.array([datetime(2026, 1, 31, 10)], pa.timestamp("us", "UTC")), [datetime(2026, 1, 31, 10)],
+                {"source_time_zone": "Europe/Berlin"}),
+    "wall time": ("timestamp", pa.array([datetime(2026, 1, 31, 10)], pa.timestamp("us")), [datetime(2026, 1, 31, 9)],
+                  {"source_time_zone": "Europe/Berlin"}),
+    "day": ("timestamp", pa.array([date(2026, 1, 31)]), [datetime(2026, 1, 31)], {}),
+    "text": ("timestamp", pa.array(["2026-01-31 10:00", "31.1.2026"]), [datetime(2026, 1, 31, 10), None], {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PARQUET)
+def test_typed_values_are_kept_exactly_or_as_text(case: str, spark: SparkSession, small: Small, tmp_path: Path) -> None:
+    column, values, expected, options = PARQUET[case]
+    config = small(source_dir=land(tmp_path / "source", {"customers.csv": CUSTOMERS, "products.csv": PRODUCTS}),
+                   settle_seconds=0, max_quarantine_rate=1, **options)  # fmt: skip
+    filled = [value for value in values.to_pylist() if value is not None]
+    others = {name: pa.array([None] * len(values), pa.string()) for name in ORDERS_HEADER.split(",") if name != column}
+    pq.write_table(pa.table({column: values, **others}), tmp_path / "source/transactions.parquet")
+    record = run_pipeline(config, spark)
+    with open_tables(record.data_dir) as db:
+        rows = db.sql(
+            f"SELECT CAST({column} AS VARCHAR), _rescued_data, _source_file FROM bronze_transactions"
+        ).fetchall()
+    assert sorted(str(value).removesuffix("+00") for value, *_ in rows) == sorted(map(str, expected))
+    assert sum(rescued is not None for _, rescued, _ in rows) == len(filled) - sum(
+        value is not None for value in expected
+    )
+    assert {path for *_, path in rows} == {"transactions.parquet"}
+
+
+def test_what_is_rejected_says_why_and_where(shop: Callable[..., RunRecord]) -> None:
+    orders = f"{ORDERS_HEADER},colour\nT1,1,A,1,9.99,2026-03-01 10:00:00,paypal,completed,red\nT2,1\n"
+    orders += "T3,1,A,2,19.981,2026-03-01 10:00:00,paypal,completed,\nT4,1,A,1,,2026-03-01 10:00:00,paypal,completed,\n"
+    record = shop({"transactions/1.csv": orders, "transactions/2.jsonl": "{}\nno json\n"}, on_bad_file="quarantine")
+    with open_tables(record.data_dir) as db:
+        rows = db.sql(
+            "SELECT _source_row, _reasons, _rescued_data, _source_file FROM quarantine_transactions"
+        ).fetchall()
+        kept = db.sql(
+            "SELECT _rescued_data, _source_row, _delivery FROM bronze_transactions WHERE _rescued_data LIKE '%red%'"
+        )
+        assert kept.fetchall() == [('{"colour":"red"}', 1, 3)]
+        assert one(db, "SELECT count(*) FROM transactions_clean") == 1
+    assert sorted(rows) == [
+        (2, ["record_malformed"], '{"_record":"T2,1"}', "transactions/1.csv"),
+        (3, ["amount_malformed"], '{"amount":"19.981"}', "transactions/1.csv"),
+        (4, ["amount_missing"], None, "transactions/1.csv"),
+    ]
+    assert "it has no transaction_id" in record.delivery["transactions"]["left_out"]["transactions/2.jsonl"]
+    assert record.quality["transactions"].violations["record_malformed"] == 1
+
+
+def exported(report: RunRecord, folder: Path) -> str:
+    """Lands the bronze tables of a generated run as others would: in several formats, files and orders of columns."""
+    with open_tables(report.data_dir) as db:
+        for name in names("bronze"):
+            columns = ", ".join(column for column, _ in TABLES[name].columns())
+            db.execute(f"CREATE TABLE {name} AS SELECT {columns}, row_number() OVER () % 4 AS turn FROM bronze_{name}")
+        (folder / "transactions/2026/03").mkdir(parents=True)
+        (folder / "customers").mkdir()
+        parts = {
+            "transactions/a.csv": "SELECT * EXCLUDE turn FROM transactions WHERE turn = 0",
+            "transactions/2026/03/b.csv": "SELECT status, * EXCLUDE (turn, status) FROM transactions WHERE turn = 1",
+            "transactions/2026/c.parquet": "SELECT * EXCLUDE turn FROM transactions WHERE turn = 2",
+            "transactions/d.ndjson": "SELECT * EXCLUDE turn FROM transactions WHERE turn = 3",
+            "customers/a.jsonl": "SELECT * EXCLUDE turn FROM customers WHERE turn < 2",
+            "customers/b.csv": "SELECT * EXCLUDE turn FROM customers WHERE turn >= 2",
+            "products.parquet": "SELECT * EXCLUDE turn FROM products",
+        }
+        for path, query in parts.items():
+            kind = {"csv": "csv, header", "parquet": "parquet"}.get(path.rpartition(".")[2], "json")
+            db.execute(f"COPY ({query}) TO '{folder / path}' (FORMAT {kind})")
+    plain = folder / "customers/b.csv"
+    with gzip.open(f"{plain}.gz", "wb") as packed:
+        packed.write(plain.read_bytes())
+    plain.unlink()
+    return str(folder)
+
+
+def test_landed_records_give_the_same_tables_as_generated_ones(
+    report: RunRecord, small: Small, spark: SparkSession, tmp_path: Path
+) -> None:
+    config = small(source_dir=exported(report, tmp_path), settle_seconds=0)
+    landed = run_pipeline(config, spark)
+    assert landed.quality == report.quality
+    assert landed.revenue == report.revenue
+    with open_tables(report.data_dir) as generated, open_tables(landed.data_dir) as found:
+        for name in [*(f"bronze_{name}" for name in names("bronze")), *(f"quarantine_{name}" for name in names("bronze")),
+                     *names("silver"), *names("gold")]:  # fmt: skip
+            query = f"SELECT CAST(COLUMNS(lambda c: c = '_reasons' OR NOT starts_with(c, '_')) AS VARCHAR) FROM {name} ORDER BY ALL"
+            assert found.sql(query).fetchall() == generated.sql(query).fetchall(), name
+    ledger = json.loads(Path(landed.data_dir, "current/_files.json").read_text())
+    assert {file["path"]: file["rows"] for file in ledger}["products.parquet"] == config.num_products
+    assert sum(file["rows"] for file in ledger) == sum(quality.received for quality in report.quality.values())
+
+
+def test_gold_is_what_the_files_say(shop: Callable[..., RunRecord]) -> None:
+    """Revenue by payment method and by customer, added up from the files by Python alone."""
+    generated = [
+        [f"T{n}", 1 + n % 2, "AB"[n % 2], 1 + n % 3, f"{n % 97}.{n % 100:02}", f"2026-02-{1 + n % 28:02} 10:00:00",
+         ("paypal", "Credit Card")[n % 2], ("completed", "pending", "refunded")[n % 3]]
+        for n in range(400)
+    ]  # fmt: skip
+    lines = [",".join(map(str, order)) for order in generated]
+    objects = [json.dumps(dict(zip(ORDERS_HEADER.split(","), order, strict=True))) for order in generated[300:]]
+    files = {"transactions/1.csv": "\n".join([ORDERS_HEADER, *lines[:300]]), "transactions/2.jsonl": "\n".join(objects)}
+    record = shop(files)
+    orders = [*csv.DictReader(files["transactions/1.csv"].splitlines()), *map(json.loads, objects)]
+    by_method: dict[str, Decimal] = defaultdict(Decimal)
+    by_customer: dict[int, Decimal] = defaultdict(Decimal)
+    for order in orders:
+        if order["status"] == "completed" and Decimal(order["amount"]) > 0:
+            by_method[order["payment_method"].lower().replace(" ", "_")] += Decimal(order["amount"])
+            by_customer[int(order["customer_id"])] += Decimal(order["amount"])
+    with open_tables(record.data_dir) as db:
+        assert dict(db.sql("SELECT payment_method, total_amount FROM payment_analytics").fetchall()) == by_method
+        assert dict(db.sql("SELECT customer_id, total_spent FROM customers_enriched").fetchall()) == by_customer
+
+
+def test_the_last_delivery_of_a_key_wins(shop: Callable[..., RunRecord]) -> None:
+    """A, B, A ends as A; repeated rows are counted apart from superseded versions."""
+    order = "T1,1,A,{},9.99,2026-03-01 10:00:00,paypal,completed\n"
+    quantities = {"1": [3], "2": [5, 5], "10": [3], "9": [7]}
+    files = {
+        f"transactions/{n}.csv": "".join([ORDERS_HEADER, "\n", *map(order.format, q)]) for n, q in quantities.items()
+    }
+    record = shop(files)
+    quality = record.quality["transactions"]
+    assert (quality.received, quality.accepted, quality.duplicates, quality.superseded) == (5, 1, 4, 2)
+    with open_tables(record.data_dir) as db:
+        assert db.sql("SELECT quantity FROM transactions_clean").fetchall() == [(3,)]
+
+
+def test_bad_file_refuses_the_run_and_what_is_published_stays(
+    small: Small, spark: SparkSession, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = land(tmp_path, {"customers.csv": CUSTOMERS, "products.csv": PRODUCTS, "transactions/1.csv": ORDERS})
+    config = small(source_dir=source, settle_seconds=0)
+    first = run_pipeline(config, spark)
+    land(tmp_path, {"transactions/2.csv.gz": gzip.compress(ORDERS.encode())[:-9]})
+    with pytest.raises(
+        NotPublishedError, match=r"transactions/2\.csv\.gz cannot be read, nothing is published: .*end-of-stream"
+    ):
+        run_pipeline(config, spark)
+    assert Path(config.root, "current").resolve().name == first.run_id
+    config.on_bad_file = "quarantine"
+    record = run_pipeline(config, spark)
+    assert (record.result, record.rows["silver.transactions_clean"]) == ("succeeded", 1)
+    assert record.delivery["transactions"]["left_out"].keys() == {"transactions/2.csv.gz"}
+    assert any("transactions/2.csv.gz is left out" in line for line in record.anomalies), "the alert says it"
+    ledger = json.loads(Path(config.root, "current/_files.json").read_text())
+    assert "transactions/2.csv.gz" not in {file["path"] for file in ledger}, "repaired, it is new"
+
+
+def test_file_that_changes_meanwhile_is_left_for_the_next_run(
+    small: Small, spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = land(tmp_path, {"customers.csv": CUSTOMERS, "products.csv": PRODUCTS, "transactions/1.csv": ORDERS,
+                             "transactions/2.csv": ORDERS.replace("T1", "T2")})  # fmt: skip
+    read_file = FileReader._scan
+
+    def grow(self: FileReader, connection: Any, file: LandedFile) -> None:
+        read_file(self, connection, file)
+        if file.path == "transactions/2.csv":
+            with open(tmp_path / file.path, "a") as growing:
+                growing.write("T3,1,A,1,9.99,2026-03-01 10:00:00,paypal,completed\n")
+
+    monkeypatch.setattr(FileReader, "_scan", grow)
+    config = small(source_dir=source, settle_seconds=0)
+    record = run_pipeline(config, spark)
+    assert record.rows["bronze.transactions"] == 1
+    assert "changed while it was read" in record.delivery["transactions"]["left_out"]["transactions/2.csv"]
+    monkeypatch.undo()
+    assert run_pipeline(config, spark).rows["bronze.transactions"] == 3
+
+
+def test_run_waits_until_the_youngest_file_has_settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    land(tmp_path, {"customers.csv": CUSTOMERS, "products.csv": PRODUCTS})
+    os.utime(tmp_path / "products.csv", (0, 0))
+    wait_until_settled(list_files(str(tmp_path)), 5)
+    os.utime(tmp_path / "customers.csv", (0, 0))
+    wait_until_settled(list_files(str(tmp_path)), 5)
+    assert len(waited) == 1 and 3 < waited[0] <= 5
+
+
+@pytest.fixture
+def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
+    with caplog.at_level(logging.WARNING):
+        yield lambda: [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+def test_empty_and_repeated_files_are_read_with_a_warning(
+    shop: Callable[..., RunRecord], warnings: Callable[[], list[str]]
+) -> None:
+    record = shop({"transactions/2.csv": ORDERS, "transactions/3.csv": "", "transactions/4.csv": ORDERS_HEADER + "\n"})
+    assert record.rows["bronze.transactions"] == 2
+    assert warnings()[-3:] == [
+        "transactions/2.csv has the same content as transactions/1.csv; both are read",
+        "transactions/3.csv holds no record",
+        "transactions/4.csv holds no record",
+    ]
+
+
+MODEL = """
+    SELECT `Order No` AS transaction_id, xxhash64(who) AS customer_id, 'A' AS product_id, 1 AS quantity,
+        total AS amount, to_timestamp(day, 'dd.MM.yyyy') AS timestamp, 'paypal' AS payment_method,
+        lower(state) AS status, _source_file, _source_row, _delivery
+    FROM transactions"""
+SHEET = "Order No;who;total;day;state\n7;ann;9.99;01.03.2026;Completed\n8;bo;5.001;02.03.2026;COMPLETED\nnothing\n"
+
+
+def test_staging_models_rename_fill_and_derive(shop: Callable[..., RunRecord]) -> None:
+    customers = "SELECT DISTINCT xxhash64(who) AS customer_id, who AS first_name, '?' AS last_name FROM transactions"
+    files = {"customers.csv": None, "customers.sql": customers + " WHERE who IS NOT NULL;", "transactions.sql": MODEL,
+             "transactions/1.csv": SHEET, "products.csv": PRODUCTS.replace(",", ";")}  # fmt: skip
+    record = shop(files, source_delimiter=";")
+    with open_tables(record.data_dir) as db:
+        orders = db.sql("SELECT transaction_id, amount, CAST(timestamp AS VARCHAR) FROM transactions_clean").fetchall()
+        assert orders == [("7", Decimal("9.99"), "2026-03-01 00:00:00+00")]
+        rejected = db.sql(
+            "SELECT _reasons, _source_row, _source_file FROM quarantine_transactions ORDER BY 2"
+        ).fetchall()
+        assert rejected == [
+            (["amount_malformed"], 2, "transactions/1.csv"),
+            (["record_malformed"], 3, "transactions/1.csv"),
+        ]
+        assert db.sql("SELECT first_name, total_spent FROM customers_enriched ORDER BY 1").fetchall() == [
+            ("ann", Decimal("9.99")), ("bo", Decimal("0.00")),
+        ]  # fmt: skip
+
+
+MODELS: dict[str, tuple[str, str]] = {
+    "WHERE": ("SELECT * FROM transactions WHERE status = 'x'", "0 of 1 records of transactions were kept: a model keeps"),
+    "unknown column": ("SELECT nothing AS transaction_id FROM transactions", "transactions.sql cannot be used: .*nothing"),
+    "no SQL": ("SELEC * FROM transactions", "transactions.sql cannot be used: "),
+    "lacks a column": ("SELECT transaction_id, amount FROM transactions", "transactions.sql returns no product_id, payment"),
+    "other table": ("SELECT * FROM products", "transactions.sql does not read the files of transactions"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_model_that_cannot_be_used(case: str, shop: Callable[..., RunRecord]) -> None:
+    model, message = MODELS[case]
+    with pytest.raises(PipelineError, match=message):
+        shop({"transactions.sql": model})
+
+
+def test_models_in_a_folder_of_their_own(shop: Callable[..., RunRecord], tmp_path: Path) -> None:
+    models = land(tmp_path / "models", {"transactions.sql": MODEL.replace("who", "customer_id").replace("total", "amount")
+                                        .replace("day", "timestamp").replace("state", "status").replace("`Order No`", "transaction_id")})  # fmt: skip
+    with pytest.raises(PipelineError, match="transactions.sql cannot be used"):
+        shop({"transactions.sql": "SELECT nothing FROM transactions"})
+    assert shop({}, models_dir=models).rows["bronze.transactions"] == 1
+
+
+def test_source_that_cannot_be_one(small: Small, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="there is no folder"):
+        LandedFiles(small(source_dir=str(tmp_path / "none")))
+    land(tmp_path, {"customers.csv": CUSTOMERS, "Products.csv": PRODUCTS})
+    with pytest.raises(ConfigurationError, match="nothing is there for the table products in"):
+        LandedFiles(small(source_dir=str(tmp_path)))
+
+
+@pytest.mark.skipif(ENGINE == "sail", reason="Sail reads INT96 as nanoseconds")
+def test_old_timestamps_of_parquet(spark: SparkSession, shop: Callable[..., RunRecord], tmp_path: Path) -> None:
+    columns: dict[str, Any] = dict(zip(ORDERS_HEADER.split(","), ORDERS.splitlines()[1].split(","), strict=True))
+    table = pa.table({name: [value] for name, value in columns.items() if name != "timestamp"})
+    table = table.append_column("timestamp", pa.array([datetime(2026, 3, 1, 10)], pa.timestamp("us")))
+    (tmp_path / "source/transactions").mkdir(parents=True)
+    pq.write_table(table, tmp_path / "source/transactions/0.parquet", use_deprecated_int96_timestamps=True)
+    record = shop({"transactions/1.csv": None})
+    with open_tables(record.data_dir) as db:
+        assert one(db, "SELECT CAST(timestamp AS VARCHAR) FROM transactions_clean") == "2026-03-01 10:00:00+00"
+
+
+def test_text_and_parquet_of_one_table(spark: SparkSession, shop: Callable[..., RunRecord], tmp_path: Path) -> None:
+    """A column that is text in one file and typed in another is text first, and then typed by its text."""
+    columns = {"transaction_id": ["T2"], "customer_id": [1.0], "product_id": ["A"], "quantity": [2], "amount": [12345678.5],
+               "payment_method": ["paypal"], "status": ["completed"]}  # fmt: skip
+    table = pa.table(columns).append_column("timestamp", pa.array([datetime(2026, 3, 1, 9)], pa.timestamp("us", "UTC")))
+    (tmp_path / "source/transactions").mkdir(parents=True)
+    pq.write_table(table, tmp_path / "source/transactions/0.parquet")
+    record = shop({}, source_time_zone="Europe/Berlin")
+    with open_tables(record.data_dir) as db:
+        found = db.sql(
+            "SELECT transaction_id, amount, CAST(timestamp AS VARCHAR) FROM transactions_clean ORDER BY 1"
+        ).fetchall()
+    assert found == [
+        ("T1", Decimal("9.99"), "2026-03-01 09:00:00+00"), ("T2", Decimal("12345678.50"), "2026-03-01 09:00:00+00"),
+    ]  # fmt: skip
+
+
+def frame_of(spark: SparkSession, schema: str, *rows: tuple[Any, ...]) -> DataFrame:
+    return spark.createDataFrame(list(rows), schema)
+
+
+def test_columns_are_matched_trimmed_and_in_any_case(spark: SparkSession, config: DataPipelineConfig) -> None:
+    rows = frame_of(spark, "`Customer_ID ` STRING, `a``b` STRING", ("5", "x")).select(
+        "*", F.lit(3).alias("_source_row")
+    )
+    [row] = conformed(rows, TABLES["customers"], config).collect()
+    assert (row["customer_id"], row["_source_row"], row["_rescued_data"]) == (5, 3, '{"a`b":"x"}')
