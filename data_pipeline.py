@@ -507,6 +507,11 @@ def preflight(config: DataPipelineConfig, spark: SparkSession | None = None) -> 
     engine = choose_engine(config, source, spark)
     check_packages("requirements.txt", "duckdb", "faker", "jinja2", "prometheus_client")
     store.check(sum(source.expected_rows.values()))
+    if config.source_dir and is_uri(config.root) and engine.shares_storage:
+        raise ConfigurationError(
+            f"landed files are read on this machine into data_dir, where a cluster cannot see {config.root}: choose a "
+            "folder that all machines share, or leave the master out"
+        )
     engine.check()
     return source, store, engine
 
@@ -1277,7 +1282,11 @@ class Source(Protocol):
 
 def open_source(config: DataPipelineConfig) -> Source:
     """Returns the source that the configuration names."""
-    return LandedFiles(config) if config.source_dir else Generated(config)
+    if not config.source_dir:
+        return Generated(config)
+    landed = LandedFiles(config)
+    landed.check()
+    return landed
 
 
 class Generated:
@@ -1330,7 +1339,7 @@ class LandedFiles:
     of its table, whose rows it all keeps, or over those of other tables, from which it derives its own.
 
     Raises:
-        ConfigurationError: a folder that does not exist, or a table without files and without a model.
+        ConfigurationError: a folder that does not exist.
     """
 
     def __init__(self, config: DataPipelineConfig) -> None:
@@ -1342,24 +1351,27 @@ class LandedFiles:
                 raise ConfigurationError(f"there is no folder {folder}: correct source_dir or models_dir")
         self.files = list_files(self.root)
         self.models = read_models(models_dir)
-        landed = {file.table for file in self.files}
-        self.derived = frozenset(self.models) - landed
-        for name in names(BRONZE):
-            if name not in landed | self.derived:
-                raise ConfigurationError(
-                    f"nothing is there for the table {name} in {self.root}: land a file such as {name}.csv or a folder "
-                    f"{name} of files, or write a model {name}.sql that makes it from another table"
-                )
-            if name in landed and name in self.models and name not in tables_in(self.models[name]):
-                raise ConfigurationError(
-                    f"the model {name}.sql does not read the files of {name}: SELECT … FROM {name}"
-                )
+        self.derived = frozenset(self.models) - {file.table for file in self.files}
         self.expected_rows: dict[str, int] = {
             name: sum(file.estimated_rows for file in self.files if name in self.derived or file.table == name)
             for name in names(BRONZE)
         }
         self._records: dict[str, DataFrame] = {}
         self._malformed: dict[str, DataFrame] = {}
+
+    def check(self) -> None:
+        """Checks that there is something for each table. Raises ConfigurationError."""
+        for name in names(BRONZE):
+            has_files = any(file.table == name for file in self.files)
+            if not has_files and name not in self.models:
+                raise ConfigurationError(
+                    f"nothing is there for the table {name} in {self.root}: land a file such as {name}.csv or a folder "
+                    f"{name} of files, or write a model {name}.sql that makes it from another table"
+                )
+            if has_files and name in self.models and name not in tables_in(self.models[name]):
+                raise ConfigurationError(
+                    f"the model {name}.sql does not read the files of {name}: SELECT … FROM {name}"
+                )
 
     def receive(self, run: Run) -> None:
         """Reads the files once they have settled, and keeps their list with the snapshot.
@@ -1497,7 +1509,7 @@ def conformed(rows: DataFrame, table: Table, config: DataPipelineConfig) -> Data
     """
     given = {name.strip().lower(): (quoted(name), kind) for name, kind in rows.dtypes}
     columns = {name: kind for name, kind in table.columns() if name in given}
-    typed = {f"_typed_{name}": F.expr(converted(*given[name], kind, config)) for name, kind in columns.items()}
+    typed = (F.expr(converted(*given[name], kind, config)).alias(f"_typed_{name}") for name, kind in columns.items())
     rescued = {  # as text, by the name of the column
         **{
             name: F.expr(f"CASE WHEN _typed_{name} IS NULL AND trim({text}) <> '' THEN {text} END")
@@ -1516,7 +1528,7 @@ def conformed(rows: DataFrame, table: Table, config: DataPipelineConfig) -> Data
     values |= {name: F.col(given[name][0]) for name in LANDED_COLUMNS if name in given}
     values.setdefault("_delivery", F.lit(0))
     kinds = {**dict(table.columns()), **LANDED_COLUMNS}
-    return rows.withColumns(typed).select(
+    return rows.select("*", *typed).select(
         *(values.get(name, F.lit(None)).cast(kind).alias(name) for name, kind in kinds.items()),
         F.when(is_rescued, texts).cast("string").alias("_rescued_data"),
     )
@@ -3626,8 +3638,8 @@ def check_columns(file: LandedFile) -> None:
     missing = [name for name in required_columns(TABLES[file.table]) if name not in given]
     if missing and (file.columns or file.rows):
         raise BadFileError(
-            f"it has no {', '.join(missing)}, but {', '.join(file.columns) or 'nothing'}: a model {file.table}.sql can name them "
-            "(--inspect-source proposes one)"
+            f"it has no {', '.join(missing)}, but {', '.join(file.columns) or 'nothing'}: write a "
+            f"model {file.table}.sql that makes them (--inspect-source proposes one)"
         )
 
 
@@ -3749,6 +3761,188 @@ def frame_of(engine: Engine, part: Part, files: Sequence[LandedFile]) -> DataFra
     return (
         rows.select(*named).join(F.broadcast(paths), "_delivery").withColumn("_source_row", F.lit(None).cast("bigint"))
     )
+
+
+INSPECTED_BYTES = 100 * MILLION  # of the files of each table, about, that --inspect-source reads
+# Names that others have for the columns of the contract; and values to begin with where there is nothing like them.
+OTHER_NAMES: Mapping[str, str] = {
+    "transaction_id": "order_id order_no order_number order invoice invoice_no id",
+    "customer_id": "customer client user_id buyer id",
+    "product_id": "sku article item product stock_code id",
+    "quantity": "qty units pieces count",
+    "amount": "total price value sum revenue",
+    "timestamp": "created_at order_date date time datetime day",
+    "payment_method": "payment paid_by method",
+    "status": "state order_status",
+    "location": "city country",
+    "first_name": "given_name forename name",
+    "last_name": "family_name surname name",
+    "email": "mail e_mail",
+    "city": "town location",
+    "signup_date": "created_at registered since",
+    "product_name": "name title description",
+    "category": "group department type",
+    "price": "unit_price cost amount",
+    "stock_quantity": "stock inventory on_hand",
+    "supplier": "vendor brand manufacturer",
+    "weight_kg": "weight",
+    "created_date": "created_at since date",
+    "is_active": "active enabled",
+}
+FIRST_VALUES: Mapping[str, str] = {
+    "quantity": "1", "status": "'completed'", "payment_method": "'credit_card'", "is_active": "true",
+    "stock_quantity": "1", "category": "'Unknown'", "supplier": "'Unknown'", "first_name": "'Unknown'",
+    "last_name": "'Unknown'", "product_name": "'Unknown'", "price": "1.00", "created_date": "DATE'2000-01-01'",
+    "timestamp": "TIMESTAMP'2000-01-01'",
+}  # fmt: skip
+# Formats of dates and times, for Python, which finds the one that fits all values of a sample, and for Spark.
+TIME_FORMATS: Mapping[str, str] = {
+    f"{day}{time}": f"{spark_day}{spark_time}"
+    for day, spark_day in (
+        ("%Y%m%d", "yyyyMMdd"), ("%d.%m.%Y", "d.M.yyyy"), ("%m/%d/%Y", "M/d/yyyy"), ("%d/%m/%Y", "d/M/yyyy"),
+        ("%Y/%m/%d", "yyyy/M/d"), ("%d-%m-%Y", "d-M-yyyy"),
+    )
+    for time, spark_time in (("", ""), (" %H:%M", " H:mm"), (" %H:%M:%S", " H:mm:ss"))
+}  # fmt: skip
+
+
+def inspect_source(config: DataPipelineConfig) -> Iterator[str]:
+    """Returns lines on what lies in the source folder, and what would become of it.
+
+    Raises:
+        PipelineError: the folder or the engine cannot be used.
+    """
+    source = LandedFiles(config)
+    engine = choose_engine(config, source)
+    engine.check()
+    sample = list(sampled(source.files))
+    with tempfile.TemporaryDirectory() as folder, contextlib.closing(engine):
+        engine.start(os.devnull)
+        parts = FileReader(source.root, folder, config).read(sample, with_models=names(BRONZE))
+        records = {
+            name: records_of(engine, [part for part in parts if part.table == name and not part.is_malformed], sample)
+            for name in names(BRONZE)
+        }
+        for name in names(BRONZE):
+            landed, read = ([file for file in files if file.table == name] for files in (source.files, sample))
+            yield from ("", f"{name}: {len(read)} of {len(landed)} files read")
+            for file in read:
+                found = f"cannot be read: {file.problem}" if file.problem else f"{file.rows + file.malformed:,} records"
+                malformed = f", {file.malformed:,} lines that are none" if file.malformed else ""
+                yield f"  {file.path}: {found}{malformed}"
+            if landed and not any(file.rows for file in read):
+                yield "  there is no record to look at"
+            elif name in source.models or landed:
+                yield from inspect_table(engine.spark, source, name, records)
+            if name not in source.models:
+                yield from proposed_model(name, records)
+
+
+def sampled(files: Sequence[LandedFile]) -> Iterator[LandedFile]:
+    """Returns the first files of each table, at least one, up to INSPECTED_BYTES."""
+    for _, group in itertools.groupby(files, key=lambda file: file.table):
+        total = 0
+        for file in group:
+            if total and total + file.size > INSPECTED_BYTES:
+                break
+            total += file.size
+            yield file
+
+
+def inspect_table(
+    spark: SparkSession, source: LandedFiles, name: str, records: Mapping[str, DataFrame]
+) -> Iterator[str]:
+    """Returns how each column of a table is filled, and which rules the sample violates."""
+    table, rows = TABLES[name], records[name]
+    try:
+        if name in source.models:
+            rows = apply_model(spark, name, source.models[name], records)
+        typed = conformed(rows, table, source.config)
+        given = {column.strip().lower(): (column, kind) for column, kind in rows.dtypes}
+        by = f"by {name}.sql" if name in source.models else "by its name"
+        required = required_columns(table)
+        for column, kind in table.columns():
+            absent = "nothing: this is required" if column in required else "nothing: null"
+            filled = f"{given[column][0]} ({given[column][1]}), {by}" if column in given else absent
+            yield f"  {column:<16} {kind:<14} ← {filled}"
+        unknown = [column for column in given if column not in dict(table.columns()) and column not in LANDED_COLUMNS]
+        yield f"  unknown columns, which go to _rescued_data: {', '.join(unknown) or 'none'}"
+        counts = {"records": F.count(F.lit(1)), **violation_counts(table.rules, source.config)}
+        found = aggregate(typed, counts)
+        total = found.pop("records")
+        severities = {rule.name: rule.severity for rule in table.rules}
+        for rule, count in found.items():
+            if count:
+                yield f"  {rule}: {count:,} of {total:,} records ({severities[rule]})"
+        yield "  repeated keys and keys without a parent are not looked for here"
+    except PipelineError as error:
+        yield f"  {error}"
+
+
+def proposed_model(name: str, records: Mapping[str, DataFrame]) -> Iterator[str]:
+    """Returns a staging model to start from: over the table's own files, else over those of the transactions."""
+    table = TABLES[name]
+    is_derived = not set(records[name].columns) - set(LANDED_COLUMNS)
+    over = "transactions" if is_derived else name
+    rows = records[over]
+    columns = [column for column in rows.columns if column not in LANDED_COLUMNS]
+    if not columns or {column for column, _ in table.columns()} <= {column.lower() for column in columns}:
+        return
+    values: dict[str, list[str]] = {column: [] for column in columns}
+    for row in rows.limit(1_000).collect():
+        for column in columns:
+            if row[column] is not None:
+                values[column].append(str(row[column]))
+    yield from (f"  a model to start from, {name}.sql:", "", f"    SELECT {'DISTINCT' if is_derived else ''}".rstrip())
+    free = list(columns)
+    expressions = []
+    for column, kind in table.columns():
+        if found := nearest_column(column, free):
+            free.remove(found)
+            expressions.append((f"{expression(found, column, kind, values[found])} AS {column}", ""))
+        elif column in required_columns(table):
+            first = FIRST_VALUES.get(column, f"CAST(NULL AS {kind})")
+            expressions.append((f"{first} AS {column}", "  -- nothing looks like it: correct this"))
+    if not is_derived:
+        expressions += [(place, "") for place in ("_delivery", "_source_file", "_source_row")]
+    for number, (text, remark) in enumerate(expressions, start=1):
+        yield f"        {text}{',' if number < len(expressions) else ''}{remark}"
+    yield from (f"    FROM {over}", "")
+
+
+def nearest_column(wanted: str, columns: Iterable[str]) -> str | None:
+    """Returns the column that most likely holds what the contract calls `wanted`."""
+    plain = {re.sub(r"\W+", "_", column.strip().lower()): column for column in columns}
+    candidates = [wanted, *OTHER_NAMES.get(wanted, "").split()]
+    for name in candidates:
+        if name in plain:
+            return plain[name]
+    near = difflib.get_close_matches(wanted, plain, n=1, cutoff=0.8)
+    return plain[near[0]] if near else None
+
+
+def expression(column: str, wanted: str, kind: str, values: Sequence[str]) -> str:
+    """Returns Spark SQL that makes a column of the contract from a landed one, by what its values look like."""
+    name = column if re.fullmatch(r"[A-Za-z]\w*", column) else quoted(column)
+
+    def all_like(pattern: str) -> bool:
+        return bool(values) and all(re.fullmatch(pattern, value.strip()) for value in values)
+
+    if kind in ("date", "timestamp"):
+        if all_like(r"\d{10}|\d{13}"):
+            return f"timestamp_{'seconds' if len(values[0].strip()) == 10 else 'millis'}(CAST({name} AS BIGINT))"
+        for format, spark_format in TIME_FORMATS.items():
+            with contextlib.suppress(ValueError):
+                if values and all(datetime.strptime(value.strip(), format) for value in values):
+                    return f"to_{kind}({name}, '{spark_format}')"
+    if kind == "bigint" and values and not all_like(TEXT_PATTERNS["bigint"]):
+        return f"xxhash64({name})"
+    if kind.startswith("decimal") and values and not all_like(TEXT_PATTERNS["decimal"]) and all_like(r"\D*[\d.]+\D*"):
+        return f"regexp_replace({name}, '[^0-9.-]', '')"
+    if wanted == "status" and (others := sorted({value.strip().lower() for value in values} - set(STATUSES))):
+        cases = " ".join(f"WHEN {sql_text(other)} THEN 'completed'" for other in others[:5])
+        return f"CASE lower(trim({name})) {cases} ELSE lower(trim({name})) END"
+    return name
 
 
 # ── Inspection ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -4586,6 +4780,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         const="",
         help="publish an earlier run again (default: the newest whole one before)",
     )
+    instead.add_argument(
+        "--inspect-source",
+        metavar="DIR",
+        nargs="?",
+        const="",
+        help="show what lies in a source folder, and a model for it",
+    )
     instead.add_argument("--test-alert", action="store_true", help="send a test alert to the webhook")
     flags, unknown = parser.parse_known_args(arguments)
     if unknown:
@@ -4630,7 +4831,7 @@ def notify_not_started(error: BaseException, flags: argparse.Namespace | None) -
 
 def is_instead_of_run(flags: argparse.Namespace) -> bool:
     """Returns whether the flags ask for something else than a run."""
-    return flags.list_runs or flags.test_alert or flags.rollback is not None
+    return flags.list_runs or flags.test_alert or flags.rollback is not None or flags.inspect_source is not None
 
 
 def execute(flags: argparse.Namespace, config: DataPipelineConfig, on_start: Callable[[RunRecord], None]) -> None:
@@ -4646,6 +4847,12 @@ def execute(flags: argparse.Namespace, config: DataPipelineConfig, on_start: Cal
             if not send_alert(config.alert_webhook, f"{config.app_name}: a test alert from {socket.gethostname()}"):
                 raise PipelineError("the test alert did not arrive: correct alert_webhook, or what receives it")
             logger.info("The test alert was delivered")
+        elif flags.inspect_source is not None:
+            config.source_dir = flags.inspect_source or config.source_dir
+            if not config.source_dir:
+                raise ConfigurationError("name the folder to inspect: --inspect-source DIR")
+            for line in inspect_source(config):
+                print(line, flush=True)
         elif flags.list_runs:
             print("\n".join(list_runs(store)), flush=True)
         else:

@@ -83,7 +83,8 @@ def read(folder: Path, config: DataPipelineConfig) -> tuple[list[LandedFile], di
     for part in FileReader(str(folder), str(staging), config).read(files, with_models=names("bronze")):
         columns = ", ".join(f"c{number}" for number in range(len(part.columns)))
         query = f"SELECT {columns}, _source_row FROM '{part.staged}' ORDER BY _delivery, _source_row"
-        rows["malformed" if part.is_malformed else "records"] += duckdb.sql(query).fetchall()
+        with duckdb.connect() as connection:
+            rows["malformed" if part.is_malformed else "records"] += connection.execute(query).fetchall()
     return files, rows
 
 
