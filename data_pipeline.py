@@ -575,6 +575,7 @@ def clean(run: Run, bronze: Mapping[str, Received]) -> dict[str, DataFrame]:
         run.record.quality[name] = dataclasses.replace(rows.quality, quarantined=quarantined_rows[name])
         for line in (*describe_profile(name, run.record.profile[name]), run.record.quality[name].describe(name)):
             logger.info("%s", line)
+    find_rejects_by_file(run)
     return {name: rows.valid for name, rows in separated.items()}
 
 
@@ -3541,7 +3542,7 @@ class FileReader:
         in_place = group[0].delivery not in self.copies
         paths = [self.copies.get(file.delivery) or self._link(file) for file in group]
         if FILE_FORMATS[group[0].suffix] == "csv":
-            reading = self._read_csv(paths, len(columns), self._delimiter(group[0]), in_place)
+            reading = read_csv(paths, len(columns), self._delimiter(group[0]), self.config.source_quote, in_place)
         else:
             reading = read_objects(paths, len(columns))
         staged = os.path.join(self.folder, f"{table}-{group[0].delivery}-{len(group)}.parquet")
@@ -3558,16 +3559,6 @@ class FileReader:
             return
         check_counts(connection, staged, group)
         yield Part(table, columns, staged)
-
-    def _read_csv(self, paths: Iterable[str], width: int, delimiter: str, in_place: bool) -> str:
-        """Returns DuckDB's table of CSV files; a copy begins with the number of the record."""
-        columns = [f"c{n}" for n in range(width)] if in_place else ["_source_row", *(f"c{n}" for n in range(width))]
-        quote = sql_text(self.config.source_quote)
-        return (
-            f"read_csv([{', '.join(map(sql_text, paths))}], columns = {text_columns(columns)}, filename = true, "
-            f"auto_detect = false, header = true, delim = {sql_text(delimiter)}, quote = {quote}, escape = {quote}, "
-            f"allow_quoted_nulls = false, max_line_size = {4 * FIELD_LIMIT}, buffer_size = {8 * FIELD_LIMIT})"
-        )
 
 
 def csv_records(text: TextIO, delimiter: str, quote: str) -> Iterator[tuple[list[str], list[str]]]:
@@ -3651,6 +3642,16 @@ def sql_text(text: str) -> str:
 def text_columns(columns: Iterable[str]) -> str:
     """Returns DuckDB's declaration of columns of text."""
     return "{" + ", ".join(f"{column}: 'VARCHAR'" for column in columns) + "}"
+
+
+def read_csv(paths: Iterable[str], width: int, delimiter: str, quote: str, in_place: bool) -> str:
+    """Returns DuckDB's table of CSV files with the columns c0, c1 and so on; a copy begins with the record's number."""
+    columns = text_columns([*([] if in_place else ["_source_row"]), *(f"c{n}" for n in range(width))])
+    return (
+        f"read_csv([{', '.join(map(sql_text, paths))}], columns = {columns}, filename = true, auto_detect = false, "
+        f"header = true, delim = {sql_text(delimiter)}, quote = {sql_text(quote)}, escape = {sql_text(quote)}, "
+        f"allow_quoted_nulls = false, max_line_size = {4 * FIELD_LIMIT}, buffer_size = {8 * FIELD_LIMIT})"
+    )
 
 
 def read_objects(paths: Iterable[str], width: int) -> str:
@@ -3939,9 +3940,11 @@ def expression(column: str, wanted: str, kind: str, values: Sequence[str]) -> st
         return f"xxhash64({name})"
     if kind.startswith("decimal") and values and not all_like(TEXT_PATTERNS["decimal"]) and all_like(r"\D*[\d.]+\D*"):
         return f"regexp_replace({name}, '[^0-9.-]', '')"
-    if wanted == "status" and (others := sorted({value.strip().lower() for value in values} - set(STATUSES))):
-        cases = " ".join(f"WHEN {sql_text(other)} THEN 'completed'" for other in others[:5])
-        return f"CASE lower(trim({name})) {cases} ELSE lower(trim({name})) END"
+    if wanted == "status" and not set(values) <= set(STATUSES):
+        tidy = f"lower(trim({name}))"
+        others = sorted({value.strip().lower() for value in values} - set(STATUSES))[:5]
+        cases = "".join(f" WHEN {sql_text(other)} THEN 'completed'" for other in others)
+        return f"CASE {tidy}{cases} ELSE {tidy} END" if others else tidy
     return name
 
 
@@ -4127,6 +4130,20 @@ def example_rows(run: Run, table: Table, where: str) -> list[str]:
     query = f"SELECT * FROM {QUARANTINE}.{table.name} WHERE {where} ORDER BY {order} LIMIT 3"
     filled = ({name: value for name, value in row.items() if value is not None} for row in inspect(run, {0: query})[0])
     return [json.dumps(row, default=str, ensure_ascii=False) for row in filled]
+
+
+def find_rejects_by_file(run: Run) -> None:
+    """Reads into the record which landed files the quarantined rows of each table are from, the most rows first."""
+    queries = {
+        name: f"SELECT coalesce(_source_file, 'unknown') AS file, count(*) AS rejected "
+        f"FROM {QUARANTINE}.{name} GROUP BY 1 ORDER BY rejected DESC, file LIMIT {PREVIEW_ROWS}"
+        for name in run.record.delivery
+    }
+    for name, rows in inspect(run, queries).items() if queries else ():
+        run.record.delivery[name]["rejected"] = rows
+        if rows:
+            files = ", ".join(f"{row['file']} {row['rejected']:,}" for row in rows)
+            logger.info("%s: quarantined rows by file: %s", name, files)
 
 
 def audit_queries() -> dict[tuple[str, Table], str]:
@@ -4555,6 +4572,10 @@ def send_alert(webhook: str, text: str, timeout: float = 10.0) -> bool:
     return False
 
 
+def _seconds(time_text: str) -> float:
+    return datetime.fromisoformat(time_text).timestamp()
+
+
 def metrics(history: Sequence[RunRecord], published: RunRecord | None) -> str:
     """Returns the metrics of the last run for Prometheus, as text for node_exporter's textfile collector.
 
@@ -4575,14 +4596,11 @@ def metrics(history: Sequence[RunRecord], published: RunRecord | None) -> str:
     def only(value: Any) -> dict[tuple[()], Any]:
         return {} if value is None else {(): value}
 
-    def seconds(time_text: str) -> float:
-        return datetime.fromisoformat(time_text).timestamp()
-
     good = [run for run in (published, *history) if run and run.result == "succeeded"]
-    finished = max((seconds(run.finished_at) for run in good if run.finished_at), default=None)
+    finished = max((_seconds(run.finished_at) for run in good if run.finished_at), default=None)
     results = {(result,): last.result == result for result in RESULTS}
     stages = {(name,): value for name, value in last.seconds.items() if name != "total"}
-    gauge("last_run_timestamp_seconds", "When the last run began.", only(seconds(last.started_at)))
+    gauge("last_run_timestamp_seconds", "When the last run began.", only(_seconds(last.started_at)))
     gauge("last_success_timestamp_seconds", "When the last run that succeeded ended.", only(finished))
     gauge("last_run_result", "1 for what became of the last run, 0 for the others.", results, "result")
     gauge("run_duration_seconds", "How long the last run took.", only(last.duration))
@@ -4592,6 +4610,9 @@ def metrics(history: Sequence[RunRecord], published: RunRecord | None) -> str:
         violations = {(name, rule): rows for name, found in quality for rule, rows in found.violations.items()}
         gauge("rule_failing_rows", "Rows received that violate a rule.", violations, "table", "rule")
         rates = {(name,): found.quarantine_rate for name, found in quality}
+        for unit in ("files", "rows", "bytes"):
+            read = {(name,): delivery[unit] for name, delivery in checked.delivery.items()}
+            gauge(f"delivery_{unit}", f"Landed {unit} that the run has read.", read, "table")
         gauge("quarantine_ratio", "Share of the rows received that were rejected, 0 to 1.", rates, "table")
     if published:
         rows = {tuple(name.split(".")): rows for name, rows in published.rows.items()}

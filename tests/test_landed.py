@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import logging
 import os
+import re
+import subprocess
+import sys
 import time
+import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from datetime import date, datetime
@@ -23,19 +28,23 @@ from conftest import ENGINE, one, open_tables
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+import data_pipeline
 from data_pipeline import (
     TABLES,
     ConfigurationError,
     DataPipelineConfig,
     FileReader,
     LandedFile,
-    LandedFiles,
     NotPublishedError,
     PipelineError,
     RunRecord,
     conformed,
+    html_report,
+    inspect_source,
     list_files,
+    metrics,
     names,
+    open_source,
     run_pipeline,
     wait_until_settled,
 )
@@ -100,10 +109,13 @@ TEXTS: dict[str, tuple[str, str | bytes, list[tuple[Any, ...]], list[tuple[Any, 
     "null and empty, copied": ("t.csv", 'id,name\n1,\n9\n,""\n', [("1", None, 1), (None, "", 3)], [("9", 2)], {}),
     "newline within": ("t.csv", 'id,name\n1,"a\nb"\n2,c\n', [("1", "a\nb", 1), ("2", "c", 2)], [], {}),
     "quotes": ("t.csv", 'id,name\n1,"say ""hi"""\n2,5" disk\n', [("1", 'say "hi"', 1), ("2", '5" disk', 2)], [], {}),
-    "space before quote": ("t.csv", 'id,name\n1, "a"\n ,"b"\n, "\n', [("1", ' "a"', 1), (" ", "b", 2), (None, ' "', 3)], [], {}),
+    "space before quote": (
+        "t.csv", 'id,name\n1, "a"\n ,"b"\n, "\n', [("1", ' "a"', 1), (" ", "b", 2), (None, ' "', 3)], [], {},
+    ),
     "blank lines": ("t.csv", "id,name\n\n1,a\n\n\n2,b\n\n", [("1", "a", 1), ("2", "b", 2)], [], {}),
     "too few and too many": (
-        "t.csv", 'id,name\n1\n2,b\n3,"c\nd",e\n4,d\n', [("2", "b", 2), ("4", "d", 4)], [("1", 1), ('3,"c\nd",e', 3)], {},
+        "t.csv", 'id,name\n1\n2,b\n3,"c\nd",e\n4,d\n',
+        [("2", "b", 2), ("4", "d", 4)], [("1", 1), ('3,"c\nd",e', 3)], {},
     ),
     "one column": ("t.csv", 'id\n1\n\n""\n', [("1", 1), (None, 2), ("", 3)], [], {}),
     "semicolons": ("t.csv", "id;name\n1;a,b\n", [("1", "a,b", 1)], [], {"source_delimiter": ";"}),
@@ -119,7 +131,8 @@ TEXTS: dict[str, tuple[str, str | bytes, list[tuple[Any, ...]], list[tuple[Any, 
     "nothing": ("t.csv", "", [], [], {}),
     "objects": (
         "t.jsonl",
-        '{"id": 12.50, "name": null}\n\n{"id": 1e3, "more": true}\n{"id": 12345678901234567890, "more": {"a": [1.50]}}\n',
+        '{"id": 12.50, "name": null}\n\n{"id": 1e3, "more": true}\n'
+        '{"id": 12345678901234567890, "more": {"a": [1.50]}}\n',
         [("12.50", None, None, 1), ("1e3", None, "true", 2), ("12345678901234567890", None, '{"a": ["1.50"]}', 3)],
         [], {},
     ),
@@ -177,8 +190,9 @@ def test_only_finished_files_of_known_formats_are_listed_in_natural_order(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     wanted = ["customers.csv.gz", "transactions/a=7/2.json", "transactions/a=7/10.JSONL", "transactions/x [1].csv"]
-    others = ["customers.csv.tmp", "transactions/.a.csv", "transactions/_a.csv", "transactions/a.csv.part", "orders.csv",
-              "transactions/a.csv._COPYING_", "transactions/_old/a.csv", "transactions.sql", "transactions/a.xlsx"]  # fmt: skip
+    others = ["customers.csv.tmp", "orders.csv", "transactions/.a.csv", "transactions/_a.csv", "transactions/a.csv.part",
+              "transactions/a.csv._COPYING_", "transactions/_old/a.csv", "transactions.sql",
+              "transactions/a.xlsx"]  # fmt: skip
     land(tmp_path, dict.fromkeys([*wanted, *others], ""))
     assert [file.path for file in list_files(str(tmp_path))] == wanted
     assert "1 files are skipped, whose names have no known ending: transactions/a.xlsx" in caplog.text
@@ -207,16 +221,19 @@ TYPES: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["12.345", "12,34", "$12", "1e3", "10000000000.00", "1 000", "NaN", ".5", "12.340000000001"],
     ),
     "weight_kg": ({"1.5": 1.5, ".5": 0.5, "1e3": 1000.0, "5": 5.0}, ["5d", "1e400", "NaN", "Infinity", "1,5"]),
-    "signup_date": ({"2026-02-28": date(2026, 2, 28)}, ["2026-02-30", "2026", "2026-1-1", "28.02.2026", "2026-01-01 xyz"]),
+    "signup_date": ({"2026-02-28": date(2026, 2, 28)}, ["2026-02-30", "2026", "2026-1-1", "28.2.2026", "2026-01-01 x"]),
     "timestamp": (
         {
             "2026-01-31 10:11:12": datetime(2026, 1, 31, 10, 11, 12), "2026-01-31": datetime(2026, 1, 31),
-            "2026-01-31T10:11": datetime(2026, 1, 31, 10, 11), "2026-01-31T10:11:12.5Z": datetime(2026, 1, 31, 10, 11, 12, 500_000),
+            "2026-01-31T10:11": datetime(2026, 1, 31, 10, 11),
+            "2026-01-31T10:11:12.5Z": datetime(2026, 1, 31, 10, 11, 12, 500_000),
             "2026-01-31 10:11:12.123456": datetime(2026, 1, 31, 10, 11, 12, 123_456),
-            "2026-01-31 10:11:12+02:00": datetime(2026, 1, 31, 8, 11, 12), "2026-01-31T10:11:12-0330": datetime(2026, 1, 31, 13, 41, 12),
+            "2026-01-31 10:11:12+02:00": datetime(2026, 1, 31, 8, 11, 12),
+            "2026-01-31T10:11:12-0330": datetime(2026, 1, 31, 13, 41, 12),
             "2026-01-31 10:11:12 +02": datetime(2026, 1, 31, 8, 11, 12),
         },
-        ["12:30", "2026", "2026-02-30 10:00:00", "2026-01-31 25:00:00", "2026-01-31 10:11:12.1234567", "1769854272", "2026-01-31 x"],
+        ["12:30", "2026", "2026-02-30 10:00:00", "2026-01-31 25:00:00", "2026-01-31 10:11:12.1234567",
+         "1769854272", "2026-01-31 x"],
     ),
     "is_active": ({"true": True, "FALSE": False, "1": True, "0": False}, ["yes", "t", "2", "wahr"]),
 }  # fmt: skip
@@ -257,13 +274,15 @@ def test_local_conventions(spark: SparkSession, small: Small) -> None:
 PARQUET: dict[str, tuple[str, pa.Array, list[Any], dict[str, Any]]] = {
     "double": ("amount", pa.array([12.34, 12.345, 0.1 + 0.2, 1e15, 12345678.9, None]),
                [Decimal("12.34"), None, None, None, Decimal("12345678.90"), None], {}),
-    "wide decimal": ("amount", pa.array([Decimal("12.3400"), Decimal("12.3450")], pa.decimal128(38, 4)), [Decimal("12.34"), None], {}),
+    "wide decimal": ("amount", pa.array([Decimal("12.3400"), Decimal("12.3450")], pa.decimal128(38, 4)),
+                     [Decimal("12.34"), None], {}),
     "whole amount": ("amount", pa.array([12]), [Decimal("12.00")], {}),
     "double for a number": ("quantity", pa.array([2.0, 2.5]), [2, None], {}),
     "large number": ("quantity", pa.array([2, 2**40]), [2, None], {}),
     "number for a text": ("product_id", pa.array([17]), ["17"], {}),
     "number for a timestamp": ("timestamp", pa.array([1769854272]), [None], {}),
-    "instant": ("timestamp", pa.array([datetime(2026, 1, 31, 10)], pa.timestamp("us", "UTC")), [datetime(2026, 1, 31, 10)],
+    "instant": ("timestamp", pa.array([datetime(2026, 1, 31, 10)], pa.timestamp("us", "UTC")),
+                [datetime(2026, 1, 31, 10)],
                 {"source_time_zone": "Europe/Berlin"}),
     "wall time": ("timestamp", pa.array([datetime(2026, 1, 31, 10)], pa.timestamp("us")), [datetime(2026, 1, 31, 9)],
                   {"source_time_zone": "Europe/Berlin"}),
@@ -349,9 +368,10 @@ def test_landed_records_give_the_same_tables_as_generated_ones(
     assert landed.quality == report.quality
     assert landed.revenue == report.revenue
     with open_tables(report.data_dir) as generated, open_tables(landed.data_dir) as found:
-        for name in [*(f"bronze_{name}" for name in names("bronze")), *(f"quarantine_{name}" for name in names("bronze")),
-                     *names("silver"), *names("gold")]:  # fmt: skip
-            query = f"SELECT CAST(COLUMNS(lambda c: c = '_reasons' OR NOT starts_with(c, '_')) AS VARCHAR) FROM {name} ORDER BY ALL"
+        received = [f"{layer}_{name}" for layer in ("bronze", "quarantine") for name in names("bronze")]
+        for name in [*received, *names("silver"), *names("gold")]:
+            values = "CAST(COLUMNS(lambda c: c = '_reasons' OR NOT starts_with(c, '_')) AS VARCHAR)"
+            query = f"SELECT {values} FROM {name} ORDER BY ALL"
             assert found.sql(query).fetchall() == generated.sql(query).fetchall(), name
     ledger = json.loads(Path(landed.data_dir, "current/_files.json").read_text())
     assert {file["path"]: file["rows"] for file in ledger}["products.parquet"] == config.num_products
@@ -496,10 +516,10 @@ def test_staging_models_rename_fill_and_derive(shop: Callable[..., RunRecord]) -
 
 
 MODELS: dict[str, tuple[str, str]] = {
-    "WHERE": ("SELECT * FROM transactions WHERE status = 'x'", "0 of 1 records of transactions were kept: a model keeps"),
-    "unknown column": ("SELECT nothing AS transaction_id FROM transactions", "transactions.sql cannot be used: .*nothing"),
+    "WHERE": ("SELECT * FROM transactions WHERE status = 'x'", "0 of 1 records of transactions were kept"),
+    "unknown column": ("SELECT nothing AS status FROM transactions", "transactions.sql cannot be used: .*nothing"),
     "no SQL": ("SELEC * FROM transactions", "transactions.sql cannot be used: "),
-    "lacks a column": ("SELECT transaction_id, amount FROM transactions", "transactions.sql returns no product_id, payment"),
+    "lacks a column": ("SELECT transaction_id, amount FROM transactions", "returns no product_id, payment_method"),
     "other table": ("SELECT * FROM products", "transactions.sql does not read the files of transactions"),
 }  # fmt: skip
 
@@ -512,19 +532,22 @@ def test_model_that_cannot_be_used(case: str, shop: Callable[..., RunRecord]) ->
 
 
 def test_models_in_a_folder_of_their_own(shop: Callable[..., RunRecord], tmp_path: Path) -> None:
-    models = land(tmp_path / "models", {"transactions.sql": MODEL.replace("who", "customer_id").replace("total", "amount")
-                                        .replace("day", "timestamp").replace("state", "status").replace("`Order No`", "transaction_id")})  # fmt: skip
-    with pytest.raises(PipelineError, match="transactions.sql cannot be used"):
+    model = MODEL
+    for other, ours in (("who", "customer_id"), ("total", "amount"), ("day", "timestamp"), ("state", "status"),
+                        ("`Order No`", "transaction_id")):  # fmt: skip
+        model = model.replace(other, ours)
+    models = land(tmp_path / "models", {"transactions.sql": model})
+    with pytest.raises(PipelineError, match=r"transactions\.sql cannot be used"):
         shop({"transactions.sql": "SELECT nothing FROM transactions"})
     assert shop({}, models_dir=models).rows["bronze.transactions"] == 1
 
 
 def test_source_that_cannot_be_one(small: Small, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="there is no folder"):
-        LandedFiles(small(source_dir=str(tmp_path / "none")))
+        open_source(small(source_dir=str(tmp_path / "none")))
     land(tmp_path, {"customers.csv": CUSTOMERS, "Products.csv": PRODUCTS})
     with pytest.raises(ConfigurationError, match="nothing is there for the table products in"):
-        LandedFiles(small(source_dir=str(tmp_path)))
+        open_source(small(source_dir=str(tmp_path)))
 
 
 @pytest.mark.skipif(ENGINE == "sail", reason="Sail reads INT96 as nanoseconds")
@@ -541,7 +564,8 @@ def test_old_timestamps_of_parquet(spark: SparkSession, shop: Callable[..., RunR
 
 def test_text_and_parquet_of_one_table(spark: SparkSession, shop: Callable[..., RunRecord], tmp_path: Path) -> None:
     """A column that is text in one file and typed in another is text first, and then typed by its text."""
-    columns = {"transaction_id": ["T2"], "customer_id": [1.0], "product_id": ["A"], "quantity": [2], "amount": [12345678.5],
+    columns = {"transaction_id": ["T2"], "customer_id": [1.0], "product_id": ["A"], "quantity": [2],
+               "amount": [12345678.5],
                "payment_method": ["paypal"], "status": ["completed"]}  # fmt: skip
     table = pa.table(columns).append_column("timestamp", pa.array([datetime(2026, 3, 1, 9)], pa.timestamp("us", "UTC")))
     (tmp_path / "source/transactions").mkdir(parents=True)
@@ -566,3 +590,71 @@ def test_columns_are_matched_trimmed_and_in_any_case(spark: SparkSession, config
     )
     [row] = conformed(rows, TABLES["customers"], config).collect()
     assert (row["customer_id"], row["_source_row"], row["_rescued_data"]) == (5, 3, '{"a`b":"x"}')
+
+
+DOCS = Path(data_pipeline.__file__).parent / "docs"
+
+
+def test_example_of_the_docs(small: Small, spark: SparkSession) -> None:
+    config = small(source_dir=str(DOCS / "example"), as_of_date="2026-02-28", max_quarantine_rate=0.5)
+    record = run_pipeline(config, spark)
+    with open_tables(record.data_dir) as db:
+        orders = db.sql("SELECT transaction_id, amount, payment_method FROM transactions_clean ORDER BY 1").fetchall()
+        assert orders == [("A-1", Decimal("39.90"), "paypal"), ("A-5", Decimal("39.90"), "credit_card")]
+        rejected = db.sql("SELECT _reasons, _rescued_data, _source_file, _source_row FROM quarantine_transactions")
+        assert rejected.fetchall() == [(["amount_malformed"], '{"amount":"24,50"}', "transactions/2026-02-27.jsonl", 3)]
+        rescued = one(db, "SELECT _rescued_data FROM bronze_transactions WHERE transaction_id = 'A-4'")
+        assert rescued == '{"voucher":"SPRING"}'
+    assert record.quality["transactions"].superseded == 1
+    page = html_report([record], record)
+    assert "Quarantined rows of transactions by file" in page and "transactions/2026-02-27.jsonl" in page
+    files = f'data_pipeline_delivery_files{{data_dir="{record.data_dir}",table="transactions"}} 2.0'
+    assert files in metrics([record], record)
+
+
+@pytest.mark.slow
+def test_public_data_set(small: Small, spark: SparkSession, tmp_path: Path) -> None:
+    """The purchases of CDNOW by the models of the docs, against the same figures by pandas."""
+    import pandas as pd
+
+    download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(tmp_path), "lifetimes==0.11.3"]
+    subprocess.run(download, check=True)
+    [wheel] = tmp_path.glob("*.whl")
+    text = zipfile.Path(wheel, "lifetimes/datasets/CDNOW_master.txt").read_bytes()
+    source = land(tmp_path / "cdnow", {"transactions/CDNOW_master.txt": text})
+    record = run_pipeline(small(source_dir=source, models_dir=str(DOCS / "cdnow"), settle_seconds=0), spark)
+    columns = ["customer", "day", "discs", "dollars"]
+    bought = pd.read_csv(io.BytesIO(text), sep=r"\s+", header=0, names=columns, dtype={"dollars": str})
+    bought["dollars"] = bought["dollars"].map(Decimal)
+    paid = bought[bought["dollars"] > 0]
+    assert record.quality["transactions"].received == len(bought) + 1
+    assert record.quality["transactions"].quarantined == 1 + len(bought) - len(paid)
+    assert record.quality["customers"].accepted == bought["customer"].nunique()
+    assert record.revenue == paid["dollars"].sum()
+    with open_tables(record.data_dir) as db:
+        spent = dict(
+            db.sql("SELECT customer_id, total_spent FROM customers_enriched WHERE total_orders > 0").fetchall()
+        )
+        assert spent == paid.groupby("customer")["dollars"].sum().to_dict()
+        assert one(db, "SELECT sum(units_sold) FROM category_analytics") == paid["discs"].sum()
+
+
+def test_inspection_shows_what_would_become_of_a_source(tmp_path: Path, small: Small, spark: SparkSession) -> None:
+    """Its proposed models, written into the folder with two corrections, are all that a first run needs."""
+    land(tmp_path, {"transactions.csv": SHEET, "notes.md": "no table"})
+    config = small(source_dir=str(tmp_path), source_delimiter=";", settle_seconds=0, max_quarantine_rate=1)
+    shown = "\n".join(inspect_source(config))
+    assert "transactions.csv: 3 records, 1 lines that are none" in shown
+    assert re.search(r"amount +decimal\(12,2\) +← nothing: this is required", shown)
+    models = dict(re.findall(r"a model to start from, (\w+\.sql):\n\n([\s\S]+?\n    FROM \w+)", shown))
+    assert sorted(models) == ["customers.sql", "products.sql", "transactions.sql"]
+    assert "to_timestamp(day, 'd.M.yyyy') AS timestamp" in models["transactions.sql"]
+    corrections = {"CAST(NULL AS bigint)": "xxhash64(who)", "CAST(NULL AS string) AS product_id": "'A' AS product_id"}
+    for wrong, right in corrections.items():
+        models = {name: model.replace(wrong, right) for name, model in models.items()}
+    land(tmp_path, models)
+    again = "\n".join(inspect_source(config))
+    assert re.search(r"amount +decimal\(12,2\) +← amount \(string\), by transactions.sql", again)
+    assert "amount_malformed: 1 of 2 records (reject)" in again
+    assert "a model to start from" not in again
+    assert run_pipeline(config, spark).revenue == Decimal("9.99")
