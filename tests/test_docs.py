@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import dataclasses
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +18,14 @@ from typing import NamedTuple
 import duckdb
 import pytest
 from conftest import ENGINE, one
+from test_cluster import free_port
 from test_publish import IDS, add_whole, empty_tables  # noqa: F401 - a fixture
 
 import data_pipeline
 from data_pipeline import (
     ABORT,
     BRONZE,
+    MISTAKES,
     QUARANTINE,
     SILVER,
     TABLES,
@@ -218,6 +224,67 @@ def test_commands(line: str, tmp_path: Path, empty_tables: Path) -> None:  # noq
         )
         assert done.returncode == 0, done.stderr
         assert store.published() == IDS["--list-runs" in flags]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(ENGINE == "sail", reason="Sail runs within one process")
+def test_cluster_on_one_machine(tmp_path: Path) -> None:
+    [block] = [block for block in BLOCKS if block.page == "cluster.md" and block.remark == "run by: tests/test_docs.py"]
+    script = block.text.replace("7077", str(free_port())).replace("/tmp/spark-work", f"{tmp_path}/work")  # noqa: S108
+    script = script.replace(".venv/bin/python", sys.executable).replace("data_pipeline.py", data_pipeline.__file__)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIPELINE_", "SPARK_"))}
+    with open(tmp_path / "log", "w+") as log:
+        process = subprocess.Popen(
+            ["bash", "-ec", script],
+            env=kept | {"HOME": str(tmp_path), "PIPELINE_FAST_START": "no"},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            assert process.wait(timeout=400) == 0, (tmp_path / "log").read_text()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert Store(str(tmp_path / "pipeline-data")).published()
+    assert "Executors on spark://127.0.0.1:" in (tmp_path / "log").read_text()
+
+
+def texts() -> list[str]:
+    """The texts of the program, `…` in place of values, and the deployment script."""
+    found = [(PROJECT / ".github/deploy.sh").read_text()]
+    for node in ast.walk(ast.parse(Path(data_pipeline.__file__).read_text())):
+        if isinstance(node, ast.JoinedStr):
+            found.append("".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+    return found
+
+
+def messages() -> list[str]:
+    """The messages that *A run failed: what now?* explains."""
+    rows = cells((PROJECT / "docs/operations.md").read_text(), "message | what to do")
+    return [message for row in rows for message in re.findall("`([^`]+)`", row[0])]
+
+
+@pytest.mark.parametrize("message", messages())
+def test_messages_are_those_of_the_program(message: str) -> None:
+    """Or those of Spark that the program explains."""
+    if not any(re.search(mistake, message.replace("…", "x/y")) for mistake in MISTAKES):
+        assert any(all(part in text for part in message.split("…")) for text in texts()), message
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_in_the_environment_are_explained(mistake: str) -> None:
+    assert any(
+        re.search(mistake, f"{message}".replace("…", "x/y")) or message in MISTAKES[mistake] for message in messages()
+    )
+
+
+def test_fields_of_the_run_record_are_explained() -> None:
+    rows = cells((PROJECT / "docs/operations.md").read_text(), "field | content")
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row[0])} | {"schema_version"}
+    assert named == {field.name for field in dataclasses.fields(RunRecord)}
 
 
 def test_import_from_another_folder(tmp_path: Path) -> None:
