@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import shlex
@@ -250,6 +251,7 @@ def test_cluster_on_one_machine(tmp_path: Path) -> None:
     assert "Executors on spark://127.0.0.1:" in (tmp_path / "log").read_text()
 
 
+@functools.cache
 def texts() -> list[str]:
     """The texts of the program, `…` in place of values, and the deployment script."""
     found = [(PROJECT / ".github/deploy.sh").read_text()]
@@ -276,9 +278,8 @@ def test_messages_are_those_of_the_program(message: str) -> None:
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_in_the_environment_are_explained(mistake: str) -> None:
-    assert any(
-        re.search(mistake, f"{message}".replace("…", "x/y")) or message in MISTAKES[mistake] for message in messages()
-    )
+    advice = MISTAKES[mistake]
+    assert any(re.search(mistake, message.replace("…", "x/y")) or message in advice for message in messages())
 
 
 def test_fields_of_the_run_record_are_explained() -> None:
