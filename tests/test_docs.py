@@ -243,7 +243,7 @@ def test_cluster_on_one_machine(tmp_path: Path) -> None:
             start_new_session=True,
         )
         try:
-            assert process.wait(timeout=400) == 0, (tmp_path / "log").read_text()
+            assert process.wait(timeout=600) == 0, (tmp_path / "log").read_text()
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
