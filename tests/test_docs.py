@@ -227,6 +227,15 @@ def test_commands(line: str, tmp_path: Path, empty_tables: Path) -> None:  # noq
         assert store.published() == IDS["--list-runs" in flags]
 
 
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "bash"])
+def test_commands_that_are_not_run_are_right(block: Block) -> None:
+    """Bash can parse them, and the pipeline has the flags."""
+    subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
+    for line in block.text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True) if "data_pipeline.py --" in line else ["data_pipeline.py"]
+        data_pipeline.check_config(load_config(parse_arguments(words[words.index("data_pipeline.py") + 1 :]), {}))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(ENGINE == "sail", reason="Sail runs within one process")
 def test_cluster_on_one_machine(tmp_path: Path) -> None:
