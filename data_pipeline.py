@@ -1442,7 +1442,8 @@ def apply_model(spark: SparkSession, name: str, model: str, records: Mapping[str
         rows = spark.sql(f"{f'WITH {tables} ' if tables else ''}SELECT * FROM (\n{model}\n)")
         rows.dtypes  # noqa: B018 - by which Connect and Sail analyse the query
     except PySparkException as error:
-        raise PipelineError(f"the model {name}.sql cannot be used: {root_cause(error)}") from error
+        message = str(error).strip().partition("\n")[0]
+        raise PipelineError(f"the model {name}.sql cannot be used: {message}") from error
     given = {column.lower() for column in rows.columns}
     if missing := [column for column in required_columns(TABLES[name]) if column not in given]:
         raise PipelineError(f"the model {name}.sql returns no {', '.join(missing)}: name each, with AS, in its SELECT")
@@ -3447,12 +3448,11 @@ class FileReader:
                 file.lines += len(lines)
                 if len(record) == width or (width == 1 and not record):
                     file.rows += 1
-                    raw = without_newline(lines)
-                    is_odd = quote in raw and space_before_quote.search(raw)
+                    is_odd = quote in lines[0] and space_before_quote.search("".join(lines))
                     if copy and is_odd:
                         writer.writerow([file.rows + file.malformed, *record])
                     elif copy:
-                        copy.write(f"{file.rows + file.malformed}{delimiter}{raw}\n")
+                        copy.write(f"{file.rows + file.malformed}{delimiter}{without_newline(lines)}\n")
                     elif is_odd:
                         return False
                 elif not record:
@@ -3733,16 +3733,25 @@ def records_of(engine: Engine, parts: Sequence[Part], files: Sequence[LandedFile
         columns = []
         for key, spelling in spellings.items():
             [kind] = kinds[key] if len(kinds[key]) == 1 else ["string"]
-            name, has = given.get(key, ("", ""))
-            column = F.col(quoted(name)) if has else F.lit(None)
-            # The text of a timestamp is that in UTC.
-            text = F.concat(column.cast("string"), F.lit("Z")) if has == "timestamp" != kind else column
-            columns.append(text.cast(kind).alias(spelling))
+            name, given_kind = given.get(key, ("", ""))
+            value = quoted(name) if name else "NULL"
+            text = as_text(value, given_kind) if kind == "string" else value
+            columns.append(F.expr(text).cast(kind).alias(spelling))
         return frame.select(*columns)
 
     rows = functools.reduce(lambda one, other: one.unionByName(other), map(aligned, frames))
     left_out = [file.delivery for file in files if file.problem]
     return rows.where(~F.col("_delivery").isin(left_out)) if left_out else rows
+
+
+def as_text(value: str, kind: str) -> str:
+    """Returns Spark SQL for the text of a value: that of a number without an exponent, that of a timestamp in UTC."""
+    if kind in ("float", "double"):
+        plain = f"try_cast({value} AS DECIMAL(38,6))"
+        return (
+            f"CASE WHEN CAST({plain} AS {kind}) = {value} THEN CAST({plain} AS STRING) ELSE CAST({value} AS STRING) END"
+        )
+    return f"concat({value}, 'Z')" if kind == "timestamp" else f"CAST({value} AS STRING)"
 
 
 def frame_of(engine: Engine, part: Part, files: Sequence[LandedFile]) -> DataFrame:
