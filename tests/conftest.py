@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
+import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
@@ -12,11 +16,12 @@ import duckdb
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 
-from data_pipeline import LAYERS, DataPipelineConfig, RunRecord, create_spark_session, preflight, run_pipeline
+from data_pipeline import LAYERS, DataPipelineConfig, RunRecord, create_spark_session, logger, preflight, run_pipeline
 
 AS_OF = date(2026, 3, 4)
 # What the session of the tests runs on; `ENGINE=sail pytest` runs them on the other engine.
 ENGINE = os.environ.get("ENGINE", "spark")
+SMALL = {"num_customers": 200, "num_transactions": 1_000, "num_products": 20}
 
 
 @pytest.fixture(scope="session")
@@ -57,8 +62,35 @@ def config(small: Callable[..., DataPipelineConfig]) -> DataPipelineConfig:
 
 
 @pytest.fixture(scope="session")
-def report(spark: SparkSession, config: DataPipelineConfig) -> RunRecord:
-    return run_pipeline(config, spark)
+def logged_run(spark: SparkSession, config: DataPipelineConfig) -> tuple[RunRecord, str]:
+    """That run's record and log."""
+    handler, level = logging.StreamHandler(io.StringIO()), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        return run_pipeline(config, spark), handler.stream.getvalue()
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+
+
+@pytest.fixture(scope="session")
+def report(logged_run: tuple[RunRecord, str]) -> RunRecord:
+    return logged_run[0]
+
+
+@pytest.fixture(scope="session")
+def first_run(spark: SparkSession, small: Callable[..., DataPipelineConfig]) -> tuple[DataPipelineConfig, RunRecord]:
+    """A smaller run, of which tests that publish, refuse or damage something get a copy."""
+    config = small(**SMALL)
+    return config, run_pipeline(config, spark)
+
+
+@pytest.fixture
+def published(first_run: tuple[DataPipelineConfig, RunRecord], tmp_path: Path) -> DataPipelineConfig:
+    """The configuration of that run, published in a data folder of its own; it can be changed."""
+    shutil.copytree(first_run[0].root, tmp_path / "data", symlinks=True)
+    return dataclasses.replace(first_run[0], data_dir=str(tmp_path / "data"))
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import http.server
+import io
 import json
 import logging
 import os
@@ -115,15 +116,14 @@ def test_receiver_that_never_answers(log: pytest.LogCaptureFixture) -> None:
 
 
 def test_runs_that_tell(
-    small: Callable[..., DataPipelineConfig],
+    published: DataPipelineConfig,
     spark: SparkSession,
     receiver: Receiver,
     log: pytest.LogCaptureFixture,
 ) -> None:
-    """Refused and recovered runs tell; a good one after a good one does not; and no record or log has the secret."""
-    config = small(num_customers=50, num_transactions=200, num_products=10, alert_webhook=receiver.url)
-    run_pipeline(config, spark)
-    assert receiver.received == []
+    """Refused and recovered runs tell; and no record or log has the secret."""
+    config = published
+    config.alert_webhook = receiver.url
     config.max_quarantine_rate = 0.0
     receiver.status = 500
     with pytest.raises(NotPublishedError):
@@ -220,16 +220,20 @@ def test_anomalies(report: RunRecord) -> None:
 
 
 def test_anomaly_is_told_everywhere(
-    small: Callable[..., DataPipelineConfig], spark: SparkSession, receiver: Receiver, log: pytest.LogCaptureFixture
+    published: DataPipelineConfig,
+    first_run: tuple[DataPipelineConfig, RunRecord],
+    spark: SparkSession,
+    receiver: Receiver,
+    log: pytest.LogCaptureFixture,
 ) -> None:
-    config = small(num_customers=50, num_transactions=200, num_products=10, alert_webhook=receiver.url)
-    earlier = run_pipeline(config, spark)
+    config = published
     for n in range(2):
         run_id = f"2020010{n + 1}T000000Z-0000"
-        data_pipeline.Store(config.root).save_record(as_read(earlier, run_id=run_id))
-    config.num_transactions = 2_000
+        data_pipeline.Store(config.root).save_record(as_read(first_run[1], run_id=run_id))
+    config.alert_webhook = receiver.url
+    config.num_transactions = 100
     record = run_pipeline(config, spark)
-    line = "bronze.transactions: 2,000 rows, against 200 rows in the last 3 runs"
+    line = "bronze.transactions: 100 rows, against 1,000 rows in the last 3 runs"
     assert line in record.anomalies
     assert line in [found.getMessage() for found in log.records if found.levelname == "WARNING"]
     assert f"⚠ {line}" in Path(config.data_dir, "report.html").read_text(encoding="utf-8")
@@ -345,9 +349,32 @@ def terminal(*arguments: str, **environment: str) -> str:
     return written.decode()
 
 
-def test_terminal(tmp_path: Path, config: DataPipelineConfig) -> None:
+class Terminal(io.StringIO):
+    """A standard error that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_terminal(
+    tmp_path: Path,
+    spark: SparkSession,
+    config: DataPipelineConfig,
+    receiver: Receiver,
+    log: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A run shows how far it is, in colour; and a good one that follows no bad one sends no alert."""
     size = ["--num-customers", "50", "--num-transactions", "200", "--num-products", "10", "--engine", config.engine]
-    shown = terminal(*size, "--data-dir", str(tmp_path), "--fast-start", "no")
+    stderr = Terminal()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stderr)
+        patch.setattr(logging.root, "handlers", [])
+        patch.setenv("TERM", "xterm")
+        patch.delenv("NO_COLOR", raising=False)
+        assert data_pipeline.main([*size, "--data-dir", str(tmp_path), "--alert-webhook", receiver.url]) == 0
+    shown = stderr.getvalue()
+    assert receiver.received == []
     for number, table in enumerate(data_pipeline.TABLES.values(), start=1):
         assert f"[{number}/{len(data_pipeline.TABLES)}] {table.layer}.{table.name} …" in shown
     assert "\033[32m✓ Saved" in shown

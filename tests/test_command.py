@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import duckdb
 import pytest
 from conftest import ENGINE
+from pyspark.sql import SparkSession
 from test_alert import Receiver, receiver  # noqa: F401 - a fixture
 
 import data_pipeline
@@ -95,25 +97,34 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
         assert message in log
 
 
-def test_run_without_standard_error(tmp_path: Path) -> None:
-    for closed in ("2>&-", "2>&- >&- <&-"):
-        line = f'exec "{sys.executable}" "{data_pipeline.__file__}" "$@" {closed}'
-        with start(tmp_path, line, "-", *SMALL, interpreter="/bin/sh", program=("-c",)) as process:
-            process.communicate(timeout=300)
-        assert process.returncode == 0
-        assert (tmp_path / "pipeline-data" / "report.html").exists()
-        assert b"\x00" not in (tmp_path / "pipeline-data" / ".lock").read_bytes()
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", ["2>&-", "2>&- >&- <&-"])
+def test_run_without_standard_error(closed: str, tmp_path: Path) -> None:
+    line = f'exec "{sys.executable}" "{data_pipeline.__file__}" "$@" {closed}'
+    with start(tmp_path, line, "-", *SMALL, interpreter="/bin/sh", program=("-c",)) as process:
+        process.communicate(timeout=300)
+    assert process.returncode == 0
+    assert (tmp_path / "pipeline-data" / "report.html").exists()
+    assert b"\x00" not in (tmp_path / "pipeline-data" / ".lock").read_bytes()
 
 
-BROKEN = """
-import sys, data_pipeline
-data_pipeline.products_active = lambda products: products.select("no_such_column")
-sys.exit(data_pipeline.main())
-"""
+@pytest.fixture
+def run_here(tmp_path: Path, spark: SparkSession, caplog: pytest.LogCaptureFixture) -> Callable[..., tuple[int, str]]:
+    """Runs the command within this process, on the session of the tests; returns its exit code and its log."""
+    caplog.set_level("INFO", logger="data_pipeline")
+
+    def run(*flags: str) -> tuple[int, str]:
+        code = data_pipeline.main([*SMALL, "--data-dir", str(tmp_path / "pipeline-data"), "--engine", ENGINE, *flags])
+        return code, caplog.text
+
+    return run
 
 
-def test_failure_in_the_middle(tmp_path: Path) -> None:
-    code, log = run(tmp_path, *SMALL, program=("-c", BROKEN), PYTHONPATH=str(Path(data_pipeline.__file__).parent))
+def test_failure_in_the_middle(
+    tmp_path: Path, run_here: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_pipeline, "products_active", lambda products: products.select("no_such_column"))
+    code, log = run_here()
     assert code == 1
     assert "FAILED in silver.products_active" in log
     assert "Traceback (most recent call last):" in log
@@ -128,6 +139,7 @@ def test_failure_in_the_middle(tmp_path: Path) -> None:
     assert list((tmp_path / "pipeline-data" / "snapshots").iterdir()) == [], "what it had written is removed"
 
 
+@pytest.mark.slow
 def test_interrupted_run(tmp_path: Path) -> None:
     with start(tmp_path, *SMALL) as process:
         assert process.stderr is not None
@@ -164,6 +176,7 @@ def wait_until_all_have_ended(home: Path) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(ENGINE != "spark", reason="Sail has no JVM")
 def test_interrupt_while_java_starts_leaves_no_java(tmp_path: Path) -> None:
     with start(tmp_path, *SMALL) as process:
@@ -180,6 +193,7 @@ def test_interrupt_while_java_starts_leaves_no_java(tmp_path: Path) -> None:
     wait_until_all_have_ended(tmp_path)
 
 
+@pytest.mark.slow
 def test_terminated_run_reports_itself_within_seven_seconds(tmp_path: Path, receiver: Receiver) -> None:  # noqa: F811
     """As systemd and the runner of GitHub Actions stop it: by SIGTERM, to Java too, and once more before they kill."""
     receiver.delay = 0.5
@@ -233,21 +247,18 @@ def test_signal_before_there_is_a_record(tmp_path: Path, receiver: Receiver) -> 
     assert alert["text"].endswith(": stopped by SIGTERM")
 
 
-INTERRUPTED_WHILE_PUBLISHING = """
-import os, signal, sys, data_pipeline
-replace = os.replace
-def interrupted(source, target):
-    replace(source, target)
-    if target.endswith("/current"):
-        os.kill(os.getpid(), signal.SIGTERM)
-os.replace = interrupted
-sys.exit(data_pipeline.main())
-"""
+def test_interrupt_while_publishing_leaves_the_result_of_what_is_published(
+    tmp_path: Path, run_here: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = os.replace
 
+    def interrupted(source: str, target: str) -> None:
+        replace(source, target)
+        if str(target).endswith("/current"):
+            signal.raise_signal(signal.SIGTERM)
 
-def test_interrupt_while_publishing_leaves_the_result_of_what_is_published(tmp_path: Path) -> None:
-    path = str(Path(data_pipeline.__file__).parent)
-    code, log = run(tmp_path, *SMALL, program=("-c", INTERRUPTED_WHILE_PUBLISHING), PYTHONPATH=path)
+    monkeypatch.setattr(os, "replace", interrupted)
+    code, log = run_here()
     assert code == 0, log
     assert "WARNING - The data was published already: stopped by SIGTERM\n" in log
     assert "INTERRUPTED" not in log
@@ -256,20 +267,17 @@ def test_interrupt_while_publishing_leaves_the_result_of_what_is_published(tmp_p
     assert (tmp_path / "pipeline-data" / "current").resolve().name == record.stem
 
 
-INTERRUPTED_AT_THE_END = """
-import os, signal, sys, data_pipeline
-save_report = data_pipeline.save_report
-def interrupted(*arguments):
-    os.kill(os.getpid(), signal.SIGINT)
-    save_report(*arguments)
-data_pipeline.save_report = interrupted
-sys.exit(data_pipeline.main())
-"""
+def test_interrupt_after_publishing_changes_nothing(
+    tmp_path: Path, run_here: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_report = data_pipeline.save_report
 
+    def interrupted(*arguments: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        save_report(*arguments)
 
-def test_interrupt_after_publishing_changes_nothing(tmp_path: Path) -> None:
-    path = str(Path(data_pipeline.__file__).parent)
-    code, log = run(tmp_path, *SMALL, program=("-c", INTERRUPTED_AT_THE_END), PYTHONPATH=path)
+    monkeypatch.setattr(data_pipeline, "save_report", interrupted)
+    code, log = run_here()
     assert code == 0, log
     assert (tmp_path / "pipeline-data" / "report.html").exists()
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from compare_runs import differences
-from conftest import ENGINE, one, open_tables
+from conftest import ENGINE, SMALL, one, open_tables
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from test_command import start
@@ -41,20 +41,6 @@ from data_pipeline import (
 )
 
 KILLS = int(os.environ.get("KILLS", "2"))
-SMALL = {"num_customers": 200, "num_transactions": 1_000, "num_products": 20}
-
-
-@pytest.fixture(scope="session")
-def first_run(spark: SparkSession, small: Callable[..., DataPipelineConfig]) -> tuple[DataPipelineConfig, RunRecord]:
-    config = small(**SMALL)
-    return config, run_pipeline(config, spark)
-
-
-@pytest.fixture
-def published(first_run: tuple[DataPipelineConfig, RunRecord], tmp_path: Path) -> DataPipelineConfig:
-    """The configuration of a run that is published, in a data folder of its own; it can be changed."""
-    shutil.copytree(first_run[0].root, tmp_path / "data", symlinks=True)
-    return dataclasses.replace(first_run[0], data_dir=str(tmp_path / "data"))
 
 
 @pytest.fixture
@@ -318,9 +304,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", tmp_path], check=True)
 
 
-def test_disk_that_fills_up(small_disk: Path, spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = DataPipelineConfig(data_dir=str(small_disk / "data"), as_of_date="2026-03-04", **SMALL)  # type: ignore[arg-type]
-    first = run_pipeline(config, spark).run_id
+def test_disk_that_fills_up(
+    small_disk: Path, published: DataPipelineConfig, spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Store(published.root).published()
     real = data_pipeline.clean
 
     def clean(run: Run, bronze: Any) -> Any:
@@ -331,11 +318,11 @@ def test_disk_that_fills_up(small_disk: Path, spark: SparkSession, monkeypatch: 
 
     monkeypatch.setattr(data_pipeline, "clean", clean)
     with pytest.raises(PipelineError, match=r"the disk of .* is full \(No space left on device, in quarantine\.\w+\)"):
-        run_pipeline(config, spark)
-    store = Store(config.root)
+        run_pipeline(published, spark)
+    store = Store(published.root)
     assert store.published() == first
     assert store.snapshots() == [first]
-    with open_tables(config.root) as db:
+    with open_tables(published.root) as db:
         assert one(db, "SELECT sum(total_spent) FROM customers_enriched") > 0
 
 

@@ -62,7 +62,7 @@ def test_page_of_a_refused_run(
     page = tmp_path / "page.md"
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(page))
     with pytest.raises(NotPublishedError):
-        run_pipeline(small(num_transactions=500, max_quarantine_rate=0), spark)
+        run_pipeline(small(num_customers=50, num_transactions=500, num_products=10, max_quarantine_rate=0), spark)
     text = page.read_text()
     assert text.startswith("## ⛔ Pipeline run ")
     assert "| transactions | max\\_quarantine\\_rate | 7 |" in text

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyspark
@@ -239,16 +238,6 @@ for _ in range(1 if "{engine}" == "spark" else 2):
     except PipelineError as error:
         print(error)
 """
-
-
-def test_session_of_the_process_is_used_and_left_running(
-    spark: SparkSession, small: Callable[..., DataPipelineConfig]
-) -> None:
-    config = small(num_customers=5, num_transactions=10, num_products=2)
-    with ThreadPoolExecutor(1) as other_thread:  # where the session is not the active one
-        assert other_thread.submit(data_pipeline.run_pipeline, config).result().result == "succeeded"
-    assert spark.range(3).count() == 3
-    assert not [table.name for table in spark.catalog.listTables() if table.name.startswith("transactions_clean")]
 
 
 MISTAKES: dict[str, tuple[str, dict[str, str], str, str]] = {

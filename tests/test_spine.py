@@ -51,8 +51,10 @@ def test_engine_that_does_not_stop_is_a_warning(
         raise RuntimeError("Java does not answer")
 
     at_close(monkeypatch, fail)
-    config = small(**TINY)
-    assert run_pipeline(config, spark).result == result_on_disk(config) == "succeeded"
+    config, started = small(**TINY), list[RunRecord]()
+    record = run_pipeline(config, spark, on_start=started.append)
+    assert started == [record]
+    assert record.result == result_on_disk(config) == "succeeded"
     assert Store(config.root).published() is not None
     assert "The engine did not stop" in caplog.text
 
@@ -83,7 +85,6 @@ def test_bad_configuration_leaves_no_lock_and_no_record(small: Small, spark: Spa
         run_pipeline(config, spark, on_start=started.append)
     assert started == []
     assert list(Path(config.root, "runs").iterdir()) == []
-    assert run_pipeline(config, spark, on_start=started.append) is started[0]
 
 
 def test_parallel_returns_results_by_item(run: Run) -> None:
