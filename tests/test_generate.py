@@ -6,7 +6,7 @@ from decimal import Decimal
 
 import duckdb
 import pytest
-from conftest import ENGINE, one
+from conftest import ENGINE, SMALL, one
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -43,10 +43,10 @@ FOUND_AS = {
 def test_rows_do_not_depend_on_partitions(
     generate: Callable[..., DataFrame],
     spark: SparkSession,
-    config: DataPipelineConfig,
+    small: Callable[..., DataPipelineConfig],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found = []
+    config, found = small(**SMALL), []
     for partitions in (1, 2, 8):
         monkeypatch.setattr(data_pipeline, "partition_count", lambda *_, n=partitions: n)
         rows = generate(spark, config)

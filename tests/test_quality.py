@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date, datetime
 from decimal import Decimal
 from typing import Any, NamedTuple
@@ -94,32 +94,44 @@ def received(frame: Frame, table: Table, *changes: dict[str, Any]) -> DataFrame:
     return frame(" ".join(table.schema_in("bronze").split()), *rows)
 
 
-@pytest.mark.parametrize(
-    ("table", "rule"),
-    [(table, rule) for table in BRONZE for rule in TABLES[table].rules],
-    ids=lambda value: str(value)[:40],
-)
-def test_rule(table: str, rule: Any, frame: Frame, config: DataPipelineConfig) -> None:
-    """Each rule with rows that break it, rows that do not, and one without the value."""
-    blank = [" "] if dict(TABLES[table].columns("bronze"))[rule.column] == "string" and rule.severity == REJECT else []
-    good = GOOD[table].get(rule.column)
-    values = VALUES.get(rule.name, ([None, *blank], [good]))
-    breaking, passing = ([{rule.column: value} for value in some] for some in values)
+@pytest.mark.parametrize("name", BRONZE)
+def test_rules(name: str, frame: Frame, config: DataPipelineConfig) -> None:
+    """Each rule with rows that violate it and rows that do not; all rules are asked in one query."""
+    table = TABLES[name]
+    cases = [(rule, *case) for rule in table.rules for case in cases_of(rule, table)]
+    rows = [GOOD[name] | change | {"case": number} for number, (_, change, _) in enumerate(cases)]
+    received_rows = frame(f"{' '.join(table.schema_in('bronze').split())}, case INT", *rows)
+    verdicts = received_rows.select(
+        "case", *(rule.is_violated(config).alias(rule.name) for rule in table.rules)
+    ).collect()
+    assert sorted(verdict["case"] for verdict in verdicts) == [*range(len(cases))]
+    for verdict in verdicts:
+        rule, change, violated = cases[verdict["case"]]
+        assert verdict[rule.name] is violated, f"{rule.name} of {change!r}"
+
+
+def cases_of(rule: Rule, table: Table) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Changes to the good row, and whether they violate the rule."""
+    name, good = rule.column, GOOD[table.name].get(rule.column)
     no_record, malformed, other = (
-        {rule.column: None, "_rescued_data": json.dumps({key: "x"})} for key in ("_record", rule.column, "colour")
+        {name: None, "_rescued_data": json.dumps({key: "x"})} for key in ("_record", name, "colour")
     )
-    if rule.name == "record_malformed":
-        breaking, passing = [no_record], [{}, malformed, other]
-    elif rule.name.endswith("_missing"):
-        passing += [no_record] + ([] if isinstance(good, str) else [malformed])
-        breaking += [other]
+    yield {}, False
+    yield no_record, rule.name == "record_malformed"
+    if rule.name.endswith("_missing"):
+        blank = [" "] if isinstance(good, str) and rule.severity == REJECT else []
+        yield from (({name: value}, True) for value in (None, *blank))
+        yield other, True
+        if not isinstance(good, str):
+            yield malformed, False
     elif rule.name.endswith("_malformed") and rule.name not in VALUES:
-        breaking, passing = [malformed], [{}, {rule.column: None}, no_record, other]
+        yield malformed, rule.name != "record_malformed"
+        yield other, False
+        yield {name: None}, False
     else:
-        passing += [{rule.column: None}, no_record]
-    rows = received(frame, TABLES[table], *breaking, *passing)
-    verdicts = [row[0] for row in rows.select(rule.is_violated(config)).collect()]
-    assert verdicts == [True] * len(breaking) + [False] * len(passing)
+        violating, passing = VALUES[rule.name]
+        yield from (({name: value}, True) for value in violating)
+        yield from (({name: value}, False) for value in (*passing, None))
 
 
 def test_every_rule_is_about_a_column_of_its_table() -> None:
@@ -142,7 +154,7 @@ def split_of(
     rows = received(frame, table, *changes)
     known = {key: received(frame, TABLES[parent], {}) for key, parent in table.foreign_keys.items()} | parents
     found = violations(rows, table, known)
-    flagged = flag_rows(rows, table, found, config)
+    flagged = flag_rows(rows, table, found, config).cache()
     single, several = (valid_rows(flagged.where(which), table) for which in ("NOT _duplicate_key", "_duplicate_key"))
     counted = single.withColumns({"_records": F.lit(1).cast("bigint"), "_versions": F.lit(1)})
     kept = nullified(counted.unionByName(latest_per_key(several, table)), table.rules, config)
