@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from compare_runs import differences
-from conftest import AS_OF, ENGINE
+from conftest import AS_OF, ENGINE, SMALL
 from pyspark.errors import AnalysisException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -47,9 +47,9 @@ from data_pipeline import (
 pytestmark = pytest.mark.skipif(ENGINE == "sail", reason="Sail runs within one process")
 
 # What the run that all others are compared with was told.
-FLAGS = (
-    "--num-customers=2000", "--num-transactions=10000", "--num-products=100", f"--as-of-date={AS_OF}",
-)  # fmt: skip
+FLAGS = (*(f"--{name.replace('_', '-')}={rows}" for name, rows in SMALL.items()), f"--as-of-date={AS_OF}")
+# Programs of a minute: the thorough compiler takes longer than it saves, and with it several of them share two cores.
+QUICK = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 
 
 def free_port() -> int:
@@ -82,7 +82,9 @@ class Cluster:
         with open(self.folder / f"{name}.log", "wb") as log:
             self.machines[name] = subprocess.Popen(
                 [*command, *arguments],
-                env=os.environ | {"SPARK_HOME": str(home), "JAVA_HOME": str(java), "SPARK_DAEMON_MEMORY": "256m"},
+                env=os.environ
+                | {"SPARK_HOME": str(home), "JAVA_HOME": str(java), "SPARK_DAEMON_MEMORY": "256m"}
+                | {"JDK_JAVA_OPTIONS": QUICK},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -152,7 +154,7 @@ def folder(home: Path) -> Path:
 
 @pytest.mark.slow
 def test_spark_submit_gives_the_tables_of_a_local_run(
-    make_cluster: MakeCluster, report: RunRecord, tmp_path: Path
+    make_cluster: MakeCluster, first_run: tuple[DataPipelineConfig, RunRecord], tmp_path: Path
 ) -> None:
     cluster = make_cluster("one", "two")
     submit = ("--master", cluster.url, "--conf", "spark.driver.host=127.0.0.1", "--executor-cores", "1")
@@ -167,36 +169,36 @@ def test_spark_submit_gives_the_tables_of_a_local_run(
         log, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert f"Executors on {cluster.url}: 2\n" in log
-    assert differences(report.data_dir, folder(tmp_path)) == []
+    assert differences(first_run[1].data_dir, folder(tmp_path)) == []
     assert not list(folder(tmp_path).glob("snapshots/*/probe"))
 
 
 @pytest.mark.slow
-def test_run_survives_a_worker_and_the_master(make_cluster: MakeCluster, report: RunRecord, tmp_path: Path) -> None:
+def test_run_survives_a_worker_and_the_master(
+    make_cluster: MakeCluster, first_run: tuple[DataPipelineConfig, RunRecord], tmp_path: Path
+) -> None:
     """What the dead worker held of silver is computed again; executors work on without a master."""
     cluster = make_cluster("one", "two")
     deaths = {"/quarantine/": ("one",), "GOLD LAYER": ("master",)}
     code, log = run(tmp_path, cluster, "--shuffle-partitions=4", killing=deaths)
     assert code == 0, log
     assert f"Executors on {cluster.url}: 2\n" in log
-    assert differences(report.data_dir, folder(tmp_path)) == []
+    assert differences(first_run[1].data_dir, folder(tmp_path)) == []
 
 
 @pytest.mark.slow
-def test_nothing_to_run_on(
-    make_cluster: MakeCluster, small: Callable[..., DataPipelineConfig], spark: SparkSession, tmp_path: Path
-) -> None:
+def test_nothing_to_run_on(make_cluster: MakeCluster, published: DataPipelineConfig, tmp_path: Path) -> None:
     """No machine has room, or none is left in the middle of silver: a clear end, and what was published stays."""
-    config = small(data_dir=str(folder(tmp_path)))
-    published = f"snapshots/{run_pipeline(config, spark).run_id}"
+    folder(tmp_path).symlink_to(published.root)
+    before = os.readlink(folder(tmp_path) / "current")
     cluster = make_cluster("one")
     dead = {"SILVER LAYER": ("master", "one")}
     for flag, killing, where in ("--executor-memory=99g", {}, "start of the executors:"), ("--seed=42", dead, ""):
         code, log = run(tmp_path, cluster, flag, "--cluster-timeout=12", killing=killing)
         assert (code, log.count("ERROR")) == (2, 1), log
         assert f"{cluster.url} left the run without an executor for 12 s, in {where}" in log
-        assert os.readlink(folder(tmp_path) / "current") == published
-        assert record_of_last_run(config)["result"] == "failed"
+        assert os.readlink(folder(tmp_path) / "current") == before
+        assert record_of_last_run(published)["result"] == "failed"
         assert len(list(folder(tmp_path).glob("snapshots/*"))) == 1
 
 
