@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -41,6 +42,12 @@ class Outcome(NamedTuple):
     record: Any
 
 
+@functools.cache
+def pip_cache() -> str:
+    """The folder of packages that are not downloaded anew for each home."""
+    return subprocess.check_output([sys.executable, "-m", "pip", "cache", "dir"], text=True).strip()
+
+
 @dataclass(frozen=True)
 class VM:
     home: Path
@@ -51,9 +58,7 @@ class VM:
     def command(self, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
         outer = ("PIPELINE_", "GITHUB_", "SPARK_", "JAVA_", "RUNNER_")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(outer)}
-        # Not downloaded anew for each home.
-        cache = subprocess.check_output([sys.executable, "-m", "pip", "cache", "dir"], text=True).strip()
-        own = {"HOME": str(self.home), "ARTIFACT": str(self.artifact), "PIP_CACHE_DIR": cache}
+        own = {"HOME": str(self.home), "ARTIFACT": str(self.artifact), "PIP_CACHE_DIR": pip_cache()}
         return subprocess.run(
             command,
             env=kept | own | variables,
@@ -156,16 +161,6 @@ def test_second_push_reuses_the_environment(vm: VM, first: Outcome) -> None:
     assert vm.published == second.record["run_id"] > first.record["run_id"]
 
 
-def test_broken_environment_is_recreated(vm: VM, first: Outcome) -> None:
-    package = next((vm.home / "spark-env/lib").glob("python*/site-packages/findspark.py"))
-    package.unlink()
-    outcome = vm.act("push", **SMALL)
-    assert outcome.code == 0, outcome.output
-    assert "Created the environment" in outcome.output
-    assert "it was broken" in outcome.output
-    assert package.exists()
-
-
 def test_refused_run_leaves_release_and_data(vm: VM, first: Outcome) -> None:
     in_use, published = vm.in_use, vm.published
     outcome = vm.act("push", **SMALL, PIPELINE_MAX_QUARANTINE_RATE="0")
@@ -177,18 +172,38 @@ def test_refused_run_leaves_release_and_data(vm: VM, first: Outcome) -> None:
     assert f"## ⛔ Pipeline run {outcome.record['run_id']}: refused" in outcome.output
 
 
-def test_by_hand_with_inputs_and_as_a_dry_run(vm: VM, first: Outcome) -> None:
-    in_use, published = vm.in_use, vm.published
+class Tried(NamedTuple):
+    before: tuple[str, str]  # the release in use, and the published run
+    package: Path
+    outcome: Outcome
+
+
+@pytest.fixture(scope="module")
+def tried(vm: VM, first: Outcome) -> Tried:
+    """A commit that is tried by hand, with inputs and as a dry run, where a package of the environment is missing."""
+    before = vm.in_use, vm.published
+    package = next((vm.home / "spark-env/lib").glob("python*/site-packages/findspark.py"))
+    package.unlink()
     (vm.repository / "README.md").write_text("A commit to try\n")
     vm.commit("To try")
     inputs = {"num_customers": "40", "num_transactions": "90", "as_of_date": "2026-03-04", "dry_run": "true"}
     flags = [part for name, value in inputs.items() for part in ("--input", f"{name}={value}")]
-    outcome = vm.act("workflow_dispatch", *flags, **SMALL)
-    assert outcome.code == 0, outcome.output
-    config = outcome.record["config"]
+    return Tried(before, package, vm.act("workflow_dispatch", *flags, **SMALL))
+
+
+def test_broken_environment_is_recreated(tried: Tried) -> None:
+    assert tried.outcome.code == 0, tried.outcome.output
+    assert "Created the environment" in tried.outcome.output
+    assert "it was broken" in tried.outcome.output
+    assert tried.package.exists()
+
+
+def test_by_hand_with_inputs_and_as_a_dry_run(vm: VM, tried: Tried) -> None:
+    assert tried.outcome.code == 0, tried.outcome.output
+    config = tried.outcome.record["config"]
     assert (config["num_customers"], config["num_transactions"], config["num_products"]) == (40, 90, 20)
     assert config["as_of_date"] == "2026-03-04"
-    assert (vm.in_use, vm.published) == (in_use, published)
+    assert (vm.in_use, vm.published) == tried.before
 
 
 def test_input_that_cannot_be_used(vm: VM, first: Outcome) -> None:
