@@ -16,6 +16,7 @@ import duckdb
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 
+import data_pipeline
 from data_pipeline import LAYERS, DataPipelineConfig, RunRecord, create_spark_session, logger, preflight, run_pipeline
 
 AS_OF = date(2026, 3, 4)
@@ -98,6 +99,17 @@ def db(report: RunRecord) -> Iterator[duckdb.DuckDBPyConnection]:
     """The tables of the run; those of bronze and quarantine are called `bronze_customers` and so on."""
     with open_tables(report.data_dir) as connection:
         yield connection
+
+
+def at_close(monkeypatch: pytest.MonkeyPatch, callback: Callable[[], None]) -> None:
+    """Has the engine call something when it closes."""
+    real = data_pipeline.Engine.start
+
+    def start(engine: data_pipeline.Engine, spark_log: str) -> None:
+        real(engine, spark_log)
+        engine._started.callback(callback)
+
+    monkeypatch.setattr(data_pipeline.Engine, "start", start)
 
 
 def open_tables(root: str | Path) -> duckdb.DuckDBPyConnection:

@@ -16,7 +16,7 @@ from typing import Any
 
 import duckdb
 import pytest
-from conftest import ENGINE
+from conftest import ENGINE, at_close
 from pyspark.sql import SparkSession
 from test_alert import Receiver, receiver  # noqa: F401 - a fixture
 
@@ -124,6 +124,9 @@ def test_failure_in_the_middle(
     tmp_path: Path, run_here: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(data_pipeline, "products_active", lambda products: products.select("no_such_column"))
+    saved: list[str] = []
+    runs = tmp_path / "pipeline-data" / "runs"
+    at_close(monkeypatch, lambda: saved.extend(json.loads(path.read_text())["result"] for path in runs.glob("*.json")))
     code, log = run_here()
     assert code == 1
     assert "FAILED in silver.products_active" in log
@@ -131,7 +134,8 @@ def test_failure_in_the_middle(
     assert "no_such_column" in log
     assert "COMPLETED" not in log
     assert not (tmp_path / "pipeline-data" / "silver").exists()
-    [record] = (tmp_path / "pipeline-data" / "runs").glob("*.json")
+    assert saved == ["failed"], "before the engine stops"
+    [record] = runs.glob("*.json")
     content = json.loads(record.read_text())
     assert (content["result"], content["exit_code"], content["current_step"]) == ("failed", 1, "silver.products_active")
     assert "no_such_column" in content["error"]["traceback"]
