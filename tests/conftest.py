@@ -51,7 +51,11 @@ def spark(small: Callable[..., DataPipelineConfig]) -> Iterator[SparkSession]:
         del os.environ[variable]
     config = small(spark_master="local[2]")
     preflight(config)
-    session = create_spark_session(config)
+    options = os.environ.get("SPARK_SUBMIT_OPTS", "")
+    with pytest.MonkeyPatch.context() as patch:
+        # On two cores the threads of the default collector compete with those of the tests.
+        patch.setenv("SPARK_SUBMIT_OPTS", f"{options} -XX:+UseSerialGC")
+        session = create_spark_session(config)
     yield session
     session.stop()
 
