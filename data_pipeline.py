@@ -534,10 +534,10 @@ def ingest_bronze(run: Run, source: Source) -> dict[str, Received]:
         with run.step(f"{BRONZE}.{name}"):
             rows = with_lineage(source.delivery(run.engine.spark, name), table, run.record)
             counts = run.write(BRONZE, table, rows, {**violations, **sound})
-        if name not in source.derived and counts["rows"] != source.expected_rows[name]:
+        if counts["rows"] != (delivered := source.delivered_rows.get(name, counts["rows"])):
             raise PipelineError(
-                f"{counts['rows']:,} of {source.expected_rows[name]:,} records of {name} were kept: a model keeps "
-                f"every row of its own table; leave WHERE and DISTINCT out of {name}.sql, and let the rules reject rows"
+                f"{counts['rows']:,} rows came of {delivered:,} records of {name}: a model makes one row of each "
+                f"record of its table; see WHERE, DISTINCT and JOIN in {name}.sql, and let the rules reject rows"
             )
         return Received(
             run.read(BRONZE, table), {rule: counts[rule] for rule in violations}, {part: counts[part] for part in sound}
@@ -730,6 +730,13 @@ class Run:
         os.makedirs(folder, exist_ok=True)
         self._cached.callback(shutil.rmtree, folder, ignore_errors=True)
         return folder
+
+    def temporary_view(self, rows: DataFrame) -> str:
+        """Gives rows a name in SQL until the end of the layer, and returns it."""
+        name = f"rows_{secrets.token_hex(8)}"
+        rows.createOrReplaceTempView(name)
+        self._cached.callback(self.engine.spark.catalog.dropTempView, name)
+        return name
 
     def write_all(self, layer: str, builders: Mapping[str, Callable[[], DataFrame]]) -> dict[str, DataFrame]:
         """Builds and writes tables of a layer in parallel; returns them as read back."""
@@ -1268,11 +1275,11 @@ class Source(Protocol):
 
     @property
     def expected_rows(self) -> Mapping[str, int]:
-        """The rows of each bronze table; before `receive`, an estimate."""
+        """About how many rows each bronze table will have; 0 only where it may be empty."""
 
     @property
-    def derived(self) -> frozenset[str]:
-        """The tables for which that number stays an estimate."""
+    def delivered_rows(self) -> Mapping[str, int]:
+        """How many rows exactly, once they are received; without the tables for which the source cannot tell."""
 
     def receive(self, run: Run) -> None:
         """Receives what there is. Raises NotPublishedError where that cannot be used."""
@@ -1297,11 +1304,9 @@ class Generated:
         ConfigurationError: transactions without customers or products.
     """
 
-    derived: frozenset[str] = frozenset()
-
     def __init__(self, config: DataPipelineConfig) -> None:
         self.config = config
-        self.expected_rows: Mapping[str, int] = {
+        self.expected_rows = self.delivered_rows = {
             "customers": config.num_customers,
             "products": config.num_products,
             "transactions": config.num_transactions,
@@ -1349,15 +1354,19 @@ class LandedFiles:
         models_dir = expanded("models_dir", config.models_dir) if config.models_dir else self.root
         for folder in (self.root, models_dir):
             if not os.path.isdir(folder):
-                raise ConfigurationError(f"there is no folder {folder}: correct source_dir or models_dir")
+                raise ConfigurationError(
+                    f"there is no folder {folder} on this machine: correct source_dir or models_dir"
+                )
         self.files = list_files(self.root)
         self.models = read_models(models_dir)
         self.derived = frozenset(self.models) - {file.table for file in self.files}
-        self.expected_rows: dict[str, int] = {
+        self.expected_rows = {
             name: sum(file.estimated_rows for file in self.files if name in self.derived or file.table == name)
             for name in names(BRONZE)
         }
+        self.delivered_rows: dict[str, int] = {}
         self._records: dict[str, DataFrame] = {}
+        self._views: dict[str, str] = {}  # names of the records, for the models
         self._malformed: dict[str, DataFrame] = {}
 
     def check(self) -> None:
@@ -1394,18 +1403,19 @@ class LandedFiles:
         for name in names(BRONZE):
             own = [part for part in parts if part.table == name]
             self._records[name] = records_of(run.engine, [part for part in own if not part.is_malformed], self.files)
+            self._views[name] = run.temporary_view(self._records[name])
             if malformed := [part for part in own if part.is_malformed]:
                 self._malformed[name] = records_of(run.engine, malformed, self.files)
             if name not in self.derived:
                 read = [file for file in self.files if file.table == name and not file.problem]
-                self.expected_rows[name] = sum(file.rows + file.malformed for file in read)
+                self.delivered_rows[name] = sum(file.rows + file.malformed for file in read)
 
     def delivery(self, spark: SparkSession, name: str) -> DataFrame:
         """Returns the records of a bronze table, typed, and the lines that are no record."""
         table = TABLES[name]
         records = self._records[name]
         if name in self.models:
-            records = apply_model(spark, name, self.models[name], self._records)
+            records = apply_model(spark, name, self.models[name], self._views)
         rows = conformed(records, table, self.config)
         return rows.unionByName(malformed_rows(self._malformed[name], table)) if name in self._malformed else rows
 
@@ -1425,21 +1435,18 @@ def tables_in(model: str) -> set[str]:
     )
 
 
-def apply_model(spark: SparkSession, name: str, model: str, records: Mapping[str, DataFrame]) -> DataFrame:
-    """Returns the rows of a staging model, to which the records of each table are a table of its name.
+def apply_model(spark: SparkSession, name: str, model: str, views: Mapping[str, str]) -> DataFrame:
+    """Returns the rows of a staging model. `views` are the names of the records of each table in the session.
 
     Raises:
         PipelineError: the model is no query that can be understood.
     """
     from pyspark.errors import PySparkException
 
-    views = {table: f"landed_{secrets.token_hex(8)}" for table in tables_in(model)}
-    for table, view in views.items():
-        records[table].createOrReplaceTempView(view)
-    # As a WITH around the model, so that no name of the session is taken.
-    tables = ", ".join(f"{table} AS (SELECT * FROM {view})" for table, view in views.items())
+    # In the model each table has its own name, which is given by a WITH: the session may use that name otherwise.
+    inputs = ", ".join(f"{table} AS (SELECT * FROM {views[table]})" for table in sorted(tables_in(model)))
     try:
-        rows = spark.sql(f"{f'WITH {tables} ' if tables else ''}SELECT * FROM (\n{model}\n)")
+        rows = spark.sql(f"{f'WITH {inputs} ' if inputs else ''}SELECT * FROM (\n{model}\n)")
         rows.dtypes  # noqa: B018 - by which Connect and Sail analyse the query
     except PySparkException as error:
         message = str(error).strip().partition("\n")[0]
@@ -1447,7 +1454,7 @@ def apply_model(spark: SparkSession, name: str, model: str, records: Mapping[str
     given = {column.lower() for column in rows.columns}
     if missing := [column for column in required_columns(TABLES[name]) if column not in given]:
         raise PipelineError(f"the model {name}.sql returns no {', '.join(missing)}: name each, with AS, in its SELECT")
-    if "_source_row" not in given and name in views:
+    if "_source_row" not in given and name in tables_in(model):
         logger.warning("%s.sql drops _source_file and _source_row: quarantine will not say where a row was", name)
     return rows
 
@@ -3262,7 +3269,7 @@ FILE_FORMATS: Mapping[str, str] = {
 }  # fmt: skip
 UNFINISHED = re.compile(r"[._].*|.*[.](tmp|part|_COPYING_)")  # names of files that are still being written
 LANDED_COLUMNS: Mapping[str, str] = {"_delivery": "bigint", "_source_file": "string", "_source_row": "bigint"}
-FIELD_LIMIT = 16 * MILLION  # characters; an unclosed quote makes one field of the rest of the file
+FIELD_LIMIT = 4 * MILLION  # characters; an unclosed quote makes one field of the rest of the file
 
 
 class BadFileError(Exception):
@@ -3308,19 +3315,26 @@ def natural_order(path: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", path) if part]
 
 
+def _refuse_folder(error: OSError) -> NoReturn:
+    raise ConfigurationError(f"cannot read {error.filename}: {error.strerror}; correct it, or move it away") from None
+
+
 def list_files(root: str) -> list[LandedFile]:
     """Returns the files of the bronze tables in a folder, in natural order: the list is made once for a run."""
     found: list[LandedFile] = []
     unknown: list[LandedFile] = []
     for table in names(BRONZE):
-        for folder, folders, files in os.walk(root):
-            is_root = os.path.samefile(folder, root)
+        for folder, folders, files in os.walk(root, onerror=_refuse_folder):
+            is_root = folder == root
             folders[:] = [name for name in folders if (name == table if is_root else not UNFINISHED.fullmatch(name))]
             for name in files:
                 path = os.path.join(folder, name)
                 if UNFINISHED.fullmatch(name) or name.endswith(".sql") or (is_root and name.partition(".")[0] != table):
                     continue
-                state = os.stat(path)
+                try:
+                    state = os.stat(path)
+                except OSError as error:
+                    _refuse_folder(error)
                 file = LandedFile(table, os.path.relpath(path, root), state.st_size, state.st_mtime_ns)
                 (found if file.suffix in FILE_FORMATS else unknown).append(file)
     if unknown:
@@ -3367,14 +3381,15 @@ class FileReader:
 
         Files that cannot be read, or that change meanwhile, have a `problem` afterwards.
         """
-        csv.field_size_limit(FIELD_LIMIT)
-        with duckdb_connection(self.folder) as connection:
+        with csv_field_limit(FIELD_LIMIT), duckdb_connection(self.folder) as connection:
             for file in files:
                 try:
                     self._scan(connection, file)
                     if file.table not in with_models:
                         check_columns(file)
-                except (BadFileError, OSError, EOFError, ValueError, zlib.error) as error:
+                except (BadFileError, OSError, EOFError, UnicodeError, zlib.error) as error:
+                    if re.search(DISK_FULL, str(error)):
+                        raise
                     file.problem, file.is_bad = str(error) or type(error).__name__, True
             readable = [file for file in files if not file.problem]
             parts = [
@@ -3559,6 +3574,16 @@ class FileReader:
             return
         check_counts(connection, staged, group)
         yield Part(table, columns, staged)
+
+
+@contextlib.contextmanager
+def csv_field_limit(characters: int) -> Iterator[None]:
+    """Sets how long a field of CSV may be, for Python's reader, for the duration of the block."""
+    before = csv.field_size_limit(characters)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def csv_records(text: TextIO, delimiter: str, quote: str) -> Iterator[tuple[list[str], list[str]]]:
@@ -3833,6 +3858,9 @@ def inspect_source(config: DataPipelineConfig) -> Iterator[str]:
             name: records_of(engine, [part for part in parts if part.table == name and not part.is_malformed], sample)
             for name in names(BRONZE)
         }
+        views = {name: f"rows_{secrets.token_hex(8)}" for name in names(BRONZE)}
+        for name, view in views.items():
+            records[name].createOrReplaceTempView(view)
         for name in names(BRONZE):
             landed, read = ([file for file in files if file.table == name] for files in (source.files, sample))
             yield from ("", f"{name}: {len(read)} of {len(landed)} files read")
@@ -3843,9 +3871,11 @@ def inspect_source(config: DataPipelineConfig) -> Iterator[str]:
             if landed and not any(file.rows for file in read):
                 yield "  there is no record to look at"
             elif name in source.models or landed:
-                yield from inspect_table(engine.spark, source, name, records)
+                yield from inspect_table(engine.spark, source, name, records[name], views)
             if name not in source.models:
                 yield from proposed_model(name, records)
+        for view in views.values():
+            engine.spark.catalog.dropTempView(view)
 
 
 def sampled(files: Sequence[LandedFile]) -> Iterator[LandedFile]:
@@ -3860,13 +3890,13 @@ def sampled(files: Sequence[LandedFile]) -> Iterator[LandedFile]:
 
 
 def inspect_table(
-    spark: SparkSession, source: LandedFiles, name: str, records: Mapping[str, DataFrame]
+    spark: SparkSession, source: LandedFiles, name: str, rows: DataFrame, views: Mapping[str, str]
 ) -> Iterator[str]:
     """Returns how each column of a table is filled, and which rules the sample violates."""
-    table, rows = TABLES[name], records[name]
+    table = TABLES[name]
     try:
         if name in source.models:
-            rows = apply_model(spark, name, source.models[name], records)
+            rows = apply_model(spark, name, source.models[name], views)
         typed = conformed(rows, table, source.config)
         given = {column.strip().lower(): (column, kind) for column, kind in rows.dtypes}
         by = f"by {name}.sql" if name in source.models else "by its name"

@@ -526,7 +526,8 @@ def test_staging_models_rename_fill_and_derive(shop: Callable[..., RunRecord]) -
 
 
 MODELS: dict[str, tuple[str, str]] = {
-    "WHERE": ("SELECT * FROM transactions WHERE status = 'x'", "0 of 1 records of transactions were kept"),
+    "WHERE": ("SELECT * FROM transactions WHERE status = 'x'", "0 rows came of 1 records of transactions"),
+    "JOIN": ("SELECT t.* FROM transactions t CROSS JOIN products", "2 rows came of 1 records of transactions"),
     "unknown column": ("SELECT nothing AS status FROM transactions", "transactions.sql cannot be used: .*nothing"),
     "no SQL": ("SELEC * FROM transactions", "transactions.sql cannot be used: "),
     "lacks a column": ("SELECT transaction_id, amount FROM transactions", "returns no product_id, payment_method"),
@@ -725,3 +726,22 @@ def test_every_format_gives_the_same_rows(
         found[row["_delivery"]].append(tuple(row[name] for name in rows[0]))
     wanted = Counter(tuple(row.values()) for row in rows)
     assert {delivery: Counter(values) for delivery, values in found.items()} == dict.fromkeys(range(3, 8), wanted)
+
+
+def test_source_of_which_nothing_can_be_read_is_refused(shop: Callable[..., RunRecord]) -> None:
+    """Going on without bad files must not publish empty tables."""
+    with pytest.raises(NotPublishedError, match="no rows were received"):
+        shop({"transactions/1.csv": b"\xff\xff"}, on_bad_file="quarantine")
+
+
+def test_run_leaves_no_view_in_the_session(shop: Callable[..., RunRecord], spark: SparkSession) -> None:
+    before = {table.name for table in spark.catalog.listTables()}
+    shop({"transactions.sql": "SELECT * FROM transactions"})
+    assert {table.name for table in spark.catalog.listTables()} == before
+
+
+def test_link_that_leads_nowhere_is_named(small: Small, tmp_path: Path) -> None:
+    land(tmp_path, {"customers.csv": CUSTOMERS, "products.csv": PRODUCTS})
+    (tmp_path / "transactions.csv").symlink_to(tmp_path / "gone")
+    with pytest.raises(ConfigurationError, match=r"cannot read .*transactions\.csv: No such file or directory"):
+        open_source(small(source_dir=str(tmp_path)))
