@@ -1306,7 +1306,8 @@ class Generated:
 
     def __init__(self, config: DataPipelineConfig) -> None:
         self.config = config
-        self.expected_rows = self.delivered_rows = {
+        self.delivered_rows: Mapping[str, int] = {}  # the gate and the audit judge them
+        self.expected_rows = {
             "customers": config.num_customers,
             "products": config.num_products,
             "transactions": config.num_transactions,
