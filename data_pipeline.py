@@ -237,7 +237,8 @@ def _character(value: Any) -> str:
 
 
 def _encoding(value: Any) -> str:
-    return codecs.lookup(_text(value)).name
+    "".encode(encoding := codecs.lookup(_text(value)).name)  # raises LookupError where it is none of text
+    return encoding
 
 
 def _time_zone(value: Any) -> str:
@@ -440,6 +441,8 @@ def check_config(config: DataPipelineConfig) -> None:
             "the thresholds must rise: silver_above < gold_above < premium_above, not "
             f"{config.silver_above}, {config.gold_above}, {config.premium_above}"
         )
+    if config.source_delimiter == config.source_quote:
+        raise ConfigurationError(f"source_delimiter and source_quote are both {config.source_quote!r}: change one")
     if config.as_of_date > (today := _now().date()):
         raise ConfigurationError(f"as_of_date {config.as_of_date} lies in the future: today is {today} in UTC")
     config.root  # noqa: B018 - raises when the folder cannot be named
@@ -1358,6 +1361,8 @@ class LandedFiles:
                 raise ConfigurationError(
                     f"there is no folder {folder} on this machine: correct source_dir or models_dir"
                 )
+        if any(f"{config.root}/".startswith(f"{os.path.join(self.root, name)}/") for name in names(BRONZE)):
+            raise ConfigurationError(f"data_dir {config.root} lies within a table of source_dir: choose another")
         self.files = list_files(self.root)
         self.models = read_models(models_dir)
         self.derived = frozenset(self.models) - {file.table for file in self.files}
@@ -1422,11 +1427,15 @@ class LandedFiles:
 
 
 def read_models(folder: str) -> dict[str, str]:
-    """Returns the staging models in a folder, by the name of their table."""
-    paths = {name: Path(folder, f"{name}.sql") for name in names(BRONZE)}
-    return {
-        name: path.read_text(encoding="utf-8").strip().rstrip(";") for name, path in paths.items() if path.is_file()
-    }
+    """Returns the staging models in a folder, by the name of their table. Raises ConfigurationError."""
+    models = {}
+    for name in names(BRONZE):
+        if os.path.lexists(path := os.path.join(folder, f"{name}.sql")):
+            try:
+                models[name] = Path(path).read_text(encoding="utf-8-sig").strip().rstrip(";")
+            except (OSError, UnicodeError) as error:
+                raise ConfigurationError(f"cannot read the model {path}: {error}") from None
+    return models
 
 
 def tables_in(model: str) -> set[str]:
@@ -1445,14 +1454,16 @@ def apply_model(spark: SparkSession, name: str, model: str, views: Mapping[str, 
     from pyspark.errors import PySparkException
 
     # In the model each table has its own name, which is given by a WITH: the session may use that name otherwise.
-    inputs = ", ".join(f"{table} AS (SELECT * FROM {views[table]})" for table in sorted(tables_in(model)))
+    inputs = ", ".join(f"{table} AS (SELECT * FROM {views[table]})" for table in names(BRONZE))
     try:
-        rows = spark.sql(f"{f'WITH {inputs} ' if inputs else ''}SELECT * FROM (\n{model}\n)")
+        rows = spark.sql(f"WITH {inputs} SELECT * FROM (\n{model}\n)")
         rows.dtypes  # noqa: B018 - by which Connect and Sail analyse the query
     except PySparkException as error:
         message = str(error).strip().partition("\n")[0]
         raise PipelineError(f"the model {name}.sql cannot be used: {message}") from error
-    given = {column.lower() for column in rows.columns}
+    given = [column.lower() for column in rows.columns]
+    if repeated := [column for column in given if given.count(column) > 1]:
+        raise PipelineError(f"the model {name}.sql returns two columns {repeated[0]}: list the columns instead of *")
     if missing := [column for column in required_columns(TABLES[name]) if column not in given]:
         raise PipelineError(f"the model {name}.sql returns no {', '.join(missing)}: name each, with AS, in its SELECT")
     if "_source_row" not in given and name in tables_in(model):
@@ -1478,9 +1489,12 @@ def parsed(text: str, kind: str, config: DataPipelineConfig) -> str:
     text = f"trim({text})"
     if config.source_decimal == "," and kind.startswith(("decimal", "double")):
         text = f"CASE WHEN NOT contains({text}, '.') THEN translate({text}, ',', '.') END"
-    matching = f"CASE WHEN {text} RLIKE r'^{TEXT_PATTERNS[kind.partition('(')[0]]}\\z' THEN {text} END"
+    pattern = TEXT_PATTERNS[kind.partition("(")[0]]
     if kind in ("int", "bigint"):
-        matching = f"regexp_replace({matching}, '[.]0*$', '')"
+        pattern = pattern.replace("[.]", f"[{config.source_decimal}]")
+    matching = f"CASE WHEN {text} RLIKE r'^{pattern}\\z' THEN {text} END"
+    if kind in ("int", "bigint"):
+        matching = f"regexp_replace({matching}, '[{config.source_decimal}]0*$', '')"
     value = f"try_cast({matching} AS {kind})"
     if kind == "double":
         return f"CASE WHEN abs({value}) < CAST('Infinity' AS DOUBLE) THEN {value} END"
@@ -3324,22 +3338,28 @@ def list_files(root: str) -> list[LandedFile]:
     """Returns the files of the bronze tables in a folder, in natural order: the list is made once for a run."""
     found: list[LandedFile] = []
     unknown: list[LandedFile] = []
-    for table in names(BRONZE):
-        for folder, folders, files in os.walk(root, onerror=_refuse_folder):
-            is_root = folder == root
-            folders[:] = [name for name in folders if (name == table if is_root else not UNFINISHED.fullmatch(name))]
-            for name in files:
-                path = os.path.join(folder, name)
-                if UNFINISHED.fullmatch(name) or name.endswith(".sql") or (is_root and name.partition(".")[0] != table):
-                    continue
-                try:
-                    state = os.stat(path)
-                except OSError as error:
-                    _refuse_folder(error)
-                file = LandedFile(table, os.path.relpath(path, root), state.st_size, state.st_mtime_ns)
-                (found if file.suffix in FILE_FORMATS else unknown).append(file)
+    seen: set[str] = set()
+    for folder, folders, files in os.walk(root, onerror=_refuse_folder, followlinks=True):
+        is_root = folder == root
+        wanted = (name for name in folders if (name in names(BRONZE) if is_root else not UNFINISHED.fullmatch(name)))
+        # A link may lead back to a folder above it.
+        folders[:] = [name for name in wanted if os.path.realpath(os.path.join(folder, name)) not in seen]
+        seen.update(os.path.realpath(os.path.join(folder, name)) for name in folders)
+        for name in files:
+            if UNFINISHED.fullmatch(name) or name.endswith(".sql"):
+                continue
+            path = os.path.join(folder, name)
+            try:
+                state = os.stat(path)
+            except OSError as error:
+                _refuse_folder(error)
+            relative = os.path.relpath(path, root)
+            table = name.partition(".")[0] if is_root else relative.partition(os.sep)[0]
+            file = LandedFile(table, relative, state.st_size, state.st_mtime_ns)
+            (found if file.suffix in FILE_FORMATS and table in names(BRONZE) else unknown).append(file)
     if unknown:
-        logger.warning("%d files are skipped, whose names have no known ending: %s …", len(unknown), unknown[0].path)
+        text = "%d files are skipped, whose names are of no table or have no known ending: %s …"
+        logger.warning(text, len(unknown), unknown[0].path)
     found.sort(key=lambda file: (names(BRONZE).index(file.table), natural_order(file.path)))
     return [dataclasses.replace(file, delivery=number) for number, file in enumerate(found, start=1)]
 
@@ -3374,7 +3394,8 @@ class FileReader:
         self.folder = folder
         self.config = config
         self.copies: dict[int, str] = {}  # by delivery
-        self.keys: dict[str, dict[str, str]] = {}  # of the JSON objects of each table: c0, c1 … by name
+        # Of the objects of each table, by the name in lower case: the name as landed, and c0, c1 …
+        self.keys: dict[str, dict[str, tuple[str, str]]] = {}
         self.parquet_types: dict[int, tuple[tuple[str, str], ...]] = {}
 
     def read(self, files: Sequence[LandedFile], with_models: Iterable[str]) -> list[Part]:
@@ -3391,7 +3412,8 @@ class FileReader:
                 except (BadFileError, OSError, EOFError, UnicodeError, zlib.error) as error:
                     if re.search(DISK_FULL, str(error)):
                         raise
-                    file.problem, file.is_bad = str(error) or type(error).__name__, True
+                    advice = "; see --source-encoding" if isinstance(error, UnicodeError) else ""
+                    file.problem, file.is_bad = (str(error) or type(error).__name__) + advice, True
             readable = [file for file in files if not file.problem]
             parts = [
                 part
@@ -3483,7 +3505,7 @@ class FileReader:
         """Copies the records of a file that has one a line, as JSON objects with the keys c0, c1 and so on."""
         keys = self.keys.setdefault(file.table, {})
         found: dict[str, None] = {}
-        parse = parse_object if FILE_FORMATS[file.suffix] == "json" else lambda line: {"value": line.rstrip("\r\n")}
+        is_json, decimal = FILE_FORMATS[file.suffix] == "json", self.config.source_decimal
         with self._text(file) as text:
             for line in text:
                 file.lines += 1
@@ -3491,9 +3513,12 @@ class FileReader:
                     file.blank += 1
                     continue
                 try:
-                    record = parse(line)
-                    found |= dict.fromkeys(record)
-                    row = {keys.setdefault(name, f"c{len(keys)}"): value for name, value in record.items()}
+                    record = parse_object(line, decimal) if is_json else {"value": without_newline([line])}
+                    row = {}
+                    for name, value in record.items():
+                        landed = name.strip() or "column_0"
+                        landed, key = keys.setdefault(landed.lower(), (landed, f"c{len(keys)}"))
+                        found[landed], row[key] = None, value
                     text_of_row = json.dumps({"_source_row": file.rows + file.malformed + 1, **row}, ensure_ascii=False)
                     text_of_row.encode()
                 except (ValueError, RecursionError):
@@ -3525,6 +3550,11 @@ class FileReader:
         except duckdb.Error as error:
             raise BadFileError(str(error).partition("\n")[0]) from None
         file.columns = column_names([row["column_name"] for row in described])
+        for row in described:
+            if re.match("TIMESTAMP_NS|TIME$|TIME |INTERVAL|UUID", row["column_type"]):
+                raise BadFileError(
+                    f"its column {row['column_name']} is {row['column_type']}, which Spark does not read"
+                )
         file.rows = int(counted["n"])
         self.parquet_types[file.delivery] = tuple((row["column_name"], row["column_type"]) for row in described)
 
@@ -3542,7 +3572,7 @@ class FileReader:
             if group[0].suffix == ".parquet":
                 yield Part(table, group[0].columns, landed={file.delivery: self._link(file) for file in group})
             else:
-                columns = list(self.keys[table]) if kind == "objects" else group[0].columns
+                columns = [name for name, _ in self.keys[table].values()] if kind == "objects" else group[0].columns
                 yield from self._staged(connection, table, columns, group)
         if malformed := [file for file in files if file.malformed]:
             paths = [os.path.join(self.folder, f"{file.delivery}.malformed") for file in malformed]
@@ -3608,24 +3638,35 @@ def csv_records(text: TextIO, delimiter: str, quote: str) -> Iterator[tuple[list
         ) from None
 
 
-def parse_object(line: str) -> dict[str, str | None]:
-    """Returns the values of a JSON object as text, numbers as they are written. Raises ValueError for anything else."""
+NUMBER = secrets.token_hex(8)  # marks the text of a JSON number among texts
+
+
+def parse_object(line: str, decimal: str = ".") -> dict[str, str | None]:
+    """Returns the values of a JSON object as text, numbers as they are written but with this decimal separator.
+
+    Raises:
+        ValueError: the line is not one JSON object with different keys.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(found := dict(pairs)) < len(pairs):
+        if len({name.strip().lower() for name, _ in pairs}) < len(pairs):
             raise ValueError("a key is repeated")
-        return found
+        return dict(pairs)
 
     def no_number(text: str) -> NoReturn:
         raise ValueError(f"{text} is no number")
 
-    parsed = json.loads(line, object_pairs_hook=unique, parse_int=str, parse_float=str, parse_constant=no_number)
+    def as_text(value: Any) -> str | None:
+        if isinstance(value, str):
+            return value.removeprefix(NUMBER).replace(".", decimal) if value.startswith(NUMBER) else value
+        text = json.dumps(value, ensure_ascii=False)
+        return None if value is None else re.sub(f'"{NUMBER}([^"]*)"', r"\1", text)
+
+    numbers: dict[str, Any] = dict.fromkeys(("parse_int", "parse_float"), NUMBER.__add__)
+    parsed = json.loads(line, object_pairs_hook=unique, parse_constant=no_number, **numbers)
     if not isinstance(parsed, dict):
         raise ValueError("it is no object")
-    return {
-        name: value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        for name, value in parsed.items()
-    }
+    return {name: as_text(value) for name, value in parsed.items()}
 
 
 def column_names(header: Sequence[str]) -> list[str]:
@@ -3634,8 +3675,9 @@ def column_names(header: Sequence[str]) -> list[str]:
     lower = [name.lower() for name in found]
     if repeated := [name for name in found if lower.count(name.lower()) > 1]:
         raise BadFileError(f"two columns are called {repeated[0]}")
-    if reserved := {*lower} & {*LANDED_COLUMNS, "_record", "_rescued_data"}:
-        raise BadFileError(f"a column is called {min(reserved)}, a name that the pipeline needs itself")
+    reserved = {*LANDED_COLUMNS, "_record", "_rescued_data"}
+    if ours := [name for name in lower if name in reserved or name.startswith("_typed_")]:
+        raise BadFileError(f"a column is called {ours[0]}, a name that the pipeline needs itself")
     return found
 
 
@@ -3653,7 +3695,9 @@ def check_columns(file: LandedFile) -> None:
     """Checks that a file has the columns that its table requires. Raises BadFileError."""
     given = {name.lower() for name in file.columns}
     missing = [name for name in required_columns(TABLES[file.table]) if name not in given]
-    if missing and (file.columns or file.rows):
+    if missing and len(file.columns) == 1 and (found := re.search(r"[;,|\t]", file.columns[0])):
+        raise BadFileError(f"its only column is {file.columns[0]}: is {found[0]!r} the delimiter (--source-delimiter)?")
+    if missing and (file.columns or file.rows or file.malformed):
         raise BadFileError(
             f"it has no {', '.join(missing)}, but {', '.join(file.columns) or 'nothing'}: write a "
             f"model {file.table}.sql that makes them (--inspect-source proposes one)"
@@ -3661,8 +3705,13 @@ def check_columns(file: LandedFile) -> None:
 
 
 def sql_text(text: str) -> str:
-    """Returns a text as a literal of SQL."""
-    return "'{}'".format(text.replace("'", "''"))
+    """Returns a text as a literal of DuckDB's SQL; what is not UTF-8 is replaced."""
+    return "'{}'".format(os.fsencode(text).decode(errors="replace").replace("'", "''"))
+
+
+def spark_text(text: str) -> str:
+    """Returns a text as a literal of Spark SQL; what is not UTF-8 is replaced."""
+    return "'{}'".format(os.fsencode(text).decode(errors="replace").replace("\\", "\\\\").replace("'", "\\'"))
 
 
 def text_columns(columns: Iterable[str]) -> str:
@@ -3693,8 +3742,7 @@ def numbered(reading: str, width: int, files: Sequence[LandedFile], in_place: bo
     """Returns the query of the records in files, with the number of each in its file: by its place, or as copied."""
     starts = itertools.accumulate((file.rows if in_place else 0 for file in files), initial=0)
     places = ", ".join(
-        f"({file.delivery}, {sql_text(os.fsencode(file.path).decode(errors='replace'))}, {start})"
-        for file, start in zip(files, starts, strict=False)
+        f"({file.delivery}, {sql_text(file.path)}, {start})" for file, start in zip(files, starts, strict=False)
     )
     row = "row_number() OVER ()" if in_place else "CAST(_source_row AS BIGINT)"
     columns = "".join(f"c{n}, " for n in range(width))
@@ -3759,8 +3807,8 @@ def records_of(engine: Engine, parts: Sequence[Part], files: Sequence[LandedFile
         columns = []
         for key, spelling in spellings.items():
             [kind] = kinds[key] if len(kinds[key]) == 1 else ["string"]
-            name, given_kind = given.get(key, ("", ""))
-            value = quoted(name) if name else "NULL"
+            name, given_kind = given.get(key, (None, ""))
+            value = "NULL" if name is None else quoted(name)
             text = as_text(value, given_kind) if kind == "string" else value
             columns.append(F.expr(text).cast(kind).alias(spelling))
         return frame.select(*columns)
@@ -3791,7 +3839,7 @@ def frame_of(engine: Engine, part: Part, files: Sequence[LandedFile]) -> DataFra
         named = (F.col(column).alias(name) for column, name in zip(columns, part.columns, strict=True))
         return rows.select(*named, *LANDED_COLUMNS)
     rows = engine.read_landed(part.landed)
-    places = ", ".join(f"({file.delivery}, {sql_text(file.path)})" for file in files if file.delivery in part.landed)
+    places = ", ".join(f"({file.delivery}, {spark_text(file.path)})" for file in files if file.delivery in part.landed)
     paths = engine.spark.sql(f"SELECT CAST(col1 AS BIGINT) AS _delivery, col2 AS _source_file FROM VALUES {places}")
     named = (F.col(quoted(name)).alias(name.strip()) for name in rows.columns)
     return (
@@ -3867,7 +3915,7 @@ def inspect_source(config: DataPipelineConfig) -> Iterator[str]:
             yield from ("", f"{name}: {len(read)} of {len(landed)} files read")
             for file in read:
                 found = f"cannot be read: {file.problem}" if file.problem else f"{file.rows + file.malformed:,} records"
-                malformed = f", {file.malformed:,} lines that are none" if file.malformed else ""
+                malformed = f", of which {file.malformed:,} are malformed lines" if file.malformed else ""
                 yield f"  {file.path}: {found}{malformed}"
             if landed and not any(file.rows for file in read):
                 yield "  there is no record to look at"
@@ -3940,7 +3988,9 @@ def proposed_model(name: str, records: Mapping[str, DataFrame]) -> Iterator[str]
     for column, kind in table.columns():
         if found := nearest_column(column, free):
             free.remove(found)
-            expressions.append((f"{expression(found, column, kind, values[found])} AS {column}", ""))
+            others = {value.strip().lower() for value in values[found]} - set(STATUSES) if column == "status" else set()
+            remark = f"  -- map by CASE: {', '.join(sorted(others))}" if others else ""
+            expressions.append((f"{expression(found, column, kind, values[found])} AS {column}", remark))
         elif column in required_columns(table):
             first = FIRST_VALUES.get(column, f"CAST(NULL AS {kind})")
             expressions.append((f"{first} AS {column}", "  -- nothing looks like it: correct this"))
@@ -3975,16 +4025,14 @@ def expression(column: str, wanted: str, kind: str, values: Sequence[str]) -> st
         for format, spark_format in TIME_FORMATS.items():
             with contextlib.suppress(ValueError):
                 if values and all(datetime.strptime(value.strip(), format) for value in values):
-                    return f"to_{kind}({name}, '{spark_format}')"
+                    # Without a zone, so that the time zone of the settings applies.
+                    return f"to_{'timestamp_ntz' if kind == 'timestamp' else kind}({name}, '{spark_format}')"
     if kind == "bigint" and values and not all_like(TEXT_PATTERNS["bigint"]):
         return f"xxhash64({name})"
     if kind.startswith("decimal") and values and not all_like(TEXT_PATTERNS["decimal"]) and all_like(r"\D*[\d.]+\D*"):
         return f"regexp_replace({name}, '[^0-9.-]', '')"
-    if wanted == "status" and not set(values) <= set(STATUSES):
-        tidy = f"lower(trim({name}))"
-        others = sorted({value.strip().lower() for value in values} - set(STATUSES))[:5]
-        cases = "".join(f" WHEN {sql_text(other)} THEN 'completed'" for other in others)
-        return f"CASE {tidy}{cases} ELSE {tidy} END" if others else tidy
+    if wanted == "status":
+        return f"lower(trim({name}))"
     return name
 
 
@@ -4538,9 +4586,10 @@ def save_report(store: Store, history: Sequence[RunRecord]) -> None:
 def warn_of_anomalies(record: RunRecord, store: Store, factor: float) -> None:
     """Logs and records what differs much from the last runs. Anomalies do not block publishing."""
     with best_effort("The run is not compared with the last ones"):
-        record.anomalies += anomalies(record, store.history(), factor)
-    for line in record.anomalies:
-        logger.warning("%s", line)
+        found = anomalies(record, store.history(), factor)
+        record.anomalies += found
+        for line in found:
+            logger.warning("%s", line)
 
 
 def anomalies(record: RunRecord, history: Sequence[RunRecord], factor: float) -> list[str]:

@@ -151,7 +151,7 @@ TEXTS: dict[str, tuple[str, str | bytes, list[tuple[Any, ...]], list[tuple[Any, 
         "t.jsonl",
         '{"id": 12.50, "name": null}\n\n{"id": 1e3, "more": true}\n'
         '{"id": 12345678901234567890, "more": {"a": [1.50]}}\n',
-        [("12.50", None, None, 1), ("1e3", None, "true", 2), ("12345678901234567890", None, '{"a": ["1.50"]}', 3)],
+        [("12.50", None, None, 1), ("1e3", None, "true", 2), ("12345678901234567890", None, '{"a": [1.50]}', 3)],
         [], {},
     ),
     "no objects": (
@@ -214,7 +214,7 @@ def test_only_finished_files_of_known_formats_are_listed_in_natural_order(
               "transactions/a.xlsx"]  # fmt: skip
     land(tmp_path, dict.fromkeys([*wanted, *others], ""))
     assert [file.path for file in list_files(str(tmp_path))] == wanted
-    assert "1 files are skipped, whose names have no known ending: transactions/a.xlsx" in caplog.text
+    assert "2 files are skipped, whose names are of no table or have no known ending: orders.csv" in caplog.text
 
 
 def test_large_and_odd_values_survive(tmp_path: Path, small: Small) -> None:
@@ -658,11 +658,11 @@ def test_inspection_shows_what_would_become_of_a_source(tmp_path: Path, small: S
     land(tmp_path, {"transactions.csv": SHEET, "notes.md": "no table"})
     config = small(source_dir=str(tmp_path), source_delimiter=";", settle_seconds=0, max_quarantine_rate=1)
     shown = "\n".join(inspect_source(config))
-    assert "transactions.csv: 3 records, 1 lines that are none" in shown
+    assert "transactions.csv: 3 records, of which 1 are malformed lines" in shown
     assert re.search(r"amount +decimal\(12,2\) +← nothing: this is required", shown)
     models = dict(re.findall(r"a model to start from, (\w+\.sql):\n\n([\s\S]+?\n    FROM \w+)", shown))
     assert sorted(models) == ["customers.sql", "products.sql", "transactions.sql"]
-    assert "to_timestamp(day, 'd.M.yyyy') AS timestamp" in models["transactions.sql"]
+    assert "to_timestamp_ntz(day, 'd.M.yyyy') AS timestamp" in models["transactions.sql"], "in the configured time zone"
     corrections = {"CAST(NULL AS bigint)": "xxhash64(who)", "CAST(NULL AS string) AS product_id": "'A' AS product_id"}
     for wrong, right in corrections.items():
         models = {name: model.replace(wrong, right) for name, model in models.items()}
@@ -731,6 +731,92 @@ def test_source_of_which_nothing_can_be_read_is_refused(shop: Callable[..., RunR
     """Going on without bad files must not publish empty tables."""
     with pytest.raises(NotPublishedError, match="no rows were received"):
         shop({"transactions/1.csv": b"\xff\xff"}, on_bad_file="quarantine")
+
+
+def test_only_file_that_changes_is_no_reason_to_publish_nothing(
+    shop: Callable[..., RunRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FileReader, "_scan", lambda self, connection, file: os.utime(self._path(file), (0, 0)))
+    with pytest.raises(NotPublishedError, match="no rows were received"):
+        shop({})
+
+
+def test_decimal_commas_are_no_thousands(spark: SparkSession, small: Small, tmp_path: Path) -> None:
+    """In whole numbers too; a number of JSON has its point whatever the texts beside it have."""
+    header, order = ORDERS_HEADER.replace(",", ";"), "{};1;A;{};9,99;2026-03-01 10:00:00;paypal;completed\n"
+    json_order = dict(
+        zip(ORDERS_HEADER.split(","), ["T3", 1, "A", 2.0, 1.5, "2026-03-01", "paypal", "completed"], strict=True)
+    )
+    files = {"transactions/1.csv": header + "\n" + order.format("T1", "1.000") + order.format("T2", "1,0"),
+             "transactions/2.jsonl": json.dumps(json_order), "customers.csv": CUSTOMERS.replace(",", ";"),
+             "products.csv": PRODUCTS.replace(",", ";").replace(".", ",")}  # fmt: skip
+    config = small(source_dir=land(tmp_path, files), settle_seconds=0, source_decimal=",", source_delimiter=";")
+    rows = {row["transaction_id"]: (row["quantity"], row["amount"]) for row in delivered(spark, config, "transactions")}
+    assert rows == {"T1": (None, Decimal("9.99")), "T2": (1, Decimal("9.99")), "T3": (2, Decimal("1.50"))}
+
+
+def test_keys_of_objects_are_one_column_in_any_spelling(spark: SparkSession, small: Small, tmp_path: Path) -> None:
+    """Also those of a file that is left out."""
+    lines = [dict(zip(ORDERS_HEADER.split(","), ORDERS.splitlines()[1].split(","), strict=True)) for _ in range(3)]
+    for line, name in zip(lines, ("quantity", " Quantity", "QUANTITY"), strict=True):
+        line[name] = line.pop("quantity")
+    files = {f"transactions/{n}.jsonl": json.dumps({**line, "": "v"}) for n, line in enumerate(lines)}
+    files |= {"transactions/x.jsonl": '{"X": 1}\n{"x": 2}\n', "customers.csv": CUSTOMERS, "products.csv": PRODUCTS}
+    config = small(source_dir=land(tmp_path, files), settle_seconds=0, on_bad_file="quarantine")
+    rows = delivered(spark, config, "transactions")
+    assert [(row["quantity"], row["_rescued_data"]) for row in rows] == [(1, '{"column_0":"v"}')] * 3
+
+
+def test_names_of_files_and_folders(spark: SparkSession, small: Small, tmp_path: Path) -> None:
+    """Links to folders are followed, once; each name is in `_source_file` as it is."""
+    names_of_files = ["qu'ote", "back\\tslash", "a b", "%41", "[x]", "x=1/é"]
+    source = tmp_path / "source"
+    land(source, {"customers.csv": CUSTOMERS, "products.csv": PRODUCTS})
+    (tmp_path / "elsewhere").mkdir()
+    (source / "transactions").mkdir()
+    (source / "transactions/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/back").symlink_to(source / "transactions")
+    orders = pa.table(
+        {name: [value] for name, value in zip(ORDERS_HEADER.split(","), ORDERS.splitlines()[1].split(","), strict=True)}
+    )
+    for name in names_of_files:
+        land(tmp_path / "elsewhere", {f"{name}.csv": ORDERS})
+        pq.write_table(orders, tmp_path / f"elsewhere/{name}.parquet")
+    rows = delivered(spark, small(source_dir=str(source), settle_seconds=0), "transactions")
+    wanted = [f"transactions/linked/{name}.{ending}" for name in names_of_files for ending in ("csv", "parquet")]
+    assert sorted(row["_source_file"] for row in rows) == sorted(wanted)
+
+
+MISTAKES: dict[str, tuple[dict[str, str | bytes], dict[str, Any], str]] = {
+    "delimiter": ({"transactions/1.csv": ORDERS.replace(",", ";")}, {}, "is ';' the delimiter .--source-delimiter"),
+    "first line is blank": ({"transactions/1.csv": "\n" + ORDERS}, {}, "it has no transaction_id, .* but nothing"),
+    "encoding": ({"transactions/1.csv": LATIN}, {}, "can't decode byte 0xeb .*; see --source-encoding"),
+    "model with two columns of a name": (
+        {"transactions.sql": "SELECT *, upper(status) AS status FROM transactions"}, {}, "returns two columns status",
+    ),
+    "model in another encoding": ({"transactions.sql": LATIN}, {}, "cannot read the model .*transactions.sql: 'utf-8'"),
+    "quote and delimiter": ({}, {"source_delimiter": '"'}, "source_delimiter and source_quote are both '\"'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistake_is_one_line(case: str, shop: Callable[..., RunRecord]) -> None:
+    files, values, message = MISTAKES[case]
+    with pytest.raises(PipelineError, match=message):
+        shop(files, **values)
+
+
+def test_model_as_an_editor_writes_it(shop: Callable[..., RunRecord]) -> None:
+    """With a byte order mark, a WITH of its own, a join by comma, and a semicolon."""
+    model = "\ufeff-- ours\nWITH t AS (SELECT * FROM transactions)\nSELECT t.* FROM t, customers c "
+    model += "WHERE t.customer_id = c.customer_id;\n"
+    assert shop({"transactions.sql": model}).rows["bronze.transactions"] == 1
+
+
+def test_data_within_a_table_of_the_source_is_refused(small: Small, tmp_path: Path) -> None:
+    land(tmp_path, {"customers.csv": CUSTOMERS, "products.csv": PRODUCTS, "transactions/1.csv": ORDERS})
+    with pytest.raises(ConfigurationError, match="lies within a table of source_dir"):
+        open_source(small(source_dir=str(tmp_path), data_dir=str(tmp_path / "transactions/data")))
 
 
 def test_run_leaves_no_view_in_the_session(shop: Callable[..., RunRecord], spark: SparkSession) -> None:
