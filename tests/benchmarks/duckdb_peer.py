@@ -17,7 +17,20 @@ from datetime import date
 from typing import Any
 
 import duckdb
-from peer import Audited, ColumnProfile, Peer, clears, main, profiled, reference_rules, rejecting_rules, salt, weighted
+from peer import (
+    Audited,
+    ColumnProfile,
+    Peer,
+    clears,
+    delivery,
+    main,
+    parameters,
+    profiled,
+    reference_rules,
+    rejecting_rules,
+    salt,
+    weighted,
+)
 
 from data_pipeline import (
     AGE_GROUPS,
@@ -65,7 +78,8 @@ MACROS = f"""
 
 def sql(spark_sql: str) -> str:
     """An expression in Spark SQL as DuckDB understands it."""
-    tidy = spark_sql.replace(PAYMENT_METHOD, "tidy(payment_method)").replace("array(", "list_value(")
+    tidy = spark_sql.replace(PAYMENT_METHOD, "tidy(payment_method)")
+    tidy = tidy.replace("get_json_object(", "json_extract_string(")
     # SIMILAR TO compares the whole text, and the patterns are anchored at both ends.
     return tidy.replace(" RLIKE ", " SIMILAR TO ").replace("\\\\", "\\")
 
@@ -341,7 +355,8 @@ class DuckDB(Peer):
 
     def bronze(self) -> None:
         queries = {"customers": customers, "products": products, "transactions": transactions}
-        lineage = f"TIMESTAMPTZ '{self.ingested_at}' AS _ingested_at, '{self.run_id}' AS _run_id"
+        lineage = f"""TIMESTAMPTZ '{self.ingested_at}' AS _ingested_at, '{self.run_id}' AS _run_id,
+            {delivery(self.config)} AS _delivery, NULL AS _source_file, NULL AS _source_row, NULL AS _rescued_data"""
         for table in tables(BRONZE):
             self.save(BRONZE, table, f"SELECT *, {lineage} FROM ({queries[table.name](self.config)})")
             if table.name == "products":
@@ -381,7 +396,7 @@ class DuckDB(Peer):
             rule.column: f"CASE WHEN {fails[rule.name]} THEN NULL ELSE {rule.column} END" for rule in clears(table)
         }
         mended = ", ".join(f"{cleared.get(column, column)} AS {column}" for column in columns)
-        order = ", ".join(f"{sql(by)} DESC NULLS LAST" for by in (*table.sequence_by, *columns))
+        order = ", ".join(f"{sql(by)} DESC NULLS LAST" for by in (*table.sequence_by, "_delivery", *columns))
         # Only what others refer to is worth its memory.
         kind = "VIEW" if table.foreign_keys else "TABLE"
         self.db.execute(f"""
@@ -395,8 +410,8 @@ class DuckDB(Peer):
             CREATE TEMP VIEW {name}_once AS
                 FROM {name}_received ANTI JOIN {name}_set_aside USING ({key}) WHERE {key} IS NOT NULL;
             CREATE TEMP TABLE {name}_latest AS
-                FROM (SELECT {mended} FROM {name}_set_aside WHERE _reasons = [])
-                QUALIFY row_number() OVER (PARTITION BY {key} ORDER BY {order}) = 1;
+                SELECT {mended} FROM (FROM {name}_set_aside WHERE _reasons = []
+                    QUALIFY row_number() OVER (PARTITION BY {key} ORDER BY {order}) = 1);
             CREATE TEMP {kind} {name} AS SELECT {mended} FROM {name}_once UNION ALL FROM {name}_latest""")
         self.save(QUARANTINE, table, f"FROM {name}_set_aside WHERE _reasons <> []")
         self.account_for(table, fails, list(refusing))
@@ -409,8 +424,10 @@ class DuckDB(Peer):
         refused = ", ".join(f"count(*) FILTER ('{rule}' IN _reasons)" for rule in refusing)
         received, *warned_rows = self.one(f"SELECT count(*), {warned} FROM {name}_received")
         valid, *refused_rows = self.one(f"SELECT count(*) FILTER (_reasons = []), {refused} FROM {name}_set_aside")
-        latest, kept, repeated = self.one(f"""
+        columns = ", ".join(column for column, _ in table.columns())
+        latest, kept, versions, repeated = self.one(f"""
             SELECT (SELECT count(*) FROM {name}_latest), (SELECT count(*) FROM {name}),
+                (SELECT count(*) FROM (SELECT DISTINCT {columns} FROM {name}_set_aside WHERE _reasons = [])),
                 (SELECT coalesce(sum(times - 1), 0)::BIGINT
                     FROM (SELECT count(*) AS times FROM {name}_set_aside GROUP BY {table.key[0]}))""")
         counted = dict(zip((*warnings, *refusing), (*warned_rows, *refused_rows), strict=True))
@@ -420,12 +437,13 @@ class DuckDB(Peer):
             quarantined=self.rows[f"{QUARANTINE}.{name}"],
             duplicates=valid - latest,
             violations={rule: counted[rule] for rule in fails},
+            superseded=versions - latest,
         )
         self.account(table, quality, self.profiles(table), repeated)
 
     def violation(self, rule: Rule) -> str:
         """Whether a row breaks the rule."""
-        return "(" + sql(rule.violation).replace(":as_of_date", f"DATE '{self.config.as_of_date}'") + ")"
+        return "(" + sql(parameters(rule, self.config)) + ")"
 
     def profiles(self, table: Table) -> dict[str, ColumnProfile]:
         """The profile of each column of a bronze table."""

@@ -165,6 +165,18 @@ def clears(table: Table) -> list[Rule]:
     return [rule for rule in table.rules if rule.nullify]
 
 
+def parameters(rule: Rule, config: DataPipelineConfig) -> str:
+    """The rule's condition, with the values of the configuration."""
+    methods = "({})".format(", ".join(f"'{method}'" for method in config.payment_methods))
+    condition = rule.violation.replace(":as_of_date", f"DATE '{config.as_of_date}'")
+    return condition.replace(":payment_methods", methods)
+
+
+def delivery(config: DataPipelineConfig) -> int:
+    """The number of the generator's delivery."""
+    return int(f"{config.as_of_date:%Y%m%d}")
+
+
 def salt(seed: int, name: str) -> int:
     """63 bits that stand for a draw of this name."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()) >> 1

@@ -17,7 +17,20 @@ from datetime import date, datetime
 from typing import Any
 
 import polars as pl
-from peer import Audited, ColumnProfile, Peer, clears, main, profiled, reference_rules, rejecting_rules, salt, weighted
+from peer import (
+    Audited,
+    ColumnProfile,
+    Peer,
+    clears,
+    delivery,
+    main,
+    parameters,
+    profiled,
+    reference_rules,
+    rejecting_rules,
+    salt,
+    weighted,
+)
 
 from data_pipeline import (
     AGE_GROUPS,
@@ -67,13 +80,14 @@ def data_type(kind: str) -> pl.DataType:
 
 def sql(spark_sql: str) -> pl.Expr:
     """An expression in Spark SQL; a normalised payment method is looked up in the column `_tidy`."""
-    if ranked := re.fullmatch(r"array_position\(array\((.*)\), (\w+)\)", spark_sql):
-        words, column = ranked.groups()
-        return pl.col(column).cast(pl.Enum(re.findall(r"'(.*?)'", words)))
+    if ranked := re.fullmatch(r"CASE (\w+) ((?:WHEN '\w+' THEN \d+ )+)END", spark_sql):
+        column, cases = ranked.groups()
+        return pl.col(column).cast(pl.Enum(re.findall(r"'(.*?)'", cases)))
     polars_sql = spark_sql.replace(PAYMENT_METHOD, "_tidy").replace("\\\\", "\\")
     for pattern, replacement in (
         (r"trim\((\w+)\)", r"trim(BOTH ' ' FROM \1)"),
         (r"to_date\((\w+)\)", r"CAST(\1 AS DATE)"),
+        (r"get_json_object\(_rescued_data, '\$\.(\w+)'\)", r"_rescued_\1"),
         (r"isnan\((\w+)\)", r"\1 = CAST('nan' AS DOUBLE)"),
     ):
         polars_sql = re.sub(pattern, replacement, polars_sql)
@@ -481,7 +495,12 @@ class Polars(Peer):
 
     def bronze(self) -> None:
         for table in tables(BRONZE):
-            rows = self.build(table).with_columns(_ingested_at=self.ingested_at, _run_id=pl.lit(self.run_id))
+            rows = self.build(table).with_columns(
+                _ingested_at=self.ingested_at,
+                _run_id=pl.lit(self.run_id),
+                _delivery=pl.lit(delivery(self.config)),
+                **dict.fromkeys(("_source_file", "_source_row", "_rescued_data"), pl.lit(None)),
+            )
             self.save(BRONZE, table, rows)
             self.inputs[table.name] = self.read(BRONZE, table)
 
@@ -508,6 +527,11 @@ class Polars(Peer):
         received = self.read(BRONZE, table)
         if table.foreign_keys:
             received = received.with_columns(_tidy=tidy(received))
+        rescued = {name for rule in table.rules for name in re.findall(r"'\$\.(\w+)'", rule.violation)}
+        data = pl.col("_rescued_data")
+        received = received.with_columns(
+            **{f"_rescued_{name}": data.str.json_path_match(f"$.{name}") for name in sorted(rescued)}
+        )
         fails = {rule.name: self.violation(rule) for rule in (*table.rules, *reference_rules(table))}
         refusing = {rule.name: fails[rule.name] for rule in rejecting_rules(table)}
         # A hash is grouped faster than a text. Keys that share one are set aside too, which does no harm.
@@ -530,8 +554,9 @@ class Polars(Peer):
         cleared = {rule.column: pl.when(~fails[rule.name]).then(rule.column) for rule in clears(table)}
         once = received.filter(~is_any_of(key, set_aside.lazy())).with_columns(**cleared)
         refused = pl.col("_reasons").list.len() > 0
-        valid = set_aside.filter(~refused).with_columns(**cleared).select(once.collect_schema().names())
-        latest = one_per_key(valid, table)
+        valid = set_aside.filter(~refused).select(once.collect_schema().names())
+        versions = valid.select(name for name, _ in table.columns()).n_unique()
+        latest = one_per_key(valid, table).with_columns(**cleared)
         self.save(QUARANTINE, table, set_aside.lazy().filter(refused))
         broken = set_aside.select(**{rule: fail.sum() for rule, fail in refusing.items()})
         counted = counts.row(0, named=True) | broken.row(0, named=True)
@@ -541,6 +566,7 @@ class Polars(Peer):
             quarantined=self.rows[f"{QUARANTINE}.{table.name}"],
             duplicates=len(valid) - len(latest),
             violations={rule: counted[rule] for rule in fails},
+            superseded=versions - len(latest),
         )
         repetitions = len(set_aside) - set_aside[key].n_unique()
         self.account(table, quality, profiles(profile, profiled(table)), repetitions)
@@ -550,7 +576,7 @@ class Polars(Peer):
 
     def violation(self, rule: Rule) -> pl.Expr:
         """Whether a row breaks the rule; never null."""
-        return sql(rule.violation.replace(":as_of_date", f"DATE '{self.config.as_of_date}'")).fill_null(value=False)
+        return sql(parameters(rule, self.config)).fill_null(value=False)
 
     def gold(self) -> None:
         for table in tables(GOLD):
@@ -577,8 +603,8 @@ def collect(*queries: pl.LazyFrame) -> list[pl.DataFrame]:
 
 
 def one_per_key(records: pl.DataFrame, table: Table) -> pl.DataFrame:
-    """The greatest row of each key by `table.sequence_by`, then by all columns in order."""
-    order = [*map(sql, table.sequence_by), *(name for name, _ in table.columns(table.layer))]
+    """The greatest row of each key by `table.sequence_by`, then by delivery, then by all columns in order."""
+    order = [*map(sql, table.sequence_by), "_delivery", *(name for name, _ in table.columns(table.layer))]
     ordered = records.sort(order, descending=True, nulls_last=True)
     return ordered.unique(table.key, keep="first", maintain_order=True)
 
