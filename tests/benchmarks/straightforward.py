@@ -15,7 +15,7 @@ from datetime import datetime, time, timedelta, timezone
 from decimal import Decimal
 from typing import Any
 
-from peer import Audited, ColumnProfile, Peer, clears, main, profiled, reference_rules, rejecting_rules
+from peer import Audited, ColumnProfile, Peer, clears, delivery, main, profiled, reference_rules, rejecting_rules
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
@@ -344,8 +344,9 @@ class Straightforward(Peer):
         customers, products = make_customers(self.config), make_products(self.config)
         transactions = make_transactions(self.config, customers, products)
         for table, rows in zip(tables(BRONZE), (customers, products, transactions), strict=True):
-            lineage = (self.ingested_at, self.run_id)
-            self.save(BRONZE, table, self.spark.createDataFrame([row + lineage for row in rows], table.schema))
+            lineage = (self.ingested_at, self.run_id, delivery(self.config), None, None, None)
+            schema = table.schema_in(BRONZE)
+            self.save(BRONZE, table, self.spark.createDataFrame([row + lineage for row in rows], schema))
 
     def silver(self) -> None:
         valid: dict[str, DataFrame] = {}
@@ -383,16 +384,18 @@ class Straightforward(Peer):
         checked = checked.withColumn("_reasons", F.array_compact(F.array(*reasons)))
         quarantined = self.save(QUARANTINE, table, checked.filter(F.size("_reasons") > 0))
         passed = checked.filter(F.size("_reasons") == 0).select(*received.columns)
-        for rule in clears(table):
-            passed = passed.withColumn(rule.column, F.when(~rule.is_violated(self.config), F.col(rule.column)))
-        order = [F.expr(by).desc() for by in (*table.sequence_by, *received.columns)]
+        order = [F.expr(by).desc() for by in (*table.sequence_by, "_delivery", *received.columns)]
         kept = (
             passed.withColumn("_rank", F.row_number().over(Window.partitionBy(key).orderBy(*order)))
             .filter("_rank = 1")
             .drop("_rank")
         )
+        for rule in clears(table):
+            kept = kept.withColumn(rule.column, F.when(~rule.is_violated(self.config), F.col(rule.column)))
         rows, kept_rows = received.count(), kept.count()
-        quality = Quality(rows, kept_rows, quarantined, passed.count() - kept_rows, failed)
+        versions = passed.select(*(name for name, _ in table.columns())).distinct().count()
+        duplicates, superseded = passed.count() - kept_rows, versions - kept_rows
+        quality = Quality(rows, kept_rows, quarantined, duplicates, failed, superseded=superseded)
         self.account(table, quality, self.profiles(table), rows - received.select(key).distinct().count())
         return kept
 
