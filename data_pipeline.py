@@ -4786,7 +4786,13 @@ def add_to_step_summary(markdown: Callable[[], str]) -> None:
 
 
 def list_runs(store: Store) -> Iterator[str]:
-    """Returns a line per run: whether it is published or can be returned to, its id, date, rows and result."""
+    """Returns a line per run: whether it is published or can be returned to, its id, date, rows and result.
+
+    Raises:
+        PipelineError: the storage, named by a URI, has no run records.
+    """
+    if not store.is_local:
+        raise PipelineError(f"{store.root} has no run records: the last line of a run's log names its snapshot")
     published, kept = store.published(), store.snapshots(AUDITED)
     yield f"  {'run':<21} {'started (UTC)':<20} {'as of':<11} {'rows':>14}  result"
     for run_id, record in store.records():

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -497,6 +498,12 @@ def test_lock_that_is_no_file_is_named(store: Store) -> None:
     with pytest.raises(PipelineError, match=rf"cannot lock data_dir .*seekable.*: {store.root}/\.lock, which"):
         with store.lock(0):
             pass
+
+
+@pytest.mark.parametrize("flag", ["--list-runs", "--rollback"])
+def test_storage_without_records_says_so(flag: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert main([flag, "--data-dir", "s3a://bucket/shop"]) == 2
+    assert re.search("has no run records|has no link to switch", caplog.text)
 
 
 @pytest.mark.parametrize("flag", ["--list-runs", "--rollback"])
