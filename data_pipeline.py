@@ -736,10 +736,7 @@ class Run:
 
     def temporary_view(self, rows: DataFrame) -> str:
         """Gives rows a name in SQL until the end of the layer, and returns it."""
-        name = f"rows_{secrets.token_hex(8)}"
-        rows.createOrReplaceTempView(name)
-        self._cached.callback(self.engine.spark.catalog.dropTempView, name)
-        return name
+        return self._cached.enter_context(self.engine.view(rows))
 
     def write_all(self, layer: str, builders: Mapping[str, Callable[[], DataFrame]]) -> dict[str, DataFrame]:
         """Builds and writes tables of a layer in parallel; returns them as read back."""
@@ -1406,15 +1403,13 @@ class LandedFiles:
                 "without it by --on-bad-file quarantine"
             )
         run.snapshot.save_files(self.files)
-        for name in names(BRONZE):
-            own = [part for part in parts if part.table == name]
-            self._records[name] = records_of(run.engine, [part for part in own if not part.is_malformed], self.files)
-            self._views[name] = run.temporary_view(self._records[name])
-            if malformed := [part for part in own if part.is_malformed]:
-                self._malformed[name] = records_of(run.engine, malformed, self.files)
-            if name not in self.derived:
-                read = [file for file in self.files if file.table == name and not file.problem]
-                self.delivered_rows[name] = sum(file.rows + file.malformed for file in read)
+        self._records = records_by_table(run.engine, parts, self.files)
+        self._views = {name: run.temporary_view(rows) for name, rows in self._records.items()}
+        malformed = [part for part in parts if part.is_malformed]
+        self._malformed = {part.table: records_of(run.engine, [part], self.files) for part in malformed}
+        for name in set(names(BRONZE)) - self.derived:
+            read = [file for file in self.files if file.table == name and not file.problem]
+            self.delivered_rows[name] = sum(file.records for file in read)
 
     def delivery(self, spark: SparkSession, name: str) -> DataFrame:
         """Returns the records of a bronze table, typed, and the lines that are no record."""
@@ -2416,6 +2411,17 @@ class Engine(ABC):
         finally:
             persisted.unpersist()
 
+    @contextlib.contextmanager
+    def view(self, rows: DataFrame) -> Iterator[str]:
+        """Gives rows a name in SQL until the end of the block."""
+        name = f"rows_{secrets.token_hex(8)}"
+        rows.createOrReplaceTempView(name)
+        try:
+            yield name
+        finally:
+            with best_effort("A temporary view is left in the session"):
+                self.spark.catalog.dropTempView(name)
+
     def coalesced(self, rows: DataFrame, partitions: int) -> DataFrame:
         """Returns the rows in at most so many partitions."""
         return rows.coalesce(partitions)
@@ -3307,7 +3313,16 @@ class LandedFile:
     blank: int = 0
     columns: Sequence[str] = ()
     problem: str = ""  # why it is left out
-    is_bad: bool = False  # it was not, for example, changed while it was read
+    is_bad: bool = False  # whether the file itself is the problem: one that changes is only left for the next run
+
+    @property
+    def records(self) -> int:
+        """The records found, malformed ones included."""
+        return self.rows + self.malformed
+
+    def leave_out(self, problem: str, *, is_bad: bool = True) -> None:
+        """Sets why the file is left out."""
+        self.problem, self.is_bad = problem, is_bad
 
     @property
     def is_compressed(self) -> bool:
@@ -3336,12 +3351,13 @@ def _refuse_folder(error: OSError) -> NoReturn:
 
 def list_files(root: str) -> list[LandedFile]:
     """Returns the files of the bronze tables in a folder, in natural order: the list is made once for a run."""
+    bronze = names(BRONZE)
     found: list[LandedFile] = []
     unknown: list[LandedFile] = []
     seen: set[str] = set()
     for folder, folders, files in os.walk(root, onerror=_refuse_folder, followlinks=True):
         is_root = folder == root
-        wanted = (name for name in folders if (name in names(BRONZE) if is_root else not UNFINISHED.fullmatch(name)))
+        wanted = (name for name in folders if (name in bronze if is_root else not UNFINISHED.fullmatch(name)))
         # A link may lead back to a folder above it.
         folders[:] = [name for name in wanted if os.path.realpath(os.path.join(folder, name)) not in seen]
         seen.update(os.path.realpath(os.path.join(folder, name)) for name in folders)
@@ -3356,11 +3372,11 @@ def list_files(root: str) -> list[LandedFile]:
             relative = os.path.relpath(path, root)
             table = name.partition(".")[0] if is_root else relative.partition(os.sep)[0]
             file = LandedFile(table, relative, state.st_size, state.st_mtime_ns)
-            (found if file.suffix in FILE_FORMATS and table in names(BRONZE) else unknown).append(file)
+            (found if file.suffix in FILE_FORMATS and table in bronze else unknown).append(file)
     if unknown:
         text = "%d files are skipped, whose names are of no table or have no known ending: %s …"
         logger.warning(text, len(unknown), unknown[0].path)
-    found.sort(key=lambda file: (names(BRONZE).index(file.table), natural_order(file.path)))
+    found.sort(key=lambda file: (bronze.index(file.table), natural_order(file.path)))
     return [dataclasses.replace(file, delivery=number) for number, file in enumerate(found, start=1)]
 
 
@@ -3413,7 +3429,7 @@ class FileReader:
                     if re.search(DISK_FULL, str(error)):
                         raise
                     advice = "; see --source-encoding" if isinstance(error, UnicodeError) else ""
-                    file.problem, file.is_bad = (str(error) or type(error).__name__) + advice, True
+                    file.leave_out((str(error) or type(error).__name__) + advice)
             readable = [file for file in files if not file.problem]
             parts = [
                 part
@@ -3423,7 +3439,7 @@ class FileReader:
         for file in files:
             state = os.stat(self._path(file)) if os.path.exists(self._path(file)) else None
             if state is None or (state.st_size, state.st_mtime_ns) != (file.size, file.mtime_ns):
-                file.problem, file.is_bad = "it changed while it was read, so that the next run will read it", False
+                file.leave_out("it changed while it was read, so that the next run will read it", is_bad=False)
         return parts
 
     def _path(self, file: LandedFile) -> str:
@@ -3451,8 +3467,8 @@ class FileReader:
 
     @property
     def _encoding(self) -> str:
-        name = codecs.lookup(self.config.source_encoding).name
-        return "utf-8-sig" if name == "utf-8" else name
+        encoding = self.config.source_encoding
+        return "utf-8-sig" if encoding == "utf-8" else encoding
 
     def _text(self, file: LandedFile) -> TextIO:
         opener: Any = gzip.open if file.is_compressed else open
@@ -3464,6 +3480,9 @@ class FileReader:
         self.copies[file.delivery] = path = os.path.join(self.folder, f"{file.delivery}.copy")
         with open(path, "w", encoding="utf-8", newline="") as copy:
             yield copy
+
+    def _malformed(self, file: LandedFile) -> str:
+        return os.path.join(self.folder, f"{file.delivery}.malformed")
 
     def _delimiter(self, file: LandedFile) -> str:
         return self.config.source_delimiter or ("\t" if file.suffix == ".tsv" else ",")
@@ -3488,9 +3507,9 @@ class FileReader:
                     file.rows += 1
                     is_odd = quote in lines[0] and space_before_quote.search("".join(lines))
                     if copy and is_odd:
-                        writer.writerow([file.rows + file.malformed, *record])
+                        writer.writerow([file.records, *record])
                     elif copy:
-                        copy.write(f"{file.rows + file.malformed}{delimiter}{without_newline(lines)}\n")
+                        copy.write(f"{file.records}{delimiter}{without_newline(lines)}\n")
                     elif is_odd:
                         return False
                 elif not record:
@@ -3519,7 +3538,7 @@ class FileReader:
                         landed = name.strip() or "column_0"
                         landed, key = keys.setdefault(landed.lower(), (landed, f"c{len(keys)}"))
                         found[landed], row[key] = None, value
-                    text_of_row = json.dumps({"_source_row": file.rows + file.malformed + 1, **row}, ensure_ascii=False)
+                    text_of_row = json.dumps({"_source_row": file.records + 1, **row}, ensure_ascii=False)
                     text_of_row.encode()
                 except (ValueError, RecursionError):
                     if not file.rows and line.lstrip("\ufeff \t\r\n").startswith("["):
@@ -3535,9 +3554,8 @@ class FileReader:
     def _reject(self, file: LandedFile, lines: Sequence[str]) -> None:
         """Sets the lines of what is no record aside, as they are."""
         file.malformed += 1
-        line = {"c0": without_newline(lines), "_source_row": file.rows + file.malformed}
-        path = os.path.join(self.folder, f"{file.delivery}.malformed")
-        with open(path, "a", encoding="utf-8", errors="replace") as malformed:
+        line = {"c0": without_newline(lines), "_source_row": file.records}
+        with open(self._malformed(file), "a", encoding="utf-8", errors="replace") as malformed:
             malformed.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def _scan_parquet(self, connection: duckdb.DuckDBPyConnection, file: LandedFile) -> None:
@@ -3575,7 +3593,7 @@ class FileReader:
                 columns = [name for name, _ in self.keys[table].values()] if kind == "objects" else group[0].columns
                 yield from self._staged(connection, table, columns, group)
         if malformed := [file for file in files if file.malformed]:
-            paths = [os.path.join(self.folder, f"{file.delivery}.malformed") for file in malformed]
+            paths = [self._malformed(file) for file in malformed]
             staged = os.path.join(self.folder, f"{table}-malformed.parquet")
             ask_duckdb(connection, f"COPY ({numbered(read_objects(paths, 1), 1, malformed)}) TO {sql_text(staged)}")
             yield Part(table, ["_record"], staged, is_malformed=True)
@@ -3598,7 +3616,7 @@ class FileReader:
             if re.search(DISK_FULL, str(error)):
                 raise
             if len(group) == 1:
-                group[0].problem, group[0].is_bad = str(error).partition("\n")[0], True
+                group[0].leave_out(str(error).partition("\n")[0])
             else:  # which one is it?
                 for file in group:
                     yield from self._staged(connection, table, columns, [file])
@@ -3656,7 +3674,7 @@ def parse_object(line: str, decimal: str = ".") -> dict[str, str | None]:
     def no_number(text: str) -> NoReturn:
         raise ValueError(f"{text} is no number")
 
-    def as_text(value: Any) -> str | None:
+    def landed(value: Any) -> str | None:
         if isinstance(value, str):
             return value.removeprefix(NUMBER).replace(".", decimal) if value.startswith(NUMBER) else value
         text = json.dumps(value, ensure_ascii=False)
@@ -3666,7 +3684,7 @@ def parse_object(line: str, decimal: str = ".") -> dict[str, str | None]:
     parsed = json.loads(line, object_pairs_hook=unique, parse_constant=no_number, **numbers)
     if not isinstance(parsed, dict):
         raise ValueError("it is no object")
-    return {name: as_text(value) for name, value in parsed.items()}
+    return {name: landed(value) for name, value in parsed.items()}
 
 
 def column_names(header: Sequence[str]) -> list[str]:
@@ -3761,9 +3779,9 @@ def check_counts(connection: duckdb.DuckDBPyConnection, staged: str, files: Iter
     found = {row["_delivery"]: row for row in ask_duckdb(connection, query)}
     for file in files:
         row = found.get(file.delivery, {"n": 0, "least": 1, "most": 0})
-        if row["n"] != file.rows or row["least"] < 1 or row["most"] > file.rows + file.malformed:
-            file.problem = f"Python finds {file.rows:,} records in it, DuckDB {row['n']:,}: is its quoting consistent?"
-            file.is_bad = True
+        if row["n"] != file.rows or row["least"] < 1 or row["most"] > file.records:
+            found_by = f"Python finds {file.rows:,} records in it, DuckDB {row['n']:,}"
+            file.leave_out(f"{found_by}: is its quoting consistent?")
 
 
 def report_delivery(files: Sequence[LandedFile], record: RunRecord) -> None:
@@ -3778,14 +3796,22 @@ def report_delivery(files: Sequence[LandedFile], record: RunRecord) -> None:
             continue
         delivery["files"] += 1
         delivery["bytes"] += file.size
-        delivery["rows"] += file.rows + file.malformed
+        delivery["rows"] += file.records
         same = seen.setdefault((file.table, file.sha256), file)
         if same is not file:
             logger.warning("%s has the same content as %s; both are read", file.path, same.path)
-        if not file.rows + file.malformed:
+        if not file.records:
             logger.warning("%s holds no record", file.path)
     for table, delivery in record.delivery.items():
         logger.info("%s: {files:,} files, {rows:,} records, {bytes:,} bytes".format(**delivery), table)
+
+
+def records_by_table(engine: Engine, parts: Sequence[Part], files: Sequence[LandedFile]) -> dict[str, DataFrame]:
+    """Returns the records of each bronze table; of a table without files, none."""
+    return {
+        name: records_of(engine, [part for part in parts if part.table == name and not part.is_malformed], files)
+        for name in names(BRONZE)
+    }
 
 
 def records_of(engine: Engine, parts: Sequence[Part], files: Sequence[LandedFile]) -> DataFrame:
@@ -3796,14 +3822,15 @@ def records_of(engine: Engine, parts: Sequence[Part], files: Sequence[LandedFile
     frames = [frame_of(engine, part, files) for part in parts]
     nothing = ", ".join(f"CAST(NULL AS {kind}) AS {name}" for name, kind in LANDED_COLUMNS.items())
     frames = frames or [engine.spark.sql(f"SELECT {nothing} WHERE false")]
+    # Asked once: each time is a call to the server of Connect and Sail.
+    columns_of = [{name.lower(): (name, kind) for name, kind in frame.dtypes} for frame in frames]
     spellings: dict[str, str] = {}
     kinds: dict[str, set[str]] = {}
-    for name, kind in (column for frame in frames for column in frame.dtypes):
-        spellings.setdefault(name.lower(), name)
-        kinds.setdefault(name.lower(), set()).add(kind)
+    for key, (name, kind) in (column for given in columns_of for column in given.items()):
+        spellings.setdefault(key, name)
+        kinds.setdefault(key, set()).add(kind)
 
-    def aligned(frame: DataFrame) -> DataFrame:
-        given = {name.lower(): (name, kind) for name, kind in frame.dtypes}
+    def aligned(frame: DataFrame, given: Mapping[str, tuple[str, str]]) -> DataFrame:
         columns = []
         for key, spelling in spellings.items():
             [kind] = kinds[key] if len(kinds[key]) == 1 else ["string"]
@@ -3813,7 +3840,7 @@ def records_of(engine: Engine, parts: Sequence[Part], files: Sequence[LandedFile
             columns.append(F.expr(text).cast(kind).alias(spelling))
         return frame.select(*columns)
 
-    rows = functools.reduce(lambda one, other: one.unionByName(other), map(aligned, frames))
+    rows = functools.reduce(lambda one, other: one.unionByName(other), map(aligned, frames, columns_of))
     left_out = [file.delivery for file in files if file.problem]
     return rows.where(~F.col("_delivery").isin(left_out)) if left_out else rows
 
@@ -3900,21 +3927,16 @@ def inspect_source(config: DataPipelineConfig) -> Iterator[str]:
     engine = choose_engine(config, source)
     engine.check()
     sample = list(sampled(source.files))
-    with tempfile.TemporaryDirectory() as folder, contextlib.closing(engine):
+    with tempfile.TemporaryDirectory() as folder, contextlib.closing(engine), contextlib.ExitStack() as stack:
         engine.start(os.devnull)
         parts = FileReader(source.root, folder, config).read(sample, with_models=names(BRONZE))
-        records = {
-            name: records_of(engine, [part for part in parts if part.table == name and not part.is_malformed], sample)
-            for name in names(BRONZE)
-        }
-        views = {name: f"rows_{secrets.token_hex(8)}" for name in names(BRONZE)}
-        for name, view in views.items():
-            records[name].createOrReplaceTempView(view)
+        records = records_by_table(engine, parts, sample)
+        views = {name: stack.enter_context(engine.view(rows)) for name, rows in records.items()}
         for name in names(BRONZE):
             landed, read = ([file for file in files if file.table == name] for files in (source.files, sample))
             yield from ("", f"{name}: {len(read)} of {len(landed)} files read")
             for file in read:
-                found = f"cannot be read: {file.problem}" if file.problem else f"{file.rows + file.malformed:,} records"
+                found = f"cannot be read: {file.problem}" if file.problem else f"{file.records:,} records"
                 malformed = f", of which {file.malformed:,} are malformed lines" if file.malformed else ""
                 yield f"  {file.path}: {found}{malformed}"
             if landed and not any(file.rows for file in read):
@@ -3923,8 +3945,6 @@ def inspect_source(config: DataPipelineConfig) -> Iterator[str]:
                 yield from inspect_table(engine.spark, source, name, records[name], views)
             if name not in source.models:
                 yield from proposed_model(name, records)
-        for view in views.values():
-            engine.spark.catalog.dropTempView(view)
 
 
 def sampled(files: Sequence[LandedFile]) -> Iterator[LandedFile]:
@@ -4157,17 +4177,13 @@ def _create_view(connection: duckdb.DuckDBPyConnection, snapshot: Snapshot, laye
 
 def inspect_by_engine(run: Run, sql: str) -> Answer:
     """Returns the engine's answer."""
-    spark, views = run.engine.spark, {name: f"inspected_{secrets.token_hex(8)}" for name in named(sql)}
-    try:
-        for (layer, name), view in views.items():
-            columns = _columns_in_utc(layer, name, "TIMESTAMP_NTZ")
-            run.read(layer, TABLES[name]).selectExpr(*columns).createOrReplaceTempView(view)
+    with contextlib.ExitStack() as stack:
+        views = {}
+        for layer, name in named(sql):
+            rows = run.read(layer, TABLES[name]).selectExpr(*_columns_in_utc(layer, name, "TIMESTAMP_NTZ"))
+            views[layer, name] = stack.enter_context(run.engine.view(rows))
         with_views = TABLE_NAME.sub(lambda found: views[found[1], found[2]], sql)
-        return [row.asDict() for row in spark.sql(with_views).collect()]
-    finally:
-        with best_effort("Temporary views are left in the session"):
-            for view in views.values():
-                spark.catalog.dropTempView(view)
+        return [row.asDict() for row in run.engine.spark.sql(with_views).collect()]
 
 
 def profile(run: Run) -> None:
@@ -4227,7 +4243,7 @@ def find_rejects_by_file(run: Run) -> None:
         f"FROM {QUARANTINE}.{name} GROUP BY 1 ORDER BY rejected DESC, file LIMIT {PREVIEW_ROWS}"
         for name in run.record.delivery
     }
-    for name, rows in inspect(run, queries).items() if queries else ():
+    for name, rows in inspect(run, queries).items():
         run.record.delivery[name]["rejected"] = rows
         if rows:
             files = ", ".join(f"{row['file']} {row['rejected']:,}" for row in rows)
