@@ -53,8 +53,10 @@ def spark(small: Callable[..., DataPipelineConfig]) -> Iterator[SparkSession]:
     preflight(config)
     options = os.environ.get("SPARK_SUBMIT_OPTS", "")
     with pytest.MonkeyPatch.context() as patch:
-        # On two cores the threads of the default collector compete with those of the tests.
-        patch.setenv("SPARK_SUBMIT_OPTS", f"{options} -XX:+UseSerialGC")
+        # On two cores the threads of the default collector compete with those of the tests. A run generates more code
+        # than the 100 classes that Spark keeps by default: each run would compile it again.
+        options += " -XX:+UseSerialGC -Dspark.sql.codegen.cache.maxEntries=5000"
+        patch.setenv("SPARK_SUBMIT_OPTS", options)
         session = create_spark_session(config)
     yield session
     session.stop()
