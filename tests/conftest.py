@@ -107,6 +107,14 @@ def db(report: RunRecord) -> Iterator[duckdb.DuckDBPyConnection]:
         yield connection
 
 
+@pytest.fixture
+def no_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs without tables: only the order of what happens around them matters."""
+    for name in ("clean", "check_gate", "build_silver", "build_gold", "audit", "summarize", "warn_of_anomalies"):
+        monkeypatch.setattr(data_pipeline, name, lambda *_: None)
+    monkeypatch.setattr(data_pipeline, "ingest_bronze", lambda run, _: os.makedirs(run.snapshot.path()))
+
+
 def at_close(monkeypatch: pytest.MonkeyPatch, callback: Callable[[], None]) -> None:
     """Has the engine call something when it closes."""
     real = data_pipeline.Engine.start

@@ -257,6 +257,7 @@ def test_signal_before_there_is_a_record(tmp_path: Path, receiver: Receiver) -> 
     assert alert["text"].endswith(": stopped by SIGTERM")
 
 
+@pytest.mark.usefixtures("no_layers")
 def test_interrupt_while_publishing_leaves_the_result_of_what_is_published(
     tmp_path: Path, run_here: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,6 +278,7 @@ def test_interrupt_while_publishing_leaves_the_result_of_what_is_published(
     assert (tmp_path / "pipeline-data" / "current").resolve().name == record.stem
 
 
+@pytest.mark.usefixtures("no_layers")
 def test_interrupt_after_publishing_changes_nothing(
     tmp_path: Path, run_here: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,12 +13,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import duckdb
 import pytest
 from conftest import ENGINE, one
+from pyspark.sql import SparkSession
 from test_cluster import free_port
 from test_publish import IDS, add_whole, empty_tables  # noqa: F401 - a fixture
 
@@ -31,6 +35,7 @@ from data_pipeline import (
     SILVER,
     TABLES,
     WARN,
+    DataPipelineConfig,
     RunRecord,
     Store,
     foreign_key_rule,
@@ -177,26 +182,31 @@ def test_every_block_is_run_or_says_why_not() -> None:
         assert fences == 2 * sum(block.page == page.name for block in BLOCKS), f"a block of {page.name} is not found"
 
 
-@pytest.mark.skipif(ENGINE == "sail", reason="the snippets start Spark, whatever the engine of the tests")
-def test_python_snippets(report: RunRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a run with the default data folder: the README's in one process, those of docs/ on the tests' session."""
+@pytest.mark.skipif(ENGINE == "sail", reason="the snippets are of Spark, whatever the engine of the tests")
+def test_python_snippets(
+    report: RunRecord, spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """After a run with the default data folder, on the tests' session; those of docs/ run the pipeline, on less."""
     shutil.copytree(report.data_dir, tmp_path / "pipeline-data", symlinks=True)
-    snippets = [block.text for block in BLOCKS if (block.language, block.page) == ("python", "README.md")]
-    assert len(snippets) >= 3
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", "\n".join(snippets)],
-        env=os.environ | {"HOME": str(tmp_path), "PYTHONPATH": str(PROJECT), "XDG_CACHE_HOME": "/proc/nowhere"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    for column in ("product_category", "payment_method", "customer_segment"):
-        assert column in done.stdout
-    others = [block.text for block in BLOCKS if block.language == "python" and block.page != "README.md"]
-    assert len(others) >= 1
     monkeypatch.setenv("HOME", str(tmp_path))
+    at_exit: list[Callable[[], None]] = []
+    monkeypatch.setattr(data_pipeline, "atexit", types.SimpleNamespace(register=at_exit.append))
+    smaller = functools.partial(DataPipelineConfig, num_transactions=1_000, num_products=20, shuffle_partitions=2)
+    snippets = {page: [block.text for block in BLOCKS if (block.language, block.page) == ("python", page)]
+                for page in dict.fromkeys(block.page for block in BLOCKS)}  # fmt: skip
+    readme = snippets.pop("README.md")
+    assert len(readme) >= 3
+    with warnings.catch_warnings(action="ignore"):
+        exec("\n".join(readme), {})  # noqa: S102 - our own
+    [close] = at_exit
+    close()
+    assert spark.range(3).count() == 3, "a session that was there is left running"
+    shown = capsys.readouterr().out
+    for column in ("product_category", "payment_method", "customer_segment"):
+        assert column in shown
+    others = [text for texts in snippets.values() for text in texts]
+    assert len(others) >= 1
+    monkeypatch.setattr(data_pipeline, "DataPipelineConfig", smaller)
     names: dict[str, Any] = {}
     for snippet in others:
         exec(snippet, names)  # noqa: S102 - our own

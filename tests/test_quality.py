@@ -220,24 +220,23 @@ LATEST = {
     "TXN_0000005": ([late(amount=None), early()], ("completed", datetime(2026, 3, 1), 1)),
     "TXN_0000006": ([early()], ("completed", datetime(2026, 3, 1), 1)),
 }
+# A tie is broken by the remaining columns.
+TIE = [{"transaction_id": "TXN_0000007", "quantity": quantity, "location": location}
+       for quantity, location in ((2, None), (3, "Ulm"), (3, "Bonn"))]  # fmt: skip
 
 
 def test_latest_record_of_a_key_wins(frame: Frame, config: DataPipelineConfig) -> None:
     records = [{"transaction_id": key, **change} for key, (changes, _) in LATEST.items() for change in changes]
+    records += TIE
     for order in (records, records[::-1]):
         kept, quarantined = split_of(frame, config, "transactions", *order)
-        rows = {row["transaction_id"]: (row["status"], row["timestamp"], row["_records"]) for row in kept.collect()}
-        assert rows == {key: winner for key, (_, winner) in LATEST.items()}
+        found = {row["transaction_id"]: row for row in kept.collect()}
+        rows = {key: (row["status"], row["timestamp"], row["_records"]) for key, row in found.items()}
+        tie = found["TXN_0000007"]
+        assert (tie["quantity"], tie["location"]) == (3, "Ulm")
+        tied = {"TXN_0000007": ("completed", GOOD["transactions"]["timestamp"], len(TIE))}
+        assert rows == {key: winner for key, (_, winner) in LATEST.items()} | tied
         assert sum(copies for *_, copies in rows.values()) + quarantined.count() == len(records)
-
-
-def test_tie_is_broken_by_the_remaining_columns(frame: Frame, config: DataPipelineConfig) -> None:
-    changes = [
-        {"quantity": quantity, "location": location} for quantity, location in ((2, None), (3, "Ulm"), (3, "Bonn"))
-    ]
-    for order in (changes, changes[::-1]):
-        [row] = split_of(frame, config, "transactions", *order).kept.collect()
-        assert (row["quantity"], row["location"]) == (3, "Ulm")
 
 
 def test_reference_to_a_refused_customer_is_refused(frame: Frame, config: DataPipelineConfig) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,14 +26,6 @@ TINY = {"num_customers": 20, "num_transactions": 100, "num_products": 5}
 @pytest.fixture
 def run(config: DataPipelineConfig, spark: SparkSession, report: RunRecord) -> Run:
     return started_run(config, spark, copy.deepcopy(report))
-
-
-@pytest.fixture
-def no_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs without tables: only the order of what happens around them matters."""
-    for name in ("clean", "check_gate", "build_silver", "build_gold", "audit", "summarize", "warn_of_anomalies"):
-        monkeypatch.setattr(data_pipeline, name, lambda *_: None)
-    monkeypatch.setattr(data_pipeline, "ingest_bronze", lambda run, _: os.makedirs(run.snapshot.path()))
 
 
 def result_on_disk(config: DataPipelineConfig) -> str:
