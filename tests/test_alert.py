@@ -251,10 +251,13 @@ def test_report_that_fails_costs_no_alert(
     receiver: Receiver,
     log: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    """Nor the metrics, and it is a warning; the refused run is refused all the same."""
+    """Nor the metrics and the page of GitHub Actions; it is a warning, and the refused run is refused all the same."""
+    page = tmp_path / "page.md"
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(page))
     config = small(
-        num_customers=50, num_transactions=200, num_products=10, alert_webhook=receiver.url, max_quarantine_rate=0.0
+        num_customers=50, num_transactions=500, num_products=10, alert_webhook=receiver.url, max_quarantine_rate=0.0
     )
 
     def fail(*_: Any) -> str:
@@ -266,6 +269,11 @@ def test_report_that_fails_costs_no_alert(
     assert len(receiver.received) == 1
     assert "report.html is not renewed" in log.text
     assert 'result="refused"} 1.0' in Path(config.data_dir, "metrics.prom").read_text()
+    text = page.read_text()
+    assert text.startswith("## ⛔ Pipeline run ")
+    assert "| transactions | max\\_quarantine\\_rate | 7 |" in text
+    assert "**NotPublishedError** in gate: GATE MISSED" in text
+    assert "mermaid" not in text, "there is no gold to show"
 
 
 def test_records_that_cannot_be_read_cost_no_alert(

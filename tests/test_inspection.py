@@ -50,7 +50,8 @@ def by_engine(monkeypatch: pytest.MonkeyPatch, run: Run) -> Run:
     return run
 
 
-def test_audit_figures_are_the_same(by_engine: Run) -> None:
+def test_audit_of_the_engine(by_engine: Run, report: RunRecord, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its figures are those of DuckDB, with which the audit passes, and finds missing rows."""
     queries = audit_queries()
     from_files = inspect_files(by_engine.snapshot, queries)
     from_engine = inspect(by_engine, queries)
@@ -59,15 +60,15 @@ def test_audit_figures_are_the_same(by_engine: Run) -> None:
         [expected] = from_files[key]
         assert list(row.values()) == list(expected.values()), key
 
+    def answer(run: Run, asked: Any) -> Any:
+        assert (run, asked) == (by_engine, queries)
+        return from_engine
 
-def test_audit_of_the_engine_passes(by_engine: Run, report: RunRecord) -> None:
+    monkeypatch.setattr(data_pipeline, "inspect", answer)
     by_engine.record.revenue = None
     by_engine.record.sha256 = {}
     audit(by_engine)
     assert (by_engine.record.revenue, by_engine.record.sha256) == (report.revenue, report.sha256)
-
-
-def test_audit_of_the_engine_finds_missing_rows(by_engine: Run) -> None:
     by_engine.record.rows["silver.products_active"] += 1
     with pytest.raises(data_pipeline.NotPublishedError, match=r"silver\.products_active: .* rows were written"):
         audit(by_engine)

@@ -9,26 +9,21 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 
 import duckdb
 import pytest
 from conftest import one
-from pyspark.sql import SparkSession
 
 import data_pipeline
 from data_pipeline import (
     GOLD,
     PREVIEW_ROWS,
     Annotations,
-    DataPipelineConfig,
-    NotPublishedError,
     RunRecord,
     job_summary,
     logger,
-    run_pipeline,
     tables,
 )
 
@@ -54,20 +49,6 @@ def test_page_of_a_good_run(report: RunRecord, db: duckdb.DuckDBPyConnection) ->
         assert f"| {name.replace('_', chr(92) + '_')} | {rows:,} |" in page
     quality = report.quality["transactions"]
     assert f"| transactions | {quality.received:,} | {quality.accepted:,} | {quality.quarantined:,} | " in page
-
-
-def test_page_of_a_refused_run(
-    small: Callable[..., DataPipelineConfig], spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    page = tmp_path / "page.md"
-    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(page))
-    with pytest.raises(NotPublishedError):
-        run_pipeline(small(num_customers=50, num_transactions=500, num_products=10, max_quarantine_rate=0), spark)
-    text = page.read_text()
-    assert text.startswith("## ⛔ Pipeline run ")
-    assert "| transactions | max\\_quarantine\\_rate | 7 |" in text
-    assert "**NotPublishedError** in gate: GATE MISSED" in text
-    assert "mermaid" not in text, "there is no gold to show"
 
 
 def test_page_of_a_run_that_failed_at_once(report: RunRecord) -> None:
