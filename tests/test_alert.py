@@ -117,12 +117,16 @@ def test_receiver_that_never_answers(log: pytest.LogCaptureFixture) -> None:
 
 def test_runs_that_tell(
     published: DataPipelineConfig,
+    first_run: tuple[DataPipelineConfig, RunRecord],
     spark: SparkSession,
     receiver: Receiver,
     log: pytest.LogCaptureFixture,
 ) -> None:
-    """Refused and recovered runs tell; and no record or log has the secret."""
+    """Refused and recovered runs tell, and one that looks odd does everywhere; no record or log has the secret."""
     config = published
+    for n in range(2):
+        run_id = f"2020010{n + 1}T000000Z-0000"
+        data_pipeline.Store(config.root).save_record(as_read(first_run[1], run_id=run_id))
     config.alert_webhook = receiver.url
     config.max_quarantine_rate = 0.0
     receiver.status = 500
@@ -131,10 +135,21 @@ def test_runs_that_tell(
     [refused] = receiver.received
     assert refused["text"].startswith("❌ EcommerceDataPipeline refused in gate: GATE MISSED")
     config.max_quarantine_rate = 0.05
+    config.num_transactions = 100
     receiver.status = 200
     record = run_pipeline(config, spark)
-    assert "✅ has recovered: the run before was refused" in receiver.received[1]["text"]
-    assert record.run_id in receiver.received[1]["text"]
+    [_, recovered] = receiver.received
+    assert "✅ has recovered: the run before was refused" in recovered["text"]
+    assert record.run_id in recovered["text"]
+    line = "bronze.transactions: 100 rows, against 1,000 rows in the last 3 runs"
+    assert line in record.anomalies
+    assert line in [found.getMessage() for found in log.records if found.levelname == "WARNING"]
+    assert f"⚠ {line}" in Path(config.data_dir, "report.html").read_text(encoding="utf-8")
+    assert line.replace("_", r"\_") in data_pipeline.job_summary(record)
+    assert f"⚠️ {line}" in recovered["text"]
+    assert f'data_pipeline_anomalies{{data_dir="{config.data_dir}"}} {len(record.anomalies)}.0' in (
+        Path(config.data_dir, "metrics.prom").read_text()
+    )
     assert SECRET not in log.text + repr(config)
     for file in Path(config.data_dir).rglob("*"):
         if file.is_file():
@@ -219,32 +234,6 @@ def test_anomalies(report: RunRecord) -> None:
     assert anomalies(report, [*usual, as_read(few)], factor=1.5) == []
 
 
-def test_anomaly_is_told_everywhere(
-    published: DataPipelineConfig,
-    first_run: tuple[DataPipelineConfig, RunRecord],
-    spark: SparkSession,
-    receiver: Receiver,
-    log: pytest.LogCaptureFixture,
-) -> None:
-    config = published
-    for n in range(2):
-        run_id = f"2020010{n + 1}T000000Z-0000"
-        data_pipeline.Store(config.root).save_record(as_read(first_run[1], run_id=run_id))
-    config.alert_webhook = receiver.url
-    config.num_transactions = 100
-    record = run_pipeline(config, spark)
-    line = "bronze.transactions: 100 rows, against 1,000 rows in the last 3 runs"
-    assert line in record.anomalies
-    assert line in [found.getMessage() for found in log.records if found.levelname == "WARNING"]
-    assert f"⚠ {line}" in Path(config.data_dir, "report.html").read_text(encoding="utf-8")
-    assert line.replace("_", r"\_") in data_pipeline.job_summary(record)
-    [sent] = receiver.received
-    assert f"⚠️ {line}" in sent["text"]
-    assert f'data_pipeline_anomalies{{data_dir="{config.data_dir}"}} {len(record.anomalies)}.0' in (
-        Path(config.data_dir, "metrics.prom").read_text()
-    )
-
-
 def test_report_that_fails_costs_no_alert(
     small: Callable[..., DataPipelineConfig],
     spark: SparkSession,
@@ -325,6 +314,8 @@ def test_alert_of_a_run(report: RunRecord) -> None:
     )
     assert alert(report, [good]) is None
     assert "has recovered: the run before was killed" in (alert(report, [bad]) or "")
+    odd = alert(dataclasses.replace(report, anomalies=["few rows"]), [good]) or ""
+    assert "⚠️ few rows" in odd and "recovered" not in odd
     error = {"type": "E", "message": "first\nsecond", "traceback": ""}
     failed = dataclasses.replace(report, result="failed", current_step="gold.x", error=error)
     assert "failed in gold.x: first (run" in (alert(failed, [good]) or "")
