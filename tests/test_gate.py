@@ -33,6 +33,7 @@ from data_pipeline import (
     Snapshot,
     Store,
     audit,
+    check_gate,
     choose_engine,
     foreign_key_rule,
     open_source,
@@ -84,28 +85,13 @@ def receive(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[DataFr
     monkeypatch.setattr(data_pipeline, f"generate_{name}", lambda spark, config: change(generate(spark, config)))
 
 
-def test_too_many_refused_rows(
-    published: DataPipelineConfig, spark: SparkSession, caplog: pytest.LogCaptureFixture
+def test_gate(
+    published: DataPipelineConfig,
+    spark: SparkSession,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    published.defect_rate = 0.2
-    caplog.set_level("INFO", logger="data_pipeline")
-    record = refused(
-        published,
-        spark,
-        r"GATE MISSED, nothing is published: transactions\.max_quarantine_rate \(140 rows are quarantined, "
-        r"14\.00%: more than 5\.00%\); .*snapshots",
-    )
-    assert "transactions: 140 rows are quarantined, 14.00%: more than 5.00%" in caplog.text
-    [missed] = record["gate_failures"]
-    assert (missed["table"], missed["rows"], len(missed["examples"])) == ("transactions", 140, 3)
-    for example in missed["examples"]:
-        assert json.loads(example)["_reasons"]
-        assert example in caplog.text
-
-
-def test_gate_rule_fails_at_once(
-    published: DataPipelineConfig, spark: SparkSession, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    """Too many rejected rows, and a rule of which one row is too many."""
     wrong_unit = F.timestamp_seconds(F.unix_timestamp("timestamp") / 1000)
     chosen = F.col("transaction_id") == "TXN_0000007"
     receive(
@@ -113,11 +99,39 @@ def test_gate_rule_fails_at_once(
         "transactions",
         lambda rows: rows.withColumn("timestamp", F.when(chosen, wrong_unit).otherwise(F.col("timestamp"))),
     )
-    record = refused(published, spark, "GATE MISSED, nothing is published: transactions.timestamp_near_epoch")
-    [missed] = record["gate_failures"]
-    assert missed["rows"] == 1
-    assert [json.loads(example)["transaction_id"] for example in missed["examples"]] == ["TXN_0000007"]
+    published.defect_rate = 0.2
+    caplog.set_level("INFO", logger="data_pipeline")
+    record = refused(
+        published,
+        spark,
+        r"GATE MISSED, nothing is published: transactions\.timestamp_near_epoch \(1 rows violate .*\), "
+        r"transactions\.max_quarantine_rate \(141 rows are quarantined, 14\.10%: more than 5\.00%\); .*snapshots",
+    )
+    assert "transactions: 141 rows are quarantined, 14.10%: more than 5.00%" in caplog.text
+    at_once, too_many = record["gate_failures"]
+    assert (at_once["rule"], at_once["rows"]) == ("timestamp_near_epoch", 1)
+    assert [json.loads(example)["transaction_id"] for example in at_once["examples"]] == ["TXN_0000007"]
+    assert (too_many["table"], too_many["rows"], len(too_many["examples"])) == ("transactions", 141, 3)
+    for example in too_many["examples"]:
+        assert json.loads(example)["_reasons"]
+        assert example in caplog.text
     assert "silver.transactions_clean" not in record["rows"]
+
+
+@pytest.mark.parametrize("rule", ["timestamp_near_epoch", "max_quarantine_rate"])
+def test_gate_is_missed_by_each_alone(rule: str, finished: Any) -> None:
+    """By the counts of a run that passed."""
+    source, quality = open_source(finished.config), finished.record.quality["transactions"]
+    check_gate(finished, source)
+    if rule == "timestamp_near_epoch":
+        quality.violations[rule] = 1
+    else:
+        finished.config.max_quarantine_rate = 0.001
+    with pytest.raises(
+        NotPublishedError, match=f"GATE MISSED, nothing is published: transactions.{rule} [^,]*, [^,]*;"
+    ):
+        check_gate(finished, source)
+    assert [failure["rule"] for failure in finished.record.gate_failures] == [rule]
 
 
 def test_empty_source(published: DataPipelineConfig, spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,7 +105,7 @@ def test_second_run_gives_the_same_data(published: DataPipelineConfig, spark: Sp
     settings = {"spark.sql.ansi.enabled": str(ansi != "true").lower(), "spark.sql.timestampType": "TIMESTAMP_NTZ"}
     for name, value in settings.items():
         spark.conf.set(name, value)
-    published.shuffle_partitions = 5
+    published.shuffle_partitions = 3
     try:
         with ThreadPoolExecutor(1) as other_thread:
             second = other_thread.submit(run_pipeline, published).result()
