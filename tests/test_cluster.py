@@ -153,13 +153,20 @@ def folder(home: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_spark_submit_gives_the_tables_of_a_local_run(
+def test_cluster_gives_the_tables_of_a_local_run(
     make_cluster: MakeCluster, first_run: tuple[DataPipelineConfig, RunRecord], tmp_path: Path
 ) -> None:
+    """By spark-submit; and by a run that survives a worker and the master.
+
+    What the dead worker held of silver is computed again; executors work on without a master.
+    """
     cluster = make_cluster("one", "two")
+    submitted, surviving = tmp_path / "submitted", tmp_path / "surviving"
+    for home in (submitted, surviving):
+        home.mkdir()
     submit = ("--master", cluster.url, "--conf", "spark.driver.host=127.0.0.1", "--executor-cores", "1")
     with start(
-        tmp_path,
+        submitted,
         *FLAGS,
         program=(*submit, data_pipeline.__file__),
         interpreter=str(data_pipeline.spark_home() / "bin/spark-submit"),
@@ -169,21 +176,14 @@ def test_spark_submit_gives_the_tables_of_a_local_run(
         log, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert f"Executors on {cluster.url}: 2\n" in log
-    assert differences(first_run[1].data_dir, folder(tmp_path)) == []
-    assert not list(folder(tmp_path).glob("snapshots/*/probe"))
+    assert differences(first_run[1].data_dir, folder(submitted)) == []
+    assert not list(folder(submitted).glob("snapshots/*/probe"))
 
-
-@pytest.mark.slow
-def test_run_survives_a_worker_and_the_master(
-    make_cluster: MakeCluster, first_run: tuple[DataPipelineConfig, RunRecord], tmp_path: Path
-) -> None:
-    """What the dead worker held of silver is computed again; executors work on without a master."""
-    cluster = make_cluster("one", "two")
     deaths = {"/quarantine/": ("one",), "GOLD LAYER": ("master",)}
-    code, log = run(tmp_path, cluster, "--shuffle-partitions=4", killing=deaths)
+    code, log = run(surviving, cluster, "--shuffle-partitions=4", killing=deaths)
     assert code == 0, log
     assert f"Executors on {cluster.url}: 2\n" in log
-    assert differences(first_run[1].data_dir, folder(tmp_path)) == []
+    assert differences(first_run[1].data_dir, folder(surviving)) == []
 
 
 @pytest.mark.slow
