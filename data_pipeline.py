@@ -2287,6 +2287,8 @@ class Engine(ABC):
             "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
             "spark.sql.timestampType": "TIMESTAMP_LTZ",  # what TIMESTAMP means in the contract
         }
+        if config.source_dir:  # a staging model means the same on Spark 4; the pipeline's own SQL is neutral to it
+            self.settings = {**self.settings, "spark.sql.ansi.enabled": "false"}
         self._started = contextlib.ExitStack()
         self._tag = f"data_pipeline-{secrets.token_hex(4)}"
         self.lost = threading.Event()  # set when a cluster has had no executor for too long

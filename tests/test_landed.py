@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import gzip
@@ -109,13 +110,13 @@ def shop(landed: Callable[..., DataPipelineConfig], spark: SparkSession) -> Call
 def delivery(spark: SparkSession, config: DataPipelineConfig, name: str) -> tuple[list[Row], RunRecord]:
     """The records of a table as its source delivers them, without a whole run, and the run record."""
     source, store = open_source(config), Store(config.root)
-    engine = choose_engine(config, source, spark)
-    engine.start(os.devnull)
-    record = new_record(config, store, engine)
-    run = Run(config, engine, Snapshot(store, record), record)
-    with run.layer("bronze", "of a test"):
-        source.receive(run)
-        return source.delivery(spark, name).collect(), record
+    with contextlib.closing(choose_engine(config, source, spark)) as engine:
+        engine.start(os.devnull)
+        record = new_record(config, store, engine)
+        run = Run(config, engine, Snapshot(store, record), record)
+        with run.layer("bronze", "of a test"):
+            source.receive(run)
+            return source.delivery(spark, name).collect(), record
 
 
 def delivered(spark: SparkSession, config: DataPipelineConfig, name: str = "transactions") -> list[Row]:
@@ -544,6 +545,28 @@ def test_staging_models_rename_fill_and_derive(shop: Callable[..., RunRecord]) -
         assert db.sql("SELECT first_name, total_spent FROM customers_enriched ORDER BY 1").fetchall() == [
             ("ann", Decimal("9.99")), ("bo", Decimal("0.00")),
         ]  # fmt: skip
+
+
+def orders_by_model(
+    spark: SparkSession, small: Small, folder: Path, model: str, orders: str = ORDERS, **values: Any
+) -> list[Row]:
+    """The transactions that a model makes of a CSV file of orders."""
+    files = {"customers.csv": CUSTOMERS, "products.csv": PRODUCTS}
+    files |= {"transactions.sql": model, "transactions.csv": orders}
+    return delivered(spark, small(source_dir=land(folder, files), settle_seconds=0, **values), "transactions")
+
+
+def test_models_mean_the_same_in_all_versions_of_spark(spark: SparkSession, small: Small, tmp_path: Path) -> None:
+    """Spark 4 has ANSI mode on, in which a cast, a time or a division that fails would end the run."""
+    before = spark.conf.get("spark.sql.ansi.enabled", None)
+    model = """
+        SELECT transaction_id, product_id, payment_method, status, to_timestamp(status, 'dd.MM.yyyy') AS timestamp,
+            CAST(status AS INT) AS quantity, 1 / (CAST(customer_id AS INT) - 1) AS amount,
+            to_date(status) AS customer_id
+        FROM transactions"""
+    [row] = orders_by_model(spark, small, tmp_path, model)
+    assert (row["timestamp"], row["quantity"], row["amount"], row["customer_id"]) == (None, None, None, None)
+    assert spark.conf.get("spark.sql.ansi.enabled", None) == before
 
 
 # What is found when the records are counted, in a run; and what a model can be said to lack before.
