@@ -548,8 +548,13 @@ def ingest_bronze(run: Run, source: Source) -> dict[str, Received]:
 
     with run.step("source"):
         source.receive(run)
-    bronze = run.parallel(ingest, names(BRONZE))
-    profile(run)
+    try:
+        bronze = run.parallel(ingest, names(BRONZE))
+        profile(run)
+    except Exception as error:
+        if explanation := source.explain(error, run.engine, run.record.current_step.removeprefix(f"{BRONZE}.")):
+            raise explanation from error
+        raise
     return bronze
 
 
@@ -1287,6 +1292,9 @@ class Source(Protocol):
     def delivery(self, spark: SparkSession, name: str) -> DataFrame:
         """Returns the records of a bronze table, with the columns of its contract."""
 
+    def explain(self, error: Exception, engine: Engine, name: str) -> PipelineError | None:
+        """Returns what is wrong with the records of a table, where that is why they cannot be written."""
+
 
 def open_source(config: DataPipelineConfig) -> Source:
     """Returns the source that the configuration names."""
@@ -1321,6 +1329,9 @@ class Generated:
 
     def receive(self, run: Run) -> None:
         """Does nothing: the records are generated when they are written."""
+
+    def explain(self, error: Exception, engine: Engine, name: str) -> PipelineError | None:
+        """Returns None: nothing is wrong with generated records."""
 
     def delivery(self, spark: SparkSession, name: str) -> DataFrame:
         """Returns the generated records of a bronze table."""
@@ -1368,8 +1379,9 @@ class LandedFiles:
             for name in names(BRONZE)
         }
         self.delivered_rows: dict[str, int] = {}
+        self.parts: Sequence[Part] = ()
+        self.views: dict[str, str] = {}  # names of the records, for the models
         self._records: dict[str, DataFrame] = {}
-        self._views: dict[str, str] = {}  # names of the records, for the models
         self._malformed: dict[str, DataFrame] = {}
 
     def check(self) -> None:
@@ -1394,7 +1406,7 @@ class LandedFiles:
         """
         wait_until_settled(self.files, self.config.settle_seconds)
         reader = FileReader(self.root, run.temporary_folder(".staged"), self.config)
-        parts = reader.read(self.files, with_models=self.models)
+        self.parts = reader.read(self.files, with_models=self.models)
         report_delivery(self.files, run.record)
         if self.config.on_bad_file == "refuse" and (bad := [file for file in self.files if file.is_bad]):
             more = f"; so are {len(bad) - 1} more" if bad[1:] else ""
@@ -1403,9 +1415,9 @@ class LandedFiles:
                 "without it by --on-bad-file quarantine"
             )
         run.snapshot.save_files(self.files)
-        self._records = records_by_table(run.engine, parts, self.files)
-        self._views = {name: run.temporary_view(rows) for name, rows in self._records.items()}
-        malformed = [part for part in parts if part.is_malformed]
+        self._records = records_by_table(run.engine, self.parts, self.files)
+        self.views = {name: run.temporary_view(rows) for name, rows in self._records.items()}
+        malformed = [part for part in self.parts if part.is_malformed]
         self._malformed = {part.table: records_of(run.engine, [part], self.files) for part in malformed}
         for name in set(names(BRONZE)) - self.derived:
             read = [file for file in self.files if file.table == name and not file.problem]
@@ -1416,9 +1428,22 @@ class LandedFiles:
         table = TABLES[name]
         records = self._records[name]
         if name in self.models:
-            records = apply_model(spark, name, self.models[name], self._views)
+            records = apply_model(spark, name, self.models[name], self.views)
         rows = conformed(records, table, self.config)
         return rows.unionByName(malformed_rows(self._malformed[name], table)) if name in self._malformed else rows
+
+    def explain(self, error: Exception, engine: Engine, name: str) -> PipelineError | None:
+        if isinstance(error, PipelineError) or engine.is_infrastructure_failure(error):
+            return None
+        tables = {name, *tables_in(self.models.get(name, ""))} if name in TABLES else names(BRONZE)
+        if damage := find_damage((part for part in self.parts if part.table in tables), self.files):
+            return NotPublishedError(f"{damage}; nothing is published: land the file again, or move it away")
+        if name in self.models and (problem := model_problem(engine, name, self.models[name], self.views)):
+            return PipelineError(
+                f"the model {name}.sql fails on these records: {problem}; correct it: where it gives null for a value "
+                "that does not fit, by CASE or try_cast for example, a rule rejects the row"
+            )
+        return None
 
 
 def read_models(folder: str) -> dict[str, str]:
@@ -1464,6 +1489,21 @@ def apply_model(spark: SparkSession, name: str, model: str, views: Mapping[str, 
     if "_source_row" not in given and name in tables_in(model):
         logger.warning("%s.sql drops _source_file and _source_row: quarantine will not say where a row was", name)
     return rows
+
+
+def model_problem(engine: Engine, name: str, model: str, views: Mapping[str, str]) -> str | None:
+    """Returns why a staging model fails when it runs alone; None where it does not, or where nothing runs."""
+    try:
+        rows = apply_model(engine.spark, name, model, views)
+        # Its greatest values cannot be known without every row.
+        rows.agg(*(F.max(F.col(quoted(column)).cast("string")) for column in rows.columns)).collect()
+    except Exception as error:
+        if re.search("OutOfMemory|StackOverflow", str(error)) or engine.is_infrastructure_failure(error):
+            return None
+        with contextlib.suppress(Exception):
+            engine.spark.sql("SELECT sum(id) FROM range(9)").collect()
+            return root_cause(error)
+    return None
 
 
 # What a text must look like to be of a type: a cast alone takes 2026 for a date, and 5d for a number.
@@ -2686,12 +2726,21 @@ class Sail(SparkConnect):
         return super().read(uri.removeprefix("file://"), schema)
 
     def read_landed(self, paths: Mapping[int, str]) -> DataFrame:
-        """Returns the rows of Parquet files of one schema; Sail cannot say which file a row comes from."""
-        numbered = (
-            self.spark.read.parquet(path).withColumn("_delivery", F.lit(number).cast("bigint"))
-            for number, path in paths.items()
-        )
-        return functools.reduce(lambda one, other: one.unionByName(other), numbered)
+        """Returns the rows of Parquet files of one schema, with unsigned numbers of the types that Spark gives them.
+
+        Sail cannot say which file a row comes from, and takes unsigned numbers for signed ones of the same size.
+        """
+        import pyarrow.parquet
+
+        kinds = {"uint8": "smallint", "uint16": "int", "uint32": "bigint", "uint64": "decimal(20,0)"}
+        frames = []
+        for number, path in paths.items():
+            fields = pyarrow.parquet.read_schema(path)
+            wider = {field.name: kinds[str(field.type)] for field in fields if str(field.type) in kinds}
+            columns = {name: F.col(quoted(name)).cast(kind) for name, kind in wider.items()}
+            rows = self.spark.read.parquet(path)
+            frames.append(rows.withColumns({**columns, "_delivery": F.lit(number).cast("bigint")}))
+        return functools.reduce(lambda one, other: one.unionByName(other), frames)
 
     def write(self, rows: DataFrame, uri: str, metrics: Mapping[str, Column]) -> dict[str, Any]:
         return super().write(rows, uri.removeprefix("file://"), metrics)
@@ -3427,6 +3476,8 @@ class FileReader:
                     self._scan(connection, file)
                     if file.table not in with_models:
                         check_columns(file)
+                        if types := self.parquet_types.get(file.delivery):
+                            check_binary(connection, file, self._link(file), types)
                 except (BadFileError, OSError, EOFError, UnicodeError, zlib.error) as error:
                     if re.search(DISK_FULL, str(error)):
                         raise
@@ -3724,9 +3775,30 @@ def check_columns(file: LandedFile) -> None:
         )
 
 
+def check_binary(
+    connection: duckdb.DuckDBPyConnection, file: LandedFile, path: str, columns: Iterable[tuple[str, str]]
+) -> None:
+    """Checks that columns of bytes hold text: the engines differ in what else they make of them."""
+    import duckdb
+
+    for name in (name for name, kind in columns if kind == "BLOB"):
+        try:
+            ask_duckdb(connection, f"SELECT count(decode({sql_name(name)})) FROM read_parquet({sql_text(path)})")
+        except duckdb.Error:
+            raise BadFileError(
+                f"its column {name} is binary and no text in UTF-8: leave it out, or write a model {file.table}.sql "
+                "that takes the columns it needs"
+            ) from None
+
+
 def sql_text(text: str) -> str:
     """Returns a text as a literal of DuckDB's SQL; what is not UTF-8 is replaced."""
     return "'{}'".format(os.fsencode(text).decode(errors="replace").replace("'", "''"))
+
+
+def sql_name(column: str) -> str:
+    """Returns the name of a column as DuckDB's SQL."""
+    return '"{}"'.format(column.replace('"', '""'))
 
 
 def spark_text(text: str) -> str:
@@ -3784,6 +3856,20 @@ def check_counts(connection: duckdb.DuckDBPyConnection, staged: str, files: Iter
         if row["n"] != file.rows or row["least"] < 1 or row["most"] > file.records:
             found_by = f"Python finds {file.rows:,} records in it, DuckDB {row['n']:,}"
             file.leave_out(f"{found_by}: is its quoting consistent?")
+
+
+def find_damage(parts: Iterable[Part], files: Iterable[LandedFile]) -> str | None:
+    """Returns which Parquet file has values that cannot be read, and why; its footer was good."""
+    import duckdb
+
+    paths = {file.delivery: file.path for file in files}
+    for number, link in (place for part in parts for place in part.landed.items()):
+        try:
+            with duckdb_connection(os.path.dirname(link)) as connection:
+                ask_duckdb(connection, f"SELECT max(hash(records)) FROM read_parquet({sql_text(link)}) AS records")
+        except duckdb.Error as error:
+            return f"{paths[number]} cannot be read: {str(error).partition(chr(10))[0].replace(link, paths[number])}"
+    return None
 
 
 def report_delivery(files: Sequence[LandedFile], record: RunRecord) -> None:
@@ -3931,9 +4017,9 @@ def inspect_source(config: DataPipelineConfig) -> Iterator[str]:
     sample = list(sampled(source.files))
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(engine), contextlib.ExitStack() as stack:
         engine.start(os.devnull)
-        parts = FileReader(source.root, folder, config).read(sample, with_models=names(BRONZE))
-        records = records_by_table(engine, parts, sample)
-        views = {name: stack.enter_context(engine.view(rows)) for name, rows in records.items()}
+        source.parts = FileReader(source.root, folder, config).read(sample, with_models=names(BRONZE))
+        records = records_by_table(engine, source.parts, sample)
+        source.views = {name: stack.enter_context(engine.view(rows)) for name, rows in records.items()}
         for name in names(BRONZE):
             landed, read = ([file for file in files if file.table == name] for files in (source.files, sample))
             yield from ("", f"{name}: {len(read)} of {len(landed)} files read")
@@ -3944,7 +4030,7 @@ def inspect_source(config: DataPipelineConfig) -> Iterator[str]:
             if landed and not any(file.rows for file in read):
                 yield "  there is no record to look at"
             elif name in source.models or landed:
-                yield from inspect_table(engine.spark, source, name, records[name], views)
+                yield from inspect_table(engine, source, name, records[name])
             if name not in source.models:
                 yield from proposed_model(name, records)
 
@@ -3960,14 +4046,12 @@ def sampled(files: Sequence[LandedFile]) -> Iterator[LandedFile]:
             yield file
 
 
-def inspect_table(
-    spark: SparkSession, source: LandedFiles, name: str, rows: DataFrame, views: Mapping[str, str]
-) -> Iterator[str]:
+def inspect_table(engine: Engine, source: LandedFiles, name: str, rows: DataFrame) -> Iterator[str]:
     """Returns how each column of a table is filled, and which rules the sample violates."""
     table = TABLES[name]
     try:
         if name in source.models:
-            rows = apply_model(spark, name, source.models[name], views)
+            rows = apply_model(engine.spark, name, source.models[name], source.views)
         typed = conformed(rows, table, source.config)
         given = {column.strip().lower(): (column, kind) for column, kind in rows.dtypes}
         by = f"by {name}.sql" if name in source.models else "by its name"
@@ -3986,8 +4070,11 @@ def inspect_table(
             if count:
                 yield f"  {rule}: {count:,} of {total:,} records ({severities[rule]})"
         yield "  repeated keys and keys without a parent are not looked for here"
-    except PipelineError as error:
-        yield f"  {error}"
+    except Exception as error:
+        explanation = error if isinstance(error, PipelineError) else source.explain(error, engine, name)
+        if explanation is None:
+            raise
+        yield f"  {explanation}"
 
 
 def proposed_model(name: str, records: Mapping[str, DataFrame]) -> Iterator[str]:

@@ -327,6 +327,9 @@ PARQUET: dict[str, tuple[str, pa.Array, list[Any], dict[str, Any]]] = {
                 {"source_time_zone": "Europe/Berlin"}),
     "wall time": ("timestamp", pa.array([datetime(2026, 1, 31, 10)], pa.timestamp("us")), [datetime(2026, 1, 31, 9)],
                   {"source_time_zone": "Europe/Berlin"}),
+    "unsigned": ("quantity", pa.array([2, 2**32 - 1], pa.uint32()), [2, None], {}),
+    "large unsigned": ("customer_id", pa.array([2, 2**64 - 1], pa.uint64()), [2, None], {}),
+    "bytes of text": ("product_id", pa.array(["Ä".encode()]), ["Ä"], {}),
     "day": ("timestamp", pa.array([date(2026, 1, 31)]), [datetime(2026, 1, 31)], {}),
     "text": ("timestamp", pa.array(["2026-01-31 10:00", "31.1.2026"]), [datetime(2026, 1, 31, 10), None], {}),
 }  # fmt: skip
@@ -344,6 +347,32 @@ def test_typed_values_are_kept_exactly_or_as_text(case: str, spark: SparkSession
     malformed = sum(row["_rescued_data"] is not None for row in rows)
     assert malformed == len(filled) - sum(value is not None for value in expected)
     assert {row["_source_file"] for row in rows} == {"transactions.parquet"}
+
+
+def orders_in_parquet(**columns: pa.Array) -> bytes:
+    """Orders as a Parquet file, with these columns in place of their own or besides."""
+    order = dict(zip(ORDERS_HEADER.split(","), ORDERS.splitlines()[1].split(","), strict=True))
+    rows = len(next(iter(columns.values())))
+    file = io.BytesIO()
+    pq.write_table(pa.table({**{name: [value] * rows for name, value in order.items()}, **columns}), file)
+    return file.getvalue()
+
+
+def test_parquet_whose_values_are_damaged_is_named(shop: Callable[..., RunRecord]) -> None:
+    """Its footer is good, so that it fails when the engine reads it."""
+    damaged = bytearray(orders_in_parquet(transaction_id=pa.array([f"T{n}-{n * 7919}" for n in range(5000)])))
+    damaged[100:400] = bytes(255 - byte for byte in damaged[100:400])
+    good = orders_in_parquet(transaction_id=pa.array(["T2"]))
+    with pytest.raises(NotPublishedError, match=r"^transactions/2\.parquet cannot be read: .*: land the file again"):
+        shop({"transactions/1.csv": None, "transactions/0.parquet": good, "transactions/2.parquet": bytes(damaged)})
+
+
+def test_failure_that_is_not_due_to_the_input_stays_as_it_is(
+    shop: Callable[..., RunRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Run, "write", lambda *_: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        shop({"transactions.sql": "SELECT * FROM transactions"})
 
 
 def test_what_is_rejected_says_why_and_where_and_the_last_delivery_of_a_key_wins(
@@ -579,6 +608,7 @@ MODELS: dict[str, tuple[str, str]] = {
     "no SQL": ("SELEC * FROM transactions", "transactions.sql cannot be used: "),
     "lacks a column": ("SELECT transaction_id, amount FROM transactions", "returns no product_id, payment_method"),
     "other table": ("SELECT * FROM products", "transactions.sql does not read the files of transactions"),
+    "fails": ("SELECT *, raise_error('no such') AS x FROM transactions", "transactions.sql fails .*no such.*; c"),
 }  # fmt: skip
 
 
@@ -845,6 +875,9 @@ def test_names_of_files_and_folders(spark: SparkSession, small: Small, tmp_path:
 MISTAKES: dict[str, tuple[dict[str, str | bytes], dict[str, Any], str]] = {
     "delimiter": ({"transactions/1.csv": ORDERS.replace(",", ";")}, {}, "is ';' the delimiter .--source-delimiter"),
     "first line is blank": ({"transactions/1.csv": "\n" + ORDERS}, {}, "it has no transaction_id, .* but nothing"),
+    "bytes": (
+        {"transactions/2.parquet": orders_in_parquet(photo=pa.array([b"\xff"]))}, {}, "column photo is binary",
+    ),
     "encoding": ({"transactions/1.csv": LATIN}, {}, "can't decode byte 0xeb .*; see --source-encoding"),
     "model with two columns of a name": (
         {"transactions.sql": "SELECT *, upper(status) AS status FROM transactions"}, {}, "returns two columns status",
