@@ -71,6 +71,7 @@ import shutil
 import signal
 import socket
 import statistics
+import string
 import subprocess
 import tempfile
 import threading
@@ -536,11 +537,17 @@ def ingest_bronze(run: Run, source: Source) -> dict[str, Received]:
         sound = part_counts(table, ~is_rejected(table.rules, run.config))
         with run.step(f"{BRONZE}.{name}"):
             rows = with_lineage(source.delivery(run.engine.spark, name), table, run.record)
-            counts = run.write(BRONZE, table, rows, {**violations, **sound})
+            checksum = {"places": places()} if name in source.delivered_places else {}
+            counts = run.write(BRONZE, table, rows, {**violations, **sound, **checksum})
         if counts["rows"] != (delivered := source.delivered_rows.get(name, counts["rows"])):
             raise PipelineError(
                 f"{counts['rows']:,} rows came of {delivered:,} records of {name}: a model makes one row of each "
                 f"record of its table; see WHERE, DISTINCT and JOIN in {name}.sql, and let the rules reject rows"
+            )
+        if counts.get("places") != source.delivered_places.get(name):
+            raise PipelineError(
+                f"the model {name}.sql repeats some records of {name} and drops as many, or changes their _source_row: "
+                "see JOIN in it, and join what has one row for each record"
             )
         return Received(
             run.read(BRONZE, table), {rule: counts[rule] for rule in violations}, {part: counts[part] for part in sound}
@@ -1286,6 +1293,10 @@ class Source(Protocol):
     def delivered_rows(self) -> Mapping[str, int]:
         """How many rows exactly, once they are received; without the tables for which the source cannot tell."""
 
+    @property
+    def delivered_places(self) -> Mapping[str, int]:
+        """The checksum `places` of the rows, once they are delivered; only where a model may have changed them."""
+
     def receive(self, run: Run) -> None:
         """Receives what there is. Raises NotPublishedError where that cannot be used."""
 
@@ -1315,6 +1326,7 @@ class Generated:
     def __init__(self, config: DataPipelineConfig) -> None:
         self.config = config
         self.delivered_rows: Mapping[str, int] = {}  # the gate and the audit judge them
+        self.delivered_places: Mapping[str, int] = {}
         self.expected_rows = {
             "customers": config.num_customers,
             "products": config.num_products,
@@ -1379,6 +1391,7 @@ class LandedFiles:
             for name in names(BRONZE)
         }
         self.delivered_rows: dict[str, int] = {}
+        self.delivered_places: dict[str, int] = {}
         self.parts: Sequence[Part] = ()
         self.views: dict[str, str] = {}  # names of the records, for the models
         self._records: dict[str, DataFrame] = {}
@@ -1422,6 +1435,8 @@ class LandedFiles:
         for name in set(names(BRONZE)) - self.derived:
             read = [file for file in self.files if file.table == name and not file.problem]
             self.delivered_rows[name] = sum(file.records for file in read)
+            if name in self.models:
+                self.delivered_places[name] = places_of(read)
 
     def delivery(self, spark: SparkSession, name: str) -> DataFrame:
         """Returns the records of a bronze table, typed, and the lines that are no record."""
@@ -1429,6 +1444,8 @@ class LandedFiles:
         records = self._records[name]
         if name in self.models:
             records = apply_model(spark, name, self.models[name], self.views)
+            if not {"_delivery", "_source_row"} <= {column.strip().lower() for column in records.columns}:
+                self.delivered_places.pop(name, None)  # then only their number is known
         rows = conformed(records, table, self.config)
         return rows.unionByName(malformed_rows(self._malformed[name], table)) if name in self._malformed else rows
 
@@ -1452,10 +1469,17 @@ def read_models(folder: str) -> dict[str, str]:
     for name in names(BRONZE):
         if os.path.lexists(path := os.path.join(folder, f"{name}.sql")):
             try:
-                models[name] = Path(path).read_text(encoding="utf-8-sig").strip().rstrip(";")
+                models[name] = without_semicolon(Path(path).read_text(encoding="utf-8-sig"))
             except (OSError, UnicodeError) as error:
                 raise ConfigurationError(f"cannot read the model {path}: {error}") from None
     return models
+
+
+def without_semicolon(statement: str) -> str:
+    """Returns a SQL statement without the semicolons and comments at its end."""
+    texts_and_comments = r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|`[^`]*`)|--[^\n]*|/\*.*?\*/"""
+    plain = re.sub(texts_and_comments, lambda found: found[1] or " " * len(found[0]), statement, flags=re.DOTALL)
+    return statement[: len(plain.rstrip(string.whitespace + ";"))]
 
 
 def tables_in(model: str) -> set[str]:
@@ -1504,6 +1528,34 @@ def model_problem(engine: Engine, name: str, model: str, views: Mapping[str, str
             engine.spark.sql("SELECT sum(id) FROM range(9)").collect()
             return root_cause(error)
     return None
+
+
+PLACE = 1_000_000_007  # by which the number of a file is multiplied, to tell its rows from those of others
+PRIME = 2**31 - 1
+
+
+def places() -> Column:
+    """Returns a checksum of the places of rows, their files and numbers, that does not depend on the order of rows.
+
+    It is the sum of cubes, modulo a prime: where rows are dropped and as many repeated, it is another.
+    """
+    place = f"((coalesce(_delivery, 0) * {PLACE} + coalesce(_source_row, 0)) % {PRIME})"
+    return F.expr(f"coalesce(sum({place} * {place} % {PRIME} * {place} % {PRIME}), 0) % {PRIME}")
+
+
+def places_of(files: Iterable[LandedFile]) -> int:
+    """Returns what `places` is for the records of files; those of Parquet have no number."""
+
+    def cubes_up_to(number: int) -> int:
+        return (number * (number + 1) // 2) ** 2
+
+    def cubes(file: LandedFile) -> int:
+        first = file.delivery * PLACE
+        if file.suffix == ".parquet":
+            return file.records * first**3
+        return cubes_up_to(first + file.records) - cubes_up_to(first)
+
+    return sum(map(cubes, files)) % PRIME
 
 
 # What a text must look like to be of a type: a cast alone takes 2026 for a date, and 5d for a number.

@@ -45,19 +45,24 @@ from data_pipeline import (
     Run,
     RunRecord,
     Snapshot,
+    Source,
     Store,
     choose_engine,
     conformed,
     html_report,
+    ingest_bronze,
     inspect_source,
     list_files,
     metrics,
     names,
     new_record,
     open_source,
+    places,
+    places_of,
     preflight,
     run_pipeline,
     wait_until_settled,
+    without_semicolon,
 )
 
 Small = Callable[..., DataPipelineConfig]
@@ -107,16 +112,23 @@ def shop(landed: Callable[..., DataPipelineConfig], spark: SparkSession) -> Call
     return run
 
 
-def delivery(spark: SparkSession, config: DataPipelineConfig, name: str) -> tuple[list[Row], RunRecord]:
-    """The records of a table as its source delivers them, without a whole run, and the run record."""
+@contextlib.contextmanager
+def begun(spark: SparkSession, config: DataPipelineConfig) -> Iterator[tuple[Run, Source]]:
+    """A run of which nothing is done yet, and its source."""
     source, store = open_source(config), Store(config.root)
     with contextlib.closing(choose_engine(config, source, spark)) as engine:
         engine.start(os.devnull)
         record = new_record(config, store, engine)
         run = Run(config, engine, Snapshot(store, record), record)
         with run.layer("bronze", "of a test"):
-            source.receive(run)
-            return source.delivery(spark, name).collect(), record
+            yield run, source
+
+
+def delivery(spark: SparkSession, config: DataPipelineConfig, name: str) -> tuple[list[Row], RunRecord]:
+    """The records of a table as its source delivers them, without a whole run, and the run record."""
+    with begun(spark, config) as (run, source):
+        source.receive(run)
+        return source.delivery(spark, name).collect(), run.record
 
 
 def delivered(spark: SparkSession, config: DataPipelineConfig, name: str = "transactions") -> list[Row]:
@@ -624,6 +636,48 @@ def test_model_that_cannot_be_used(case: str, landed: Callable[..., DataPipeline
     model, message = MODELS[case]
     with pytest.raises(PipelineError, match=message):
         delivered(spark, landed({"transactions.sql": model}))
+
+
+def test_model_that_drops_one_record_and_doubles_another(spark: SparkSession, small: Small, tmp_path: Path) -> None:
+    """The number of rows is right; their places are not. A line that is no record, and Parquet, have places too."""
+    orders = "".join([ORDERS, "\n", ORDERS.splitlines()[1].replace("T1", "T2"), "\nno record\n"])
+    land(tmp_path, {"customers.csv": CUSTOMERS, "products.csv": PRODUCTS, "transactions/1.csv": orders,
+                    "transactions/2.jsonl": '{"transaction_id": "T3"}',
+                    "transactions/3.parquet": orders_in_parquet(transaction_id=pa.array(["T4", "T5"]))})  # fmt: skip
+    model = "SELECT t.* FROM transactions t JOIN (VALUES {}) AS n(id) ON id = transaction_id;  -- each; once\n"
+    for ids, message in {"T1 T2 T3 T4 T5": "", "T1 T3 T3 T4 T5": "repeats some records of transactions"}.items():
+        values = ", ".join(f"('{name}')" for name in ids.split())
+        land(tmp_path, {"transactions.sql": model.format(values)})
+        with begun(spark, small(source_dir=str(tmp_path), settle_seconds=0)) as (run, source):
+            with pytest.raises(PipelineError, match=message) if message else contextlib.nullcontext():
+                ingest_bronze(run, source)
+            assert run.record.rows["bronze.transactions"] == 6
+
+
+def test_checksum_of_places_is_that_of_each_record(spark: SparkSession) -> None:
+    """Also of numbers so large that they are beyond 64 bits when multiplied."""
+    files = [LandedFile("products", f"{n}.csv", 0, 0, delivery=n, rows=n % 7, malformed=n % 2) for n in (1, 2, 10**6)]
+    files += [LandedFile("products", "4.parquet", 0, 0, delivery=4, rows=3)]
+    rows = [(file.delivery, number + 1) for file in files[:3] for number in range(file.records)] + [(4, None)] * 3
+    frame = spark.createDataFrame(rows, "_delivery BIGINT, _source_row BIGINT")
+    assert frame.agg(places()).collect()[0][0] == places_of(files)
+    assert frame.where("_source_row = 1").agg(places()).collect()[0][0] != places_of(files)
+
+
+@pytest.mark.parametrize(
+    ("model", "statement"),
+    [
+        ("SELECT 1;", "SELECT 1"),
+        ("SELECT 1 ; -- a; b\n /* c; */ ;\n", "SELECT 1"),
+        ("SELECT ';--'", "SELECT ';--'"),
+        (r"SELECT '\';--' -- x", r"SELECT '\';--'"),
+        ("SELECT `a;--`;", "SELECT `a;--`"),
+        ("SELECT 1 -- a\n, 2;--", "SELECT 1 -- a\n, 2"),
+        ("SELECT 1; SELECT 2", "SELECT 1; SELECT 2"),
+    ],
+)
+def test_semicolons_and_comments_at_the_end_of_a_model(model: str, statement: str) -> None:
+    assert without_semicolon(model) == statement
 
 
 def test_models_in_a_folder_of_their_own(
