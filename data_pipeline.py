@@ -59,6 +59,7 @@ import html
 import importlib
 import importlib.metadata
 import importlib.util
+import io
 import itertools
 import json
 import logging
@@ -3394,6 +3395,7 @@ FILE_FORMATS: Mapping[str, str] = {
 UNFINISHED = re.compile(r"[._].*|.*[.](tmp|part|_COPYING_)")  # names of files that are still being written
 LANDED_COLUMNS: Mapping[str, str] = {"_delivery": "bigint", "_source_file": "string", "_source_row": "bigint"}
 FIELD_LIMIT = 4 * MILLION  # characters; an unclosed quote makes one field of the rest of the file
+BLOCK = 2**18  # characters of CSV that are looked at together
 
 
 class BadFileError(Exception):
@@ -3504,8 +3506,8 @@ class Part(NamedTuple):
 class FileReader:
     """Reads landed files strictly.
 
-    Each text is read once by Python, which decodes it and finds its records. A file whose bytes DuckDB can parse as
-    they are is parsed in place. Of others a copy is parsed: UTF-8, without what is no record, with the number of each.
+    Python hashes and decodes each text, and finds its records, in one pass. A file whose bytes DuckDB can parse as they
+    are is parsed in place. Of others a copy is parsed: UTF-8, without what is no record, with the number of each.
     """
 
     def __init__(self, root: str, folder: str, config: DataPipelineConfig) -> None:
@@ -3558,9 +3560,9 @@ class FileReader:
         return link
 
     def _scan(self, connection: duckdb.DuckDBPyConnection, file: LandedFile) -> None:
-        file.sha256 = sha256(self._path(file))
         if file.suffix == ".parquet":
-            self._scan_parquet(connection, file)
+            file.sha256 = sha256(self._path(file))
+            self.parquet_types[file.delivery] = scan_parquet(connection, file, self._link(file))
         elif FILE_FORMATS[file.suffix] == "csv":
             is_plain = not file.is_compressed and self._encoding in ("utf-8-sig", "ascii")
             if not is_plain or not self._scan_csv(file, None):
@@ -3575,10 +3577,15 @@ class FileReader:
         encoding = self.config.source_encoding
         return "utf-8-sig" if encoding == "utf-8" else encoding
 
-    def _text(self, file: LandedFile) -> TextIO:
-        opener: Any = gzip.open if file.is_compressed else open
-        text: TextIO = opener(self._path(file), "rt", encoding=self._encoding, errors="strict", newline="")
-        return text
+    @contextlib.contextmanager
+    def _text(self, file: LandedFile) -> Iterator[TextIO]:
+        """Opens a file as text; once it has been read, its SHA-256 is set."""
+        raw = HashedFile(self._path(file))
+        with io.BufferedReader(raw, BLOCK) as binary:
+            content: Any = gzip.GzipFile(fileobj=binary) if file.is_compressed else binary
+            with io.TextIOWrapper(content, self._encoding, errors="strict", newline="") as text:
+                yield text
+                file.sha256 = raw.sha256.hexdigest()
 
     @contextlib.contextmanager
     def _copy(self, file: LandedFile) -> Iterator[TextIO]:
@@ -3599,30 +3606,38 @@ class FileReader:
         space_before_quote = re.compile(rf"(^|{re.escape(delimiter)})\s+{re.escape(quote)}", re.MULTILINE)
         file.rows = file.malformed = file.blank = 0
         with self._text(file) as text:
-            records = csv_records(text, delimiter, quote)
-            header, lines = next(records, ([], []))
+            header, lines = next(csv_records(text.readline(), text, delimiter, quote), ([], []))
             file.columns, file.lines = column_names(header), len(lines)
             width = len(file.columns)
             if copy:
                 copy.write(without_newline(lines) + "\n")  # DuckDB skips it
                 writer = csv.writer(copy, delimiter=delimiter, quotechar=quote, lineterminator="\n")
-            for record, lines in records:
-                file.lines += len(lines)
-                if len(record) == width or (width == 1 and not record):
-                    file.rows += 1
-                    is_odd = quote in lines[0] and space_before_quote.search("".join(lines))
-                    if copy and is_odd:
-                        writer.writerow([file.records, *record])
+            while block := text.read(BLOCK):
+                block += text.readline()
+                if regular := regular_lines(block, width, delimiter, quote):
+                    if copy:
+                        numbered_lines = enumerate(io.StringIO(block, newline=""), file.records + 1)
+                        copy.writelines(f"{n}{delimiter}{without_newline([line])}\n" for n, line in numbered_lines)
+                    file.rows += regular
+                    file.lines += regular
+                    continue
+                for record, lines in csv_records(block, text, delimiter, quote, file.lines + 1):
+                    file.lines += len(lines)
+                    if len(record) == width or (width == 1 and not record):
+                        file.rows += 1
+                        is_odd = quote in lines[0] and space_before_quote.search("".join(lines))
+                        if copy and is_odd:
+                            writer.writerow([file.records, *record])
+                        elif copy:
+                            copy.write(f"{file.records}{delimiter}{without_newline(lines)}\n")
+                        elif is_odd:
+                            return False
+                    elif not record:
+                        file.blank += 1
                     elif copy:
-                        copy.write(f"{file.records}{delimiter}{without_newline(lines)}\n")
-                    elif is_odd:
+                        self._reject(file, lines)
+                    else:
                         return False
-                elif not record:
-                    file.blank += 1
-                elif copy:
-                    self._reject(file, lines)
-                else:
-                    return False
             return not isinstance(text.newlines, tuple)
 
     def _scan_lines(self, file: LandedFile, copy: TextIO) -> None:
@@ -3662,24 +3677,6 @@ class FileReader:
         line = {"c0": without_newline(lines), "_source_row": file.records}
         with open(self._malformed(file), "a", encoding="utf-8", errors="replace") as malformed:
             malformed.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-    def _scan_parquet(self, connection: duckdb.DuckDBPyConnection, file: LandedFile) -> None:
-        import duckdb
-
-        try:
-            link = sql_text(self._link(file))
-            described = ask_duckdb(connection, f"DESCRIBE SELECT * FROM read_parquet({link})")
-            [counted] = ask_duckdb(connection, f"SELECT sum(num_rows) AS n FROM parquet_file_metadata({link})")
-        except duckdb.Error as error:
-            raise BadFileError(str(error).partition("\n")[0]) from None
-        file.columns = column_names([row["column_name"] for row in described])
-        for row in described:
-            if re.match("TIMESTAMP_NS|TIME$|TIME |INTERVAL|UUID", row["column_type"]):
-                raise BadFileError(
-                    f"its column {row['column_name']} is {row['column_type']}, which Spark does not read"
-                )
-        file.rows = int(counted["n"])
-        self.parquet_types[file.delivery] = tuple((row["column_name"], row["column_type"]) for row in described)
 
     def _parts(self, connection: duckdb.DuckDBPyConnection, table: str, files: Sequence[LandedFile]) -> Iterator[Part]:
         """Stages the text files of a table, those of equal columns together; Parquet stays where it is."""
@@ -3740,13 +3737,59 @@ def csv_field_limit(characters: int) -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def csv_records(text: TextIO, delimiter: str, quote: str) -> Iterator[tuple[list[str], list[str]]]:
-    """Returns the fields and the lines of each record. Raises BadFileError."""
+class HashedFile(io.FileIO):
+    """Reads a file, and computes the SHA-256 of what has been read."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.sha256 = hashlib.sha256()
+
+    def readinto(self, buffer: Any) -> int:
+        size = super().readinto(buffer) or 0
+        self.sha256.update(memoryview(buffer)[:size])
+        return size
+
+
+def regular_lines(block: str, width: int, delimiter: str, quote: str) -> int:
+    """Returns the number of lines if each is a record of so many fields, with simple quotes if any; else 0.
+
+    Without quotes, only delimiters and ends of lines are left when all other characters are deleted. Both ways take a
+    fraction of the time of Python's reader of CSV.
+    """
+    newline = next((end for end in ("\r\n", "\n", "\r") if block.endswith(end)), None)
+    if not (width and newline and (delimiter + quote).isascii()) or len(block) > FIELD_LIMIT:
+        return 0
+    if quote not in block:
+        others = bytes({*range(256)} - {*f"{delimiter}\r\n".encode()})
+        left = block.encode(errors="surrogatepass").translate(None, others)
+        line = (delimiter * (width - 1) + newline).encode()
+        number = len(left) // len(line)
+        return number if left == line * number else 0
+    if (delimiter + quote).split() != [delimiter + quote]:
+        return 0  # a delimiter would pass for the space before a quote
+    d, q = re.escape(delimiter), re.escape(quote)
+    field = rf"(?:{q}[^{q}\r\n]*+(?<!\s){q}|[^{d}{q}\r\n]*+)"
+    is_regular = re.fullmatch(f"(?:{field}(?:{d}{field}){{{width - 1}}}{newline})*+", block)
+    return block.count(newline) if is_regular else 0
+
+
+def csv_records(
+    block: str, text: TextIO, delimiter: str, quote: str, number: int = 1
+) -> Iterator[tuple[list[str], list[str]]]:
+    """Returns the fields and the lines of each record that begins in a block of lines; the last may end beyond it.
+
+    `number` is that of the first line, for messages.
+
+    Raises:
+        BadFileError: a quote is not closed, or not doubled, or a field is too long.
+    """
     lines: list[str] = []
-    number = 1
 
     def remembered() -> Iterator[str]:
-        for line in text:
+        for line in io.StringIO(block, newline=""):
+            lines.append(line)
+            yield line
+        while lines and (line := text.readline()):  # none are left once the last record is complete
             lines.append(line)
             yield line
 
@@ -3759,6 +3802,23 @@ def csv_records(text: TextIO, delimiter: str, quote: str) -> Iterator[tuple[list
         raise BadFileError(
             f"line {number}: {error}; is a quote not closed, or one within a text not doubled?"
         ) from None
+
+
+def scan_parquet(connection: duckdb.DuckDBPyConnection, file: LandedFile, path: str) -> tuple[tuple[str, str], ...]:
+    """Finds the rows and columns of a file by its footer; returns the columns with the types that DuckDB gives them."""
+    import duckdb
+
+    try:
+        described = ask_duckdb(connection, f"DESCRIBE SELECT * FROM read_parquet({sql_text(path)})")
+        [counted] = ask_duckdb(connection, f"SELECT sum(num_rows) AS n FROM parquet_file_metadata({sql_text(path)})")
+    except duckdb.Error as error:
+        raise BadFileError(str(error).partition("\n")[0]) from None
+    file.columns = column_names([row["column_name"] for row in described])
+    for row in described:
+        if re.match("TIMESTAMP_NS|TIME$|TIME |INTERVAL|UUID", row["column_type"]):
+            raise BadFileError(f"its column {row['column_name']} is {row['column_type']}, which Spark does not read")
+    file.rows = int(counted["n"])
+    return tuple((row["column_name"], row["column_type"]) for row in described)
 
 
 NUMBER = secrets.token_hex(8)  # marks the text of a JSON number among texts

@@ -209,6 +209,50 @@ def test_text_is_read_strictly(case: str, tmp_path: Path, small: Small) -> None:
     assert (file.rows, file.malformed) == (len(records), len(malformed))
 
 
+@given(
+    text=st.text(st.sampled_from('ab,"\r\n \0é\u2028'), max_size=60) | st.lists(
+        st.sampled_from(
+            ["a,b", "é,", '"a","b"', '"a,b",""', "a\rb,c", ",\r", '"a\nb",c', "a", "", 'a, "b"', '"a""b",', '"a"b,',
+             '"a, ",b', 'a",b"', '"a\rb",'],
+        ),
+        max_size=12,
+    ).map("\n".join),
+    header=st.sampled_from(["x,y\n", "x,y\r\n", "\ufeffx\r", ""]),
+    block=st.integers(1, 20),
+    is_copied=st.booleans(),
+)  # fmt: skip
+@settings(
+    max_examples=400, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_blocks_of_regular_lines_are_what_the_reader_of_csv_finds_in_them(
+    text: str, header: str, block: int, is_copied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of such lines are only counted, without Python's reader of CSV; the result is equal."""
+
+    def found() -> tuple[Any, ...]:
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        [file] = list_files(land(folder, {"transactions.csv": (header + text).encode()}))
+        copy = io.StringIO()
+        try:
+            fits = FileReader(str(folder), str(folder), config)._scan_csv(file, copy if is_copied else None)
+        except data_pipeline.BadFileError as error:
+            return file.columns, str(error)
+        malformed = folder / "1.malformed"
+        reasons = malformed.read_text() if malformed.exists() else ""
+        if not (fits or is_copied):  # then it is read again, for a copy
+            return (fits,)
+        return file.columns, file.rows, file.malformed, file.blank, file.lines, file.sha256, copy.getvalue(), reasons
+
+    config = DataPipelineConfig()
+    with monkeypatch.context() as patch:
+        patch.setattr(data_pipeline, "BLOCK", 10_000)
+        patch.setattr(data_pipeline, "regular_lines", lambda *_: 0)
+        expected = found()
+    with monkeypatch.context() as patch:
+        patch.setattr(data_pipeline, "BLOCK", block)
+        assert found() == expected
+
+
 BAD: dict[str, tuple[str, bytes, str]] = {
     "cut gzip": ("t.csv.gz", gzip.compress(b"id,name\n" + b"1,a\n" * 1000)[:-20], "ended before the end-of-stream"),
     "no gzip": ("t.csv.gz", b"id,name\n1,a\n", "Not a gzipped file"),
