@@ -511,7 +511,7 @@ def preflight(config: DataPipelineConfig, spark: SparkSession | None = None) -> 
     store = Store(config.root)
     engine = choose_engine(config, source, spark)
     check_packages("requirements.txt", "duckdb", "faker", "jinja2", "prometheus_client")
-    store.check(sum(source.expected_rows.values()))
+    store.check(engine.expected_rows)
     if config.source_dir and is_uri(config.root) and engine.shares_storage:
         raise ConfigurationError(
             f"landed files are read on this machine into data_dir, where a cluster cannot see {config.root}: choose a "
@@ -1288,15 +1288,15 @@ class Source(Protocol):
 
     @property
     def expected_rows(self) -> Mapping[str, int]:
-        """About how many rows each bronze table will have; 0 only where it may be empty."""
+        """Returns about how many rows each bronze table will have; 0 only where it may be empty."""
 
     @property
     def delivered_rows(self) -> Mapping[str, int]:
-        """How many rows exactly, once they are received; without the tables for which the source cannot tell."""
+        """Returns how many rows each table has, once they are received; not of tables that models derive."""
 
     @property
     def delivered_places(self) -> Mapping[str, int]:
-        """The checksum `places` of the rows, once they are delivered; only where a model may have changed them."""
+        """Returns the checksum `places` of delivered rows, for tables in which a model may have changed them."""
 
     def receive(self, run: Run) -> None:
         """Receives what there is. Raises NotPublishedError where that cannot be used."""
@@ -2368,6 +2368,7 @@ class Engine(ABC):
         self.config = config
         self.given = given
         self.master = master
+        self.expected_rows = rows
         self.startup_dominates = rows < SMALL_RUN  # such runs skip what only long runs repay
         self.settings: Mapping[str, str] = {  # those on which the tables or their speed depend
             # Small plans have one partition: planning them again only costs time.
@@ -3416,13 +3417,14 @@ class LandedFile:
     malformed: int = 0  # records that are none
     lines: int = 0  # of text: the header, those of the records, malformed and blank ones
     blank: int = 0
+    within: int = 0  # ends of lines within the values of records
     columns: Sequence[str] = ()
     problem: str = ""  # why it is left out
     is_bad: bool = False  # whether the file itself is the problem: one that changes is only left for the next run
 
     @property
     def records(self) -> int:
-        """The records found, malformed ones included."""
+        """Returns the number of records found, malformed ones included."""
         return self.rows + self.malformed
 
     def leave_out(self, problem: str, *, is_bad: bool = True) -> None:
@@ -3431,17 +3433,17 @@ class LandedFile:
 
     @property
     def is_compressed(self) -> bool:
-        """Whether the file is compressed by gzip."""
+        """Returns whether the file is compressed by gzip."""
         return self.path.endswith(".gz")
 
     @property
     def suffix(self) -> str:
-        """The end of the name that tells the format."""
+        """Returns the end of the name, which tells the format."""
         return os.path.splitext(self.path.removesuffix(".gz"))[1].lower()
 
     @property
     def estimated_rows(self) -> int:
-        """About how many records it holds: of 100 bytes as text, of 20 when compressed or Parquet."""
+        """Returns about how many records it holds: of 100 bytes as text, of 20 when compressed or Parquet."""
         return 1 + self.size // (20 if self.is_compressed or self.suffix == ".parquet" else 100)
 
 
@@ -3604,7 +3606,7 @@ class FileReader:
         delimiter, quote = self._delimiter(file), self.config.source_quote
         # DuckDB drops the space before a quote, and the quotes; for Python they are part of the field.
         space_before_quote = re.compile(rf"(^|{re.escape(delimiter)})\s+{re.escape(quote)}", re.MULTILINE)
-        file.rows = file.malformed = file.blank = 0
+        file.rows = file.malformed = file.blank = file.within = 0
         with self._text(file) as text:
             header, lines = next(csv_records(text.readline(), text, delimiter, quote), ([], []))
             file.columns, file.lines = column_names(header), len(lines)
@@ -3625,6 +3627,7 @@ class FileReader:
                     file.lines += len(lines)
                     if len(record) == width or (width == 1 and not record):
                         file.rows += 1
+                        file.within += len(lines) - 1
                         is_odd = quote in lines[0] and space_before_quote.search("".join(lines))
                         if copy and is_odd:
                             writer.writerow([file.records, *record])
@@ -3723,7 +3726,7 @@ class FileReader:
                 for file in group:
                     yield from self._staged(connection, table, columns, [file])
             return
-        check_counts(connection, staged, group)
+        check_counts(connection, staged, len(columns), group)
         yield Part(table, columns, staged)
 
 
@@ -3957,16 +3960,24 @@ def numbered(reading: str, width: int, files: Sequence[LandedFile], in_place: bo
         JOIN (VALUES {places}) AS places(_delivery, _source_file, start) USING (_delivery)"""
 
 
-def check_counts(connection: duckdb.DuckDBPyConnection, staged: str, files: Iterable[LandedFile]) -> None:
-    """Marks the files of which DuckDB has found other records than Python did."""
+def check_counts(connection: duckdb.DuckDBPyConnection, staged: str, width: int, files: Sequence[LandedFile]) -> None:
+    """Marks the files of which DuckDB has found other records, or ends of lines within them, than Python did.
+
+    Header, records, the ends of lines within them, malformed and blank lines are then all lines of a file.
+    """
+    values = f"concat_ws('|', {', '.join(f'c{n}' for n in range(width))})"
+    # Few files have any: others need not be searched for them.
+    within = f"sum(len(regexp_extract_all({values}, '\\r\\n?|\\n')))" if any(file.within for file in files) else "0"
     query = f"""
-        SELECT _delivery, count(*) AS n, min(_source_row) AS least, max(_source_row) AS most
+        SELECT _delivery, count(*) AS n, min(_source_row) AS least, max(_source_row) AS most, {within} AS within
         FROM {sql_text(staged)} GROUP BY 1"""
     found = {row["_delivery"]: row for row in ask_duckdb(connection, query)}
     for file in files:
-        row = found.get(file.delivery, {"n": 0, "least": 1, "most": 0})
-        if row["n"] != file.rows or row["least"] < 1 or row["most"] > file.records:
+        row = found.get(file.delivery, {"n": 0, "least": 1, "most": 0, "within": 0})
+        if row["n"] != file.rows or row["least"] < 1 or row["most"] > file.records or row["within"] != file.within:
             found_by = f"Python finds {file.rows:,} records in it, DuckDB {row['n']:,}"
+            if row["n"] == file.rows:
+                found_by = f"Python finds {file.within:,} newlines in its values, DuckDB {row['within']:,}"
             file.leave_out(f"{found_by}: is its quoting consistent?")
 
 
@@ -4211,6 +4222,8 @@ def proposed_model(name: str, records: Mapping[str, DataFrame]) -> Iterator[str]
             free.remove(found)
             others = {value.strip().lower() for value in values[found]} - set(STATUSES) if column == "status" else set()
             remark = f"  -- map by CASE: {', '.join(sorted(others))}" if others else ""
+            if kind in ("date", "timestamp") and (also := fitting_formats(values[found])[1:]):
+                remark = f"  -- {' and '.join(map(repr, also))} would fit too: choose the right one"
             expressions.append((f"{expression(found, column, kind, values[found])} AS {column}", remark))
         elif column in required_columns(table):
             first = FIRST_VALUES.get(column, f"CAST(NULL AS {kind})")
@@ -4233,6 +4246,16 @@ def nearest_column(wanted: str, columns: Iterable[str]) -> str | None:
     return plain[near[0]] if near else None
 
 
+def fitting_formats(values: Sequence[str]) -> list[str]:
+    """Returns Spark's formats of dates and times that fit all values: 03/04/2026 may be of March or of April."""
+    found = []
+    for format, spark_format in TIME_FORMATS.items():
+        with contextlib.suppress(ValueError):
+            if values and all(datetime.strptime(value.strip(), format) for value in values):
+                found.append(spark_format)
+    return found
+
+
 def expression(column: str, wanted: str, kind: str, values: Sequence[str]) -> str:
     """Returns Spark SQL that makes a column of the contract from a landed one, by what its values look like."""
     name = column if re.fullmatch(r"[A-Za-z]\w*", column) else quoted(column)
@@ -4243,11 +4266,9 @@ def expression(column: str, wanted: str, kind: str, values: Sequence[str]) -> st
     if kind in ("date", "timestamp"):
         if all_like(r"\d{10}|\d{13}"):
             return f"timestamp_{'seconds' if len(values[0].strip()) == 10 else 'millis'}(CAST({name} AS BIGINT))"
-        for format, spark_format in TIME_FORMATS.items():
-            with contextlib.suppress(ValueError):
-                if values and all(datetime.strptime(value.strip(), format) for value in values):
-                    # Without a zone, so that the time zone of the settings applies.
-                    return f"to_{'timestamp_ntz' if kind == 'timestamp' else kind}({name}, '{spark_format}')"
+        for spark_format in fitting_formats(values):
+            # Without a zone, so that the time zone of the settings applies.
+            return f"to_{'timestamp_ntz' if kind == 'timestamp' else kind}({name}, '{spark_format}')"
     if kind == "bigint" and values and not all_like(TEXT_PATTERNS["bigint"]):
         return f"xxhash64({name})"
     if kind.startswith("decimal") and values and not all_like(TEXT_PATTERNS["decimal"]) and all_like(r"\D*[\d.]+\D*"):

@@ -47,8 +47,10 @@ from data_pipeline import (
     Snapshot,
     Source,
     Store,
+    check_counts,
     choose_engine,
     conformed,
+    fitting_formats,
     html_report,
     ingest_bronze,
     inspect_source,
@@ -60,6 +62,7 @@ from data_pipeline import (
     places,
     places_of,
     preflight,
+    proposed_model,
     run_pipeline,
     wait_until_settled,
     without_semicolon,
@@ -280,6 +283,18 @@ def test_files_of_different_columns_and_orders(tmp_path: Path, small: Small) -> 
     files, rows = read(tmp_path, small())
     assert rows["records"] == [("1", "2", 1), ("3", "4", 1), ("2", "1", 1)], "those of equal columns are read together"
     assert [file.columns for file in files] == [["a", "b"], ["b", "a"], ["a", "b"]]
+
+
+def test_all_lines_of_a_file_are_accounted_for(tmp_path: Path, small: Small) -> None:
+    """Also those within values, which DuckDB has to find again."""
+    land(tmp_path, {"transactions.csv": 'id,name\n1,"a\r\n\nb"\n\n2\n3,c\n'})
+    [file], rows = read(tmp_path, small())
+    assert rows["records"] == [("1", "a\r\n\nb", 1), ("3", "c", 3)]
+    assert (file.lines, file.rows, file.within, file.malformed, file.blank) == (1 + 2 + 2 + 1 + 1, 2, 2, 1, 1)
+    file.within = 3
+    with duckdb.connect() as connection:
+        check_counts(connection, str(tmp_path / ".staging/transactions-1-1.parquet"), 2, [file])
+    assert file.problem.startswith("Python finds 3 newlines in its values, DuckDB 2: ")
 
 
 def test_only_finished_files_of_known_formats_are_listed_in_natural_order(
@@ -854,6 +869,26 @@ def test_inspection_shows_what_would_become_of_a_source(tmp_path: Path, small: S
     assert "amount_malformed: 1 of 2 records (reject)" in again
     assert "a model to start from" not in again
     assert run_pipeline(config, spark).revenue == Decimal("9.99")
+
+
+@pytest.mark.parametrize(
+    ("days", "formats"),
+    [
+        (["03/04/2026", "05/06/2026"], ["M/d/yyyy", "d/M/yyyy"]),
+        (["03/04/2026", "13/06/2026"], ["d/M/yyyy"]),
+        (["2026-03-04"], []),
+        ([], []),
+    ],
+)
+def test_formats_of_dates_that_fit_all_values(days: list[str], formats: list[str]) -> None:
+    assert fitting_formats(days) == formats
+
+
+def test_proposed_model_says_that_two_formats_of_dates_fit(spark: SparkSession) -> None:
+    records = {"transactions": spark.createDataFrame([("03/04/2026",)], "day STRING")}
+    assert [line for line in proposed_model("transactions", records) if "timestamp" in line] == [
+        "        to_timestamp_ntz(day, 'M/d/yyyy') AS timestamp,  -- 'd/M/yyyy' would fit too: choose the right one"
+    ]
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
