@@ -484,7 +484,7 @@ def run_pipeline(
             if on_start:
                 on_start(record)
             run = Run(config, engine, snapshot, record)
-            run.start_engine()
+            run.start_engine(meanwhile=source.prepare)
             with run.layer(BRONZE, "Raw Data Ingestion"):
                 bronze = ingest_bronze(run, source)
             with run.layer(SILVER, "Data Cleansing and Enrichment"):
@@ -675,10 +675,12 @@ class Run:
         self._failed = threading.Event()
         self._cached = contextlib.ExitStack()
 
-    def start_engine(self) -> None:
+    def start_engine(self, meanwhile: Callable[[], None]) -> None:
         """Starts the engine, and checks that all of its machines see the snapshot."""
         with self.step("start-up"):
+            prepared = call_in_thread(meanwhile)
             self.engine.start(self.snapshot.store.spark_log(self.record.run_id))
+            prepared.result()
         self.record.versions |= self.engine.versions()
         logger.info("%s on Python %s", self.engine.describe(), sys.version.split()[0])
         if self.engine.shares_storage:
@@ -1298,6 +1300,9 @@ class Source(Protocol):
     def delivered_places(self) -> Mapping[str, int]:
         """Returns the checksum `places` of delivered rows, for tables in which a model may have changed them."""
 
+    def prepare(self) -> None:
+        """Does what needs no engine, while the engine starts."""
+
     def receive(self, run: Run) -> None:
         """Receives what there is. Raises NotPublishedError where that cannot be used."""
 
@@ -1339,6 +1344,10 @@ class Generated:
                     f"num_{parent} is 0, but num_transactions is {config.num_transactions}: "
                     f"each transaction needs one; set num_transactions to 0 too, or num_{parent} to 1 or more"
                 )
+
+    def prepare(self) -> None:
+        """Draws the words that the records are made of."""
+        name_pools(self.config.seed)
 
     def receive(self, run: Run) -> None:
         """Does nothing: the records are generated when they are written."""
@@ -1412,13 +1421,16 @@ class LandedFiles:
                     f"the model {name}.sql does not read the files of {name}: SELECT … FROM {name}"
                 )
 
+    def prepare(self) -> None:
+        """Waits until the files have settled."""
+        wait_until_settled(self.files, self.config.settle_seconds)
+
     def receive(self, run: Run) -> None:
-        """Reads the files once they have settled, and keeps their list with the snapshot.
+        """Reads the files, and keeps their list with the snapshot.
 
         Raises:
             NotPublishedError: a file cannot be read, or lacks a column that the contract requires.
         """
-        wait_until_settled(self.files, self.config.settle_seconds)
         reader = FileReader(self.root, run.temporary_folder(".staged"), self.config)
         self.parts = reader.read(self.files, with_models=self.models)
         report_delivery(self.files, run.record)
@@ -1684,6 +1696,9 @@ DEVICES_AND_BROWSERS: Mapping[str, int] = {
 QUANTITIES: Mapping[int, int] = {1: 60, 2: 22, 3: 10, 4: 5, 5: 3}
 WEEKDAY_WEIGHTS = (12, 11, 12, 13, 16, 20, 16)  # Monday to Sunday
 HOUR_WEIGHTS = (2, 1, 1, 1, 1, 1, 2, 3, 4, 5, 6, 6, 7, 6, 5, 5, 5, 6, 7, 8, 9, 8, 6, 4)  # midnight to 23:00
+HOURS = dict(enumerate(HOUR_WEIGHTS))
+CATEGORY_WEIGHTS = {name: category.weight for name, category in CATEGORIES.items()}
+DOMAINS: Mapping[str, int] = {"example.com": 1, "example.org": 1, "example.net": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -1741,16 +1756,30 @@ class SeededRandom:
         """Returns a whole number from 0 to `bound` - 1."""
         return F.pmod(self.bits(name), bound if not isinstance(bound, int) else F.lit(bound).cast("bigint"))
 
-    def choice(self, name: str, words: Sequence[Any] | Mapping[Any, int]) -> Column:
-        """Returns one of the words, as text; a mapping gives their weights.
+    def draws(self, weights: Mapping[str, Mapping[Any, int]]) -> dict[str, Column]:
+        """Returns the columns by which `pick` picks words: their names, with the weights of the words of each."""
+        return {name: self.randrange(name, sum(words.values())) for name, words in weights.items()}
 
-        Lists of the same length or weights drawn under the same name give words of the same rank.
-        """
-        if isinstance(words, Mapping):
-            words = [word for word, weight in words.items() for _ in range(weight)]
+    def choice(self, name: str, words: Sequence[str]) -> Column:
+        """Returns one of many words, all equally likely."""
         # One literal, which the optimizer splits once; as many literals as words cost a call to the JVM each.
-        word_array = F.split(F.lit("\n".join(map(str, words))), "\n")
+        word_array = F.split(F.lit("\n".join(words)), "\n")
         return F.element_at(word_array, (self.randrange(name, len(words)) + 1).cast("int"))
+
+
+def pick(draw: str, words: Mapping[Any, int], values: Sequence[Any] | None = None) -> Column:
+    """Returns the word, or its value, at a column of draws, by the cumulated weights of the words.
+
+    Sail copies a whole list of words for each row that picks one of them: comparisons take a seventh of the time.
+    """
+    bounds = itertools.accumulate(words.values())
+    picked = list(zip(bounds, values or words, strict=True))
+    cases = "".join(f" WHEN `{draw}` < {bound} THEN {_literal(value)}" for bound, value in picked[:-1])
+    return F.expr(f"CASE{cases} ELSE {_literal(picked[-1][1])} END")
+
+
+def _literal(value: Any) -> str:
+    return str(value) if isinstance(value, int) else "'{}'".format(value.replace("'", "\\'"))
 
 
 def _defects_up_to(row: str, config: DataPipelineConfig) -> Column:
@@ -1796,13 +1825,14 @@ def generate_customers(spark: SparkSession, config: DataPipelineConfig) -> DataF
     first_name = random.choice("first name", pools.first_names)
     last_name = random.choice("last name", pools.last_names)
     email_name = F.lower(F.concat_ws(".", "first_name", "last_name"))
-    domain = random.choice("customer domain", ("example.com", "example.org", "example.net"))
+    draws = {"customer domain": DOMAINS, "customer city": pools.cities}
+    domain = pick("customer domain", DOMAINS)
     signed_up_after = F.expr(f"(id - 1) * {config.history_days} div {max(config.num_customers, 1)}").cast("int")
     age = 18 + random.randrange("customer age", 32) + random.randrange("customer age too", 32)
     return (
         _records(spark, config.num_customers)
         .transform(_with_defect, "customers", config)
-        .withColumns({"first_name": first_name, "last_name": last_name})
+        .withColumns({"first_name": first_name, "last_name": last_name, **random.draws(draws)})
         .select(
             F.col("id").alias("customer_id"),
             "first_name",
@@ -1811,51 +1841,55 @@ def generate_customers(spark: SparkSession, config: DataPipelineConfig) -> DataF
             .when(~_has("missing_email"), F.concat(email_name, "id", F.lit("@"), domain))
             .alias("email"),
             F.when(_has("impossible_age"), age + 200).otherwise(age).cast("int").alias("age"),
-            random.choice("customer city", pools.cities).alias("city"),
+            pick("customer city", pools.cities).alias("city"),
             F.date_add(F.lit(config.first_day), signed_up_after).alias("signup_date"),
         )
     )
 
 
-def _product_category(random: SeededRandom, values: Sequence[Any]) -> Column:
-    """Returns the value, of one for each category, that belongs to the product's category."""
-    weights = [category.weight for category in CATEGORIES.values()]
-    repeated = [value for value, weight in zip(values, weights, strict=True) for _ in range(weight)]
-    return random.choice("product category", repeated)
+def _with_price(products: DataFrame, random: SeededRandom) -> DataFrame:
+    """Adds the draw of the category, and `price` as DECIMAL(8,2), from the product's number alone.
 
-
-def _product_price(random: SeededRandom) -> Column:
-    """Returns the price as DECIMAL(8,2), from the product's number alone: transactions need no join to know it."""
+    So transactions need no join to know the price.
+    """
     cheapest, dearest = (
-        _product_category(random, [getattr(category, bound) for category in CATEGORIES.values()]).cast("bigint")
+        pick("product category", CATEGORY_WEIGHTS, [getattr(category, bound) for category in CATEGORIES.values()])
         for bound in ("lowest_price", "highest_price")
     )
     # The product of two uniform numbers below 2^10: many cheap products, few dear ones.
     parts = random.randrange("product price", 1024) * random.randrange("product price too", 1024)
     cents = (cheapest + F.shiftright((dearest - cheapest) * parts, 20)) * 100 + 99
-    return (cents.cast("decimal(8,0)") * F.lit(Decimal("0.01"))).cast("decimal(8,2)")
+    price = (cents.cast("decimal(8,0)") * F.lit(Decimal("0.01"))).cast("decimal(8,2)")
+    return products.withColumns(random.draws({"product category": CATEGORY_WEIGHTS})).withColumn("price", price)
 
 
 def generate_products(spark: SparkSession, config: DataPipelineConfig) -> DataFrame:
     """One row per product record. Every product is older than the history, so that it was there to be bought."""
     pools = name_pools(config.seed)
     random = SeededRandom(config.seed, F.col("id"))
-    nouns = F.split(_product_category(random, [",".join(category.nouns) for category in CATEGORIES.values()]), ",")
+    lists_of_nouns = [",".join(category.nouns) for category in CATEGORIES.values()]
+    nouns = F.split(pick("product category", CATEGORY_WEIGHTS, lists_of_nouns), ",")
     noun = F.element_at(nouns, (F.pmod(random.bits("product noun"), F.size(nouns)) + 1).cast("int"))
     in_stock = random.randrange("product in stock", 100) < 95
     stock = F.when(in_stock, random.randrange("product stock", 500) + 1).otherwise(0)
     age_days = (random.randrange("product age", 365) + 1).cast("int")
-    return _records(spark, config.num_products).select(
+    products = _with_price(_records(spark, config.num_products), random)
+    return products.select(
         _numbered_id("PROD_", F.col("id"), 4, config.num_products).alias("product_id"),
         F.concat_ws(" ", random.choice("product adjective", pools.adjectives), noun).alias("product_name"),
-        _product_category(random, list(CATEGORIES)).alias("category"),
-        _product_price(random).cast("decimal(12,2)").alias("price"),
+        pick("product category", CATEGORY_WEIGHTS).alias("category"),
+        F.col("price").cast("decimal(12,2)").alias("price"),
         stock.cast("int").alias("stock_quantity"),
         random.choice("product supplier", pools.suppliers).alias("supplier"),
         ((random.randrange("product weight", 2000) + 5) / 100).cast("double").alias("weight_kg"),
         F.date_sub(F.lit(config.first_day), age_days).alias("created_date"),
         (random.randrange("product active", 100) < 92).alias("is_active"),
     )
+
+
+def _weekday_weights(as_of_date: date) -> dict[int, int]:
+    """Returns the weights of the last seven days, by how many days ago they were."""
+    return {days: WEEKDAY_WEIGHTS[(as_of_date.weekday() - days) % 7] for days in range(7)}
 
 
 def _transaction_days_ago(random: SeededRandom, config: DataPipelineConfig) -> Column:
@@ -1865,9 +1899,8 @@ def _transaction_days_ago(random: SeededRandom, config: DataPipelineConfig) -> C
     """
     weeks = math.ceil(config.history_days / 7)
     weeks_ago = F.least(random.randrange("week", weeks), random.randrange("week too", weeks))
-    weekdays = [(config.as_of_date.weekday() - days) % 7 for days in range(7)]
-    in_week = random.choice("weekday", {days: WEEKDAY_WEIGHTS[weekday] for days, weekday in enumerate(weekdays)})
-    return F.pmod(weeks_ago * 7 + in_week.cast("bigint"), F.lit(config.history_days))
+    days = weeks_ago * 7 + pick("weekday", _weekday_weights(config.as_of_date))
+    return F.pmod(days, F.lit(config.history_days).cast("bigint"))
 
 
 def _transaction_time(random: SeededRandom, config: DataPipelineConfig) -> Column:
@@ -1875,7 +1908,7 @@ def _transaction_time(random: SeededRandom, config: DataPipelineConfig) -> Colum
     midnight = (config.as_of_date - date(1970, 1, 1)).days
     days_ahead = random.randrange("days ahead", 30)
     days_ago = F.when(_has("future_timestamp"), -1 - days_ahead).otherwise(F.col("days_ago"))
-    hour = random.choice("hour", dict(enumerate(HOUR_WEIGHTS))).cast("bigint")
+    hour = pick("hour", HOURS).cast("bigint")
     # A changed status follows a minute later, in the same hour: seconds are drawn from the first 59 minutes.
     second = hour * 3600 + random.randrange("second", 3540) + F.when(_has("changed_status"), 60).otherwise(0)
     return F.timestamp_seconds((midnight - days_ago) * 86_400 + second)
@@ -1896,30 +1929,35 @@ def generate_transactions(spark: SparkSession, config: DataPipelineConfig) -> Da
     """One row per transaction record. An amount is price × quantity; a duplicate repeats the record before it."""
     cities = name_pools(config.seed).cities
     random = SeededRandom(config.seed, F.col("number"))
-    status = random.choice("status", STATUSES)
-    changed_status = F.when(status == "completed", "refunded").otherwise("completed")
-    amount = (_product_price(SeededRandom(config.seed, F.col("product"))) * F.col("quantity")).cast("decimal(8,2)")
-    times = F.when(_has("zero_amount"), 0).when(_has("negative_amount"), -1).when(~_has("missing_amount"), 1)
-    payment_method = random.choice("payment method", PAYMENT_METHODS)
-    untidy = F.concat(F.lit("  "), F.initcap(F.translate(payment_method, "_", " ")), F.lit(" "))
-    session = F.split(random.choice("device and browser", DEVICES_AND_BROWSERS), "/")
-    unknown_customer = F.col("customer") + config.num_customers
-    product = F.when(_has("unknown_product"), 0).otherwise(F.col("product"))  # product numbers begin with 1
-    customer_city = SeededRandom(config.seed, F.col("customer")).choice("customer city", cities)
+    draws = random.draws({
+        "status": STATUSES, "payment method": PAYMENT_METHODS, "device and browser": DEVICES_AND_BROWSERS,
+        "quantity": QUANTITIES, "hour": HOURS, "weekday": _weekday_weights(config.as_of_date), "location": cities,
+    })  # fmt: skip
     at_home = random.randrange("at home", 10) < 9
-    days_ago = _transaction_days_ago(random, config)
-    drawn_product = random.randrange("product", max(config.num_products, 1)) + 1
-    quantity = random.choice("quantity", QUANTITIES).cast("int")
+    customer_city = SeededRandom(config.seed, F.col("customer")).randrange("customer city", sum(cities.values()))
+    status = pick("status", STATUSES)
+    changed_status = F.when(status == "completed", "refunded").otherwise("completed")
+    amount = (F.col("price") * F.col("quantity")).cast("decimal(8,2)")
+    times = F.when(_has("zero_amount"), 0).when(_has("negative_amount"), -1).when(~_has("missing_amount"), 1)
+    payment_method = pick("payment method", PAYMENT_METHODS)
+    untidy = F.concat(F.lit("  "), F.initcap(F.translate(payment_method, "_", " ")), F.lit(" "))
+    devices, browsers = zip(*(session.split("/") for session in DEVICES_AND_BROWSERS), strict=True)
+    unknown_customer = F.col("customer") + config.num_customers
+    product_id = F.when(_has("unknown_product"), 0).otherwise(F.col("product"))  # product numbers begin with 1
+    product = random.randrange("product", max(config.num_products, 1)) + 1
     return (
         _records(spark, config.num_transactions)
         .transform(_with_defect, "transactions", config)
         .withColumn("number", F.col("id") - (_has("exact_duplicate") | _has("changed_status")).cast("bigint"))
-        .withColumns({"days_ago": days_ago, "product": drawn_product, "quantity": quantity})
+        .withColumns({**draws, "product": product})
+        .withColumns({"days_ago": _transaction_days_ago(random, config), "quantity": pick("quantity", QUANTITIES)})
         .withColumn("customer", _transaction_customer(random, config))
+        .withColumn("location", F.when(at_home, customer_city).otherwise(F.col("location")))
+        .transform(_with_price, SeededRandom(config.seed, F.col("product")))
         .select(
             _numbered_id("TXN_", F.col("number"), 7, config.num_transactions).alias("transaction_id"),
             F.when(_has("unknown_customer"), unknown_customer).otherwise(F.col("customer")).alias("customer_id"),
-            _numbered_id("PROD_", product, 4, config.num_products).alias("product_id"),
+            _numbered_id("PROD_", product_id, 4, config.num_products).alias("product_id"),
             "quantity",
             (amount * times).cast("decimal(12,2)").alias("amount"),
             _transaction_time(random, config).alias("timestamp"),
@@ -1928,14 +1966,25 @@ def generate_transactions(spark: SparkSession, config: DataPipelineConfig) -> Da
             .otherwise(payment_method)
             .alias("payment_method"),
             F.when(_has("changed_status"), changed_status).otherwise(status).alias("status"),
-            F.element_at(session, 1).alias("device"),
-            F.element_at(session, 2).alias("browser"),
-            F.when(at_home, customer_city).otherwise(random.choice("location", cities)).alias("location"),
+            pick("device and browser", DEVICES_AND_BROWSERS, devices).alias("device"),
+            pick("device and browser", DEVICES_AND_BROWSERS, browsers).alias("browser"),
+            pick("location", cities).alias("location"),
         )
     )
 
 
 # ── Quality ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+FEW_KEYS = 1_000  # the hashes of so many are literals of the plans; the hashes of more are joined
+
+
+class Keys(NamedTuple):
+    """Duplicate or orphan keys of a table, by their hashes."""
+
+    rows: int  # that carry them
+    surplus: int  # rows besides the first of each key
+    hashes: list[int] | DataFrame
 
 
 class Violations(NamedTuple):
@@ -1945,8 +1994,8 @@ class Violations(NamedTuple):
     """
 
     rules: Sequence[Rule]
-    duplicate_keys: DataFrame | None  # as `duplicate_keys` returns them; None if there are none
-    orphan_keys: Mapping[str, DataFrame]  # by foreign key, as `orphan_keys` returns them; only if there are any
+    duplicate_keys: Keys | None
+    orphan_keys: Mapping[str, Keys]  # by foreign key; only those that have any
 
     @property
     def rejecting(self) -> list[Rule]:
@@ -1954,43 +2003,81 @@ class Violations(NamedTuple):
         return [rule for rule in (*self.rules, *map(foreign_key_rule, self.orphan_keys)) if rule.severity != WARN]
 
 
-def duplicate_keys(received: DataFrame, table: Table) -> DataFrame:
-    """One row per hash of a key that more than one row carries: `_key_hash`, and `count`, the number of rows."""
-    return received.groupBy(F.xxhash64(*table.key).alias("_key_hash")).count().where("count > 1")
+class KeyCheck(NamedTuple):
+    """A check of the keys of a table: that each is there once, or that a foreign key has a parent."""
+
+    table: str
+    foreign_key: str = ""
+
+    def carried(self, received: Mapping[str, DataFrame]) -> DataFrame:
+        """Returns the hashes of the keys that the rows received carry."""
+        rows = received[self.table]
+        if not self.foreign_key:
+            return rows.select(F.xxhash64(*TABLES[self.table].key))
+        return rows.where(F.col(self.foreign_key).isNotNull()).select(F.xxhash64(self.foreign_key))
+
+    def parents(self, sound: Mapping[str, DataFrame]) -> DataFrame:
+        """Returns the hashes of the keys that the foreign key may have."""
+        return sound[TABLES[self.table].foreign_keys[self.foreign_key]].select(F.xxhash64(self.foreign_key))
 
 
-def orphan_keys(received: DataFrame, key: str, parents: DataFrame) -> DataFrame:
-    """One row per value of a foreign key that the valid rows of the parent table do not have."""
-    values = received.select(key).where(F.col(key).isNotNull()).distinct()
-    return values.join(parents.select(key), key, how="left_anti")
+def suspect_keys(
+    checks: Sequence[KeyCheck], received: Mapping[str, DataFrame], sound: Mapping[str, DataFrame]
+) -> DataFrame:
+    """One row per check and hash of a duplicate or orphan key: `check`, `key_hash`, and `rows` that carry the key.
+
+    All checks are one job, which shuffles hashes alone. Of a BIGINT each has its own. Where two texts share one, a key
+    is not found to be an orphan; the audit then misses its order in silver.
+    """
+    parts = []
+    for number, check in enumerate(checks):
+        of_check = F.lit(number).alias("check")
+        parts.append(check.carried(received).toDF("key_hash").select(of_check, "key_hash", F.lit(1).alias("carried")))
+        if check.foreign_key:
+            parts.append(check.parents(sound).toDF("key_hash").select(of_check, "key_hash", F.lit(0).alias("carried")))
+    is_foreign_key = F.col("check").isin([number for number, check in enumerate(checks) if check.foreign_key])
+    return (
+        functools.reduce(lambda one, other: one.unionAll(other), parts)
+        .groupBy("check", "key_hash")
+        .agg(F.sum("carried").alias("rows"), F.min("carried").alias("least"))
+        .where((F.col("least") == 1) & (is_foreign_key | (F.col("rows") > 1)))
+        .select("check", "key_hash", "rows")
+    )
+
+
+def find_keys(run: Run, checks: Sequence[KeyCheck], suspects: DataFrame) -> dict[KeyCheck, Keys]:
+    """Returns the duplicate or orphan keys that each check finds; without the checks that find none."""
+    if len(few := suspects.limit(FEW_KEYS + 1).collect()) <= FEW_KEYS:
+        found = {check: [row for row in few if row["check"] == number] for number, check in enumerate(checks)}
+        return {
+            check: Keys(rows := sum(row["rows"] for row in keys), rows - len(keys), [row["key_hash"] for row in keys])
+            for check, keys in found.items()
+            if keys
+        }
+    suspects = run.cached(suspects)
+    totals = suspects.groupBy("check").agg(F.count(F.lit(1)).alias("keys"), F.sum("rows").alias("rows")).collect()
+    return {
+        checks[number]: Keys(rows, rows - keys, suspects.where(F.col("check") == number).select("key_hash"))
+        for number, keys, rows in totals
+    }
 
 
 def find_violations(run: Run, bronze: Mapping[str, Received]) -> dict[str, Violations]:
-    """Finds the duplicate and orphan keys of all tables by shuffling keys alone."""
+    """Finds the rules that are violated, and the duplicate and orphan keys of all tables."""
     rules = {
         name: [rule for rule in TABLES[name].rules if received.violations[rule.name]]
         for name, received in bronze.items()
     }
-    sound = {name: received.rows.where(~is_rejected(rules[name], run.config)) for name, received in bronze.items()}
-    searches: dict[tuple[str, str], DataFrame] = {}
-    for name, received in bronze.items():
-        searches[name, "duplicates"] = duplicate_keys(received.rows, TABLES[name])
-        for key, parent in TABLES[name].foreign_keys.items():
-            searches[name, key] = orphan_keys(received.rows, key, sound[parent])
-
-    def search(kind: tuple[str, str]) -> tuple[DataFrame | None, int]:
-        rows = run.cached(searches[kind])
-        surplus = F.sum(F.col("count") - 1) if "count" in rows.columns else F.lit(0)
-        [[keys, surplus_rows]] = rows.agg(F.count(F.lit(1)), surplus).collect()
-        return rows if keys else None, surplus_rows or 0
-
+    received = {name: table.rows for name, table in bronze.items()}
+    sound = {name: rows.where(~is_rejected(rules[name], run.config)) for name, rows in received.items()}
+    checks = [KeyCheck(name, key) for name in bronze for key in ("", *TABLES[name].foreign_keys)]
     with run.step("survey"):
-        found = run.parallel(search, searches)
+        found = find_keys(run, checks, suspect_keys(checks, received, sound))
     violations = {}
     for name in bronze:
-        duplicates, surplus_rows = found[name, "duplicates"]
-        run.record.profile[name][TABLES[name].key[0]]["duplicates"] = surplus_rows
-        orphans = {key: rows for key in TABLES[name].foreign_keys if (rows := found[name, key][0]) is not None}
+        duplicates = found.get(KeyCheck(name))
+        run.record.profile[name][TABLES[name].key[0]]["duplicates"] = duplicates.surplus if duplicates else 0
+        orphans = {key: found[check] for key in TABLES[name].foreign_keys if (check := KeyCheck(name, key)) in found}
         violations[name] = Violations(rules[name], duplicates, orphans)
     return violations
 
@@ -2023,18 +2110,23 @@ def part_counts(table: Table, among: Column | None = None) -> dict[str, Column]:
 def flag_rows(received: DataFrame, table: Table, found: Violations, config: DataPipelineConfig) -> DataFrame:
     """Adds flags to the rows received for a bronze table, and leaves them whole.
 
-    `_rejected` says whether a rule rejects the row, `_duplicate_key` whether other rows carry its key too. For each
-    foreign key that has orphans, `_<key>_unknown` is true for an orphan, else null.
+    `_rejected` says whether a rule rejects the row, `_duplicate_key` whether other rows carry its key too, and
+    `_<key>_unknown`, for each foreign key that has orphans, whether it is one.
     """
-    rows = received.withColumns({"_duplicate_key": F.lit(False), "_key_hash": F.xxhash64(*table.key)})
-    if found.duplicate_keys is not None:
-        hashes = found.duplicate_keys.select("_key_hash", F.lit(True).alias("_found"))
-        rows = rows.join(hashes, "_key_hash", how="left").withColumn("_duplicate_key", F.col("_found").isNotNull())
-    flags = [foreign_key_rule(key).violation for key in found.orphan_keys]
-    for (key, values), flag in zip(found.orphan_keys.items(), flags, strict=True):
-        rows = rows.join(values.select(key, F.lit(True).alias(flag)), key, how="left")
+    suspects = {"_duplicate_key": (table.key, found.duplicate_keys)}
+    suspects |= {foreign_key_rule(key).violation: ((key,), keys) for key, keys in found.orphan_keys.items()}
+    rows, flags = received, {}
+    for flag, (key, keys) in suspects.items():
+        if keys is None:
+            flags[flag] = F.lit(False)
+        elif isinstance(keys.hashes, list):
+            flags[flag] = F.expr(f"xxhash64({', '.join(key)}) IN ({', '.join(map(str, keys.hashes))})")
+        else:
+            hashes = keys.hashes.select(F.col("key_hash").alias(f"{flag}_hash"))
+            rows = rows.join(hashes, F.xxhash64(*key) == F.col(f"{flag}_hash"), how="left")
+            flags[flag] = F.col(f"{flag}_hash").isNotNull()
     rejected = is_rejected(found.rejecting, config).alias("_rejected")
-    return rows.select(*received.columns, *flags, "_duplicate_key", rejected)
+    return rows.withColumns(flags).select(*received.columns, *flags, rejected)
 
 
 def _received_columns(flagged: DataFrame, table: Table) -> list[str]:

@@ -669,22 +669,22 @@ def test_models_mean_the_same_in_all_versions_of_spark(spark: SparkSession, smal
     assert spark.conf.get("spark.sql.ansi.enabled", None) == before
 
 
-# What is found when the records are counted, in a run; and what a model can be said to lack before.
+# What is found when bronze is written, in a run; and what a model can be said to lack before.
 LOSSES: dict[str, tuple[str, str]] = {
     "WHERE": ("SELECT * FROM transactions WHERE status = 'x'", "0 rows came of 1 records of transactions"),
     "JOIN": ("SELECT t.* FROM transactions t CROSS JOIN products", "2 rows came of 1 records of transactions"),
+    "fails": ("SELECT *, raise_error('no such') AS x FROM transactions", "transactions.sql fails .*no such.*; c"),
 }
 MODELS: dict[str, tuple[str, str]] = {
     "unknown column": ("SELECT nothing AS status FROM transactions", "transactions.sql cannot be used: .*nothing"),
     "no SQL": ("SELEC * FROM transactions", "transactions.sql cannot be used: "),
     "lacks a column": ("SELECT transaction_id, amount FROM transactions", "returns no product_id, payment_method"),
     "other table": ("SELECT * FROM products", "transactions.sql does not read the files of transactions"),
-    "fails": ("SELECT *, raise_error('no such') AS x FROM transactions", "transactions.sql fails .*no such.*; c"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", LOSSES)
-def test_model_that_loses_or_repeats_rows(case: str, shop: Callable[..., RunRecord]) -> None:
+def test_model_that_fails_or_loses_or_repeats_rows(case: str, shop: Callable[..., RunRecord]) -> None:
     model, message = LOSSES[case]
     with pytest.raises(PipelineError, match=message):
         shop({"transactions.sql": model})

@@ -4,28 +4,31 @@ import json
 from collections.abc import Callable, Iterator
 from datetime import date, datetime
 from decimal import Decimal
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
+import data_pipeline
 from data_pipeline import (
     ABORT,
     REJECT,
     TABLES,
     WARN,
     DataPipelineConfig,
+    KeyCheck,
     Rule,
     Table,
     Violations,
-    duplicate_keys,
+    find_keys,
     flag_rows,
     latest_per_key,
     names,
     nullified,
-    orphan_keys,
     rejected_rows,
+    suspect_keys,
     valid_rows,
 )
 
@@ -162,19 +165,35 @@ def split_of(
 
 
 def violations(rows: DataFrame, table: Table, parents: dict[str, DataFrame]) -> Violations:
-    orphans = {key: orphan_keys(rows, key, parents[key]) for key in parents}
-    return Violations(table.rules, duplicate_keys(rows, table), orphans)
+    checks = [KeyCheck(table.name, key) for key in ("", *parents)]
+    suspects = suspect_keys(checks, {table.name: rows}, {table.foreign_keys[key]: parents[key] for key in parents})
+    run: Any = SimpleNamespace(cached=lambda rows: rows)
+    found = find_keys(run, checks, suspects)
+    orphans = {check.foreign_key: keys for check, keys in found.items() if check.foreign_key}
+    return Violations(table.rules, found.get(KeyCheck(table.name)), orphans)
 
 
-def test_what_no_key_is_odd_of_needs_no_join(frame: Frame, config: DataPipelineConfig) -> None:
-    """With and without the joins the verdicts are the same."""
+@pytest.mark.parametrize("few", [1_000, 0])
+def test_rows_are_flagged_by_few_and_by_many_keys(
+    few: int, frame: Frame, config: DataPipelineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the literals of few hashes, and by a join with many, the verdicts are the same."""
+    monkeypatch.setattr(data_pipeline, "FEW_KEYS", few)
     table = TABLES["transactions"]
-    rows = received(frame, table, {}, {"transaction_id": "TXN_0000002", "amount": None})
-    none = flag_rows(rows, table, Violations(table.rules, None, {}), config)
-    none = none.select(*rows.columns, "_duplicate_key", "_rejected")
+    twice = {"transaction_id": "T2", "quantity": 2}
+    changes = ({"transaction_id": None}, {"transaction_id": "T3", "customer_id": 9}, {"transaction_id": "T4"})
+    rows = received(frame, table, twice, twice, *changes, {"transaction_id": "T5", "customer_id": None})
     parents = {key: received(frame, TABLES[parent], {}) for key, parent in table.foreign_keys.items()}
-    joined = flag_rows(rows, table, violations(rows, table, parents), config).select(*none.columns)
-    assert sorted(map(str, none.collect())) == sorted(map(str, joined.collect()))
+    found = violations(rows, table, parents)
+    assert found.duplicate_keys is not None
+    assert (found.duplicate_keys.rows, found.duplicate_keys.surplus, list(found.orphan_keys)) == (2, 1, ["customer_id"])
+    flagged = flag_rows(rows, table, found, config)
+    assert flagged.columns == [*rows.columns, "_duplicate_key", "_customer_id_unknown", "_rejected"]
+    verdicts = {row["transaction_id"]: tuple(row)[-3:] for row in flagged.collect()}
+    assert verdicts == {
+        "T2": (True, False, False), None: (False, False, True), "T3": (False, True, True),
+        "T4": (False, False, False), "T5": (False, False, True),
+    }  # fmt: skip
 
 
 def test_refused_row_carries_every_reason(frame: Frame, config: DataPipelineConfig) -> None:
