@@ -2009,44 +2009,31 @@ class KeyCheck(NamedTuple):
     table: str
     foreign_key: str = ""
 
-    def carried(self, received: Mapping[str, DataFrame]) -> DataFrame:
-        """Returns the hashes of the keys that the rows received carry."""
-        rows = received[self.table]
+    def suspects(self, received: Mapping[str, DataFrame], sound: Mapping[str, DataFrame]) -> DataFrame:
+        """One row per duplicate or orphan key: `key_hash`, and `rows`, the number of rows that carry the key."""
+        table, rows, count = TABLES[self.table], received[self.table], F.count(F.lit(1)).alias("rows")
         if not self.foreign_key:
-            return rows.select(F.xxhash64(*TABLES[self.table].key))
-        return rows.where(F.col(self.foreign_key).isNotNull()).select(F.xxhash64(self.foreign_key))
-
-    def parents(self, sound: Mapping[str, DataFrame]) -> DataFrame:
-        """Returns the hashes of the keys that the foreign key may have."""
-        return sound[TABLES[self.table].foreign_keys[self.foreign_key]].select(F.xxhash64(self.foreign_key))
+            return rows.groupBy(F.xxhash64(*table.key).alias("key_hash")).agg(count).where("rows > 1")
+        parents = sound[table.foreign_keys[self.foreign_key]].select(self.foreign_key)
+        carried = rows.where(F.col(self.foreign_key).isNotNull()).groupBy(self.foreign_key).agg(count)
+        orphans = carried.join(parents, self.foreign_key, how="left_anti")
+        return orphans.select(F.xxhash64(self.foreign_key).alias("key_hash"), "rows")
 
 
 def suspect_keys(
     checks: Sequence[KeyCheck], received: Mapping[str, DataFrame], sound: Mapping[str, DataFrame]
 ) -> DataFrame:
-    """One row per check and hash of a duplicate or orphan key: `check`, `key_hash`, and `rows` that carry the key.
-
-    All checks are one job, which shuffles hashes alone. Of a BIGINT each has its own. Where two texts share one, a key
-    is not found to be an orphan; the audit then misses its order in silver.
-    """
-    parts = []
-    for number, check in enumerate(checks):
-        of_check = F.lit(number).alias("check")
-        parts.append(check.carried(received).toDF("key_hash").select(of_check, "key_hash", F.lit(1).alias("carried")))
-        if check.foreign_key:
-            parts.append(check.parents(sound).toDF("key_hash").select(of_check, "key_hash", F.lit(0).alias("carried")))
-    is_foreign_key = F.col("check").isin([number for number, check in enumerate(checks) if check.foreign_key])
-    return (
-        functools.reduce(lambda one, other: one.unionAll(other), parts)
-        .groupBy("check", "key_hash")
-        .agg(F.sum("carried").alias("rows"), F.min("carried").alias("least"))
-        .where((F.col("least") == 1) & (is_foreign_key | (F.col("rows") > 1)))
-        .select("check", "key_hash", "rows")
+    """One row per duplicate or orphan key: the number of its `check`, `key_hash`, and `rows`."""
+    found = (
+        check.suspects(received, sound).select(F.lit(number).alias("check"), "key_hash", "rows")
+        for number, check in enumerate(checks)
     )
+    return functools.reduce(lambda one, other: one.unionAll(other), found)
 
 
 def find_keys(run: Run, checks: Sequence[KeyCheck], suspects: DataFrame) -> dict[KeyCheck, Keys]:
     """Returns the duplicate or orphan keys that each check finds; without the checks that find none."""
+    suspects = run.cached(suspects)
     if len(few := suspects.limit(FEW_KEYS + 1).collect()) <= FEW_KEYS:
         found = {check: [row for row in few if row["check"] == number] for number, check in enumerate(checks)}
         return {
@@ -2054,7 +2041,6 @@ def find_keys(run: Run, checks: Sequence[KeyCheck], suspects: DataFrame) -> dict
             for check, keys in found.items()
             if keys
         }
-    suspects = run.cached(suspects)
     totals = suspects.groupBy("check").agg(F.count(F.lit(1)).alias("keys"), F.sum("rows").alias("rows")).collect()
     return {
         checks[number]: Keys(rows, rows - keys, suspects.where(F.col("check") == number).select("key_hash"))

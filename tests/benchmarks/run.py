@@ -109,12 +109,12 @@ class Target(NamedTuple):
 
 
 TARGETS = (
-    Target(PIPELINE, "default", "floor", "default", 1.0),
+    Target(PIPELINE, "default", "floor", "default", 1.3),
     Target(PIPELINE, "default", "straightforward", "default", 0.37),
-    Target(PIPELINE, "5m", "duckdb", "5m", 3.0),
-    Target(PIPELINE, "50m", PIPELINE, "5m", 10.5),
-    Target("sail", "default", "straightforward", "default", 0.10),
-    Target("sail", "5m", "duckdb", "5m", 1.2),
+    Target(PIPELINE, "5m", "duckdb", "5m", 4.5),
+    Target(PIPELINE, "50m", PIPELINE, "5m", 8.0),
+    Target("sail", "default", "floor", "default", 0.2),
+    Target("sail", "5m", "duckdb", "5m", 1.3),
 )
 
 
