@@ -578,17 +578,14 @@ def clean(run: Run, bronze: Mapping[str, Received]) -> dict[str, DataFrame]:
     found = find_violations(run, bronze)
 
     def separate(name: str) -> Separated:
-        return separate_rows(run, TABLES[name], bronze[name], found[name])
+        separated = separate_rows(run, TABLES[name], bronze[name], found[name])
+        with run.step(f"{QUARANTINE}.{name}"):
+            quarantined = run.write(QUARANTINE, TABLES[name], separated.rejected)["rows"]
+        run.record.quality[name] = dataclasses.replace(separated.quality, quarantined=quarantined)
+        return separated
 
     separated = run.parallel(separate, bronze)
-
-    def quarantine(name: str) -> int:
-        with run.step(f"{QUARANTINE}.{name}"):
-            return int(run.write(QUARANTINE, TABLES[name], separated[name].rejected)["rows"])
-
-    quarantined_rows = run.parallel(quarantine, bronze)
-    for name, rows in separated.items():
-        run.record.quality[name] = dataclasses.replace(rows.quality, quarantined=quarantined_rows[name])
+    for name in bronze:
         for line in (*describe_profile(name, run.record.profile[name]), run.record.quality[name].describe(name)):
             logger.info("%s", line)
     find_rejects_by_file(run)
@@ -4233,7 +4230,7 @@ def inspect_source(config: DataPipelineConfig) -> Iterator[str]:
             elif name in source.models or landed:
                 yield from inspect_table(engine, source, name, records[name])
             if name not in source.models:
-                yield from proposed_model(name, records)
+                yield from proposed_model(name, records, config.source_decimal)
 
 
 def sampled(files: Sequence[LandedFile]) -> Iterator[LandedFile]:
@@ -4278,7 +4275,7 @@ def inspect_table(engine: Engine, source: LandedFiles, name: str, rows: DataFram
         yield f"  {explanation}"
 
 
-def proposed_model(name: str, records: Mapping[str, DataFrame]) -> Iterator[str]:
+def proposed_model(name: str, records: Mapping[str, DataFrame], decimal: str = ".") -> Iterator[str]:
     """Returns a staging model to start from: over the table's own files, else over those of the transactions."""
     table = TABLES[name]
     is_derived = not set(records[name].columns) - set(LANDED_COLUMNS)
@@ -4302,7 +4299,8 @@ def proposed_model(name: str, records: Mapping[str, DataFrame]) -> Iterator[str]
             remark = f"  -- map by CASE: {', '.join(sorted(others))}" if others else ""
             if kind in ("date", "timestamp") and (also := fitting_formats(values[found])[1:]):
                 remark = f"  -- {' and '.join(map(repr, also))} would fit too: choose the right one"
-            expressions.append((f"{expression(found, column, kind, values[found])} AS {column}", remark))
+            text = expression(found, column, kind, values[found], decimal)
+            expressions.append((f"{text} AS {column}", remark))
         elif column in required_columns(table):
             first = FIRST_VALUES.get(column, f"CAST(NULL AS {kind})")
             expressions.append((f"{first} AS {column}", "  -- nothing looks like it: correct this"))
@@ -4334,8 +4332,11 @@ def fitting_formats(values: Sequence[str]) -> list[str]:
     return found
 
 
-def expression(column: str, wanted: str, kind: str, values: Sequence[str]) -> str:
-    """Returns Spark SQL that makes a column of the contract from a landed one, by what its values look like."""
+def expression(column: str, wanted: str, kind: str, values: Sequence[str], decimal: str) -> str:
+    """Returns Spark SQL that makes a column of the contract from a landed one, by what its values look like.
+
+    Numbers keep the decimal separator of the settings, by which they are read.
+    """
     name = column if re.fullmatch(r"[A-Za-z]\w*", column) else quoted(column)
 
     def all_like(pattern: str) -> bool:
@@ -4349,8 +4350,12 @@ def expression(column: str, wanted: str, kind: str, values: Sequence[str]) -> st
             return f"to_{'timestamp_ntz' if kind == 'timestamp' else kind}({name}, '{spark_format}')"
     if kind == "bigint" and values and not all_like(TEXT_PATTERNS["bigint"]):
         return f"xxhash64({name})"
-    if kind.startswith("decimal") and values and not all_like(TEXT_PATTERNS["decimal"]) and all_like(r"\D*[\d.]+\D*"):
-        return f"regexp_replace({name}, '[^0-9.-]', '')"
+    if kind.startswith("decimal") and not all_like(TEXT_PATTERNS["decimal"].replace("[.]", f"[{decimal}]")):
+        for point, group in ((".", ","), (",", ".")):
+            # No parentheses: in them, an amount is one to subtract.
+            if all_like(rf"[^\d.,(]*\d{{1,3}}([{group}'\s]?\d{{3}})*([{point}]\d{{1,2}})?[^\d.,(]*"):
+                digits = f"regexp_replace({name}, '[^0-9{point}-]', '')"
+                return digits if point == decimal else f"translate({digits}, '{point}', '{decimal}')"
     if wanted == "status":
         return f"lower(trim({name}))"
     return name

@@ -50,6 +50,7 @@ from data_pipeline import (
     check_counts,
     choose_engine,
     conformed,
+    expression,
     fitting_formats,
     html_report,
     ingest_bronze,
@@ -923,6 +924,26 @@ def as_csv(rows: list[dict[str, Any]]) -> str:
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
+@pytest.mark.parametrize(
+    ("amounts", "decimal", "read"),
+    [
+        (["1,003.50 $", "-7 $", "12345.6 $"], ".", ["1003.50", "-7", "12345.6"]),
+        (["1.003,50 €", "EUR 7", "2 000,5"], ".", ["1003.50", "7", "2000.5"]),
+        (["1.003,50 €", "7 €"], ",", ["1003,50", "7"]),
+        (["9.99", "5.000"], ".", ["9.99", "5.000"]),
+        (["9,99", "5"], ",", ["9,99", "5"]),
+        (["(5.00)", "7.00 $"], ".", ["(5.00)", "7.00 $"]),
+    ],
+)
+def test_amounts_are_made_numbers_with_the_separator_of_the_settings(
+    spark: SparkSession, amounts: list[str], decimal: str, read: list[str]
+) -> None:
+    sql = expression("amount", "amount", "decimal(12,2)", amounts, decimal)
+    values = ", ".join(f"('{amount}')" for amount in amounts)
+    rows = spark.sql(f"SELECT {sql} AS amount FROM VALUES {values} AS amounts(amount)").collect()
+    assert [row["amount"] for row in rows] == read
+
+
 def test_every_format_gives_the_same_rows(
     rows: list[dict[str, Any]], spark: SparkSession, small: Small, tmp_path: Path
 ) -> None:
