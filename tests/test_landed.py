@@ -905,25 +905,6 @@ ROW = st.fixed_dictionaries({
 })  # fmt: skip
 
 
-def as_csv(rows: list[dict[str, Any]]) -> str:
-    """Null is an empty field, an empty text a quoted one; each value that needs it is quoted."""
-
-    def field(value: Any) -> str:
-        text = "" if value is None else str(value)
-        return '"{}"'.format(text.replace('"', '""')) if isinstance(value, str) else text
-
-    return "\n".join([",".join(rows[0]), *(",".join(map(field, row.values())) for row in rows)])
-
-
-# The first example has the simplest row alone, and the others many: reading costs the same, however many there are.
-@given(rows=st.lists(ROW, min_size=1, max_size=1) | st.lists(ROW, min_size=20, max_size=40))
-@settings(
-    max_examples=4,
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.explicit, Phase.generate],
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 @pytest.mark.parametrize(
     ("amounts", "decimal", "read"),
     [
@@ -944,6 +925,25 @@ def test_amounts_are_made_numbers_with_the_separator_of_the_settings(
     assert [row["amount"] for row in rows] == read
 
 
+def as_csv(rows: list[dict[str, Any]]) -> str:
+    """Null is an empty field, an empty text a quoted one; each value that needs it is quoted."""
+
+    def field(value: Any) -> str:
+        text = "" if value is None else str(value)
+        return '"{}"'.format(text.replace('"', '""')) if isinstance(value, str) else text
+
+    return "\n".join([",".join(rows[0]), *(",".join(map(field, row.values())) for row in rows)])
+
+
+# The first example has the simplest row alone, and the others many: reading costs the same, however many there are.
+@given(rows=st.lists(ROW, min_size=1, max_size=1) | st.lists(ROW, min_size=20, max_size=40))
+@settings(
+    max_examples=4,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 def test_every_format_gives_the_same_rows(
     rows: list[dict[str, Any]], spark: SparkSession, small: Small, tmp_path: Path
 ) -> None:
