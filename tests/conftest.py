@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
@@ -18,6 +19,10 @@ from pyspark.sql import DataFrame, SparkSession
 
 import data_pipeline
 from data_pipeline import LAYERS, DataPipelineConfig, RunRecord, create_spark_session, logger, preflight, run_pipeline
+
+# A shell starts what runs in its background with SIGINT ignored, and programs that the tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 AS_OF = date(2026, 3, 4)
 # What the session of the tests runs on; `ENGINE=sail pytest` runs them on the other engine.
