@@ -39,7 +39,9 @@ def fetch_jars(folder: Path) -> list[Path]:
             <dependencies>{dependencies}</dependencies></project>"""
     )
     command = ("mvn", "--quiet", "--batch-mode", "dependency:copy-dependencies", "-DoutputDirectory=jars")
-    subprocess.run(command, cwd=folder, check=True, timeout=300)
+    # By the Java that Maven is set up for: the pipeline has chosen another one in JAVA_HOME.
+    environment = {name: value for name, value in os.environ.items() if name != "JAVA_HOME"}
+    subprocess.run(command, cwd=folder, env=environment, check=True, timeout=300)
     return sorted((folder / "jars").glob("*.jar"))
 
 

@@ -54,3 +54,17 @@ def test_runs_leave_their_snapshots_on_hdfs(
 
     with pytest.raises(PipelineError, match="has no link to switch"):
         Store(root).rollback("", 0.0)
+
+
+def test_landed_files_become_tables_on_hdfs(
+    hdfs: str, small: Callable[..., DataPipelineConfig], spark: SparkSession, tmp_path: Path
+) -> None:
+    """The files are read on this machine; the tables are those of a local run."""
+    example = Path(__file__).parent.parent / "docs/example"
+    values = {"source_dir": str(example), "as_of_date": "2026-02-28", "settle_seconds": 0, "max_quarantine_rate": 0.5}
+    there, here = (run_pipeline(small(**folder, **values), spark) for folder in ({"data_dir": f"{hdfs}/landed"}, {}))
+    java: Any = spark.sparkContext._jvm
+    to_path = java.org.apache.hadoop.fs.Path
+    files = to_path(there.data_dir).getFileSystem(spark.sparkContext._jsc.hadoopConfiguration())
+    files.copyToLocalFile(to_path(there.data_dir), to_path(f"file://{tmp_path}/copy"))
+    assert differences(here.data_dir, tmp_path / "copy") == []
