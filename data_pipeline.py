@@ -1941,12 +1941,11 @@ def generate_transactions(spark: SparkSession, config: DataPipelineConfig) -> Da
     devices, browsers = zip(*(session.split("/") for session in DEVICES_AND_BROWSERS), strict=True)
     unknown_customer = F.col("customer") + config.num_customers
     product_id = F.when(_has("unknown_product"), 0).otherwise(F.col("product"))  # product numbers begin with 1
-    product = random.randrange("product", max(config.num_products, 1)) + 1
     return (
         _records(spark, config.num_transactions)
         .transform(_with_defect, "transactions", config)
         .withColumn("number", F.col("id") - (_has("exact_duplicate") | _has("changed_status")).cast("bigint"))
-        .withColumns({**draws, "product": product})
+        .withColumns({**draws, "product": random.randrange("product", max(config.num_products, 1)) + 1})
         .withColumns({"days_ago": _transaction_days_ago(random, config), "quantity": pick("quantity", QUANTITIES)})
         .withColumn("customer", _transaction_customer(random, config))
         .withColumn("location", F.when(at_home, customer_city).otherwise(F.col("location")))
@@ -1979,7 +1978,6 @@ FEW_KEYS = 1_000  # the hashes of so many are literals of the plans; the hashes 
 class Keys(NamedTuple):
     """Duplicate or orphan keys of a table, by their hashes."""
 
-    rows: int  # that carry them
     surplus: int  # rows besides the first of each key
     hashes: list[int] | DataFrame
 
@@ -2031,17 +2029,17 @@ def suspect_keys(
 def find_keys(run: Run, checks: Sequence[KeyCheck], suspects: DataFrame) -> dict[KeyCheck, Keys]:
     """Returns the duplicate or orphan keys that each check finds; without the checks that find none."""
     suspects = run.cached(suspects)
-    if len(few := suspects.limit(FEW_KEYS + 1).collect()) <= FEW_KEYS:
-        found = {check: [row for row in few if row["check"] == number] for number, check in enumerate(checks)}
+    few = suspects.limit(FEW_KEYS + 1).collect()
+    if len(few) > FEW_KEYS:
+        surplus = suspects.groupBy("check").agg(F.sum(F.col("rows") - 1)).collect()
         return {
-            check: Keys(rows := sum(row["rows"] for row in keys), rows - len(keys), [row["key_hash"] for row in keys])
-            for check, keys in found.items()
-            if keys
+            checks[number]: Keys(rows, suspects.where(F.col("check") == number).select("key_hash"))
+            for number, rows in surplus
         }
-    totals = suspects.groupBy("check").agg(F.count(F.lit(1)).alias("keys"), F.sum("rows").alias("rows")).collect()
+    by_check = {number: [row for row in few if row["check"] == number] for number in {row["check"] for row in few}}
     return {
-        checks[number]: Keys(rows, rows - keys, suspects.where(F.col("check") == number).select("key_hash"))
-        for number, keys, rows in totals
+        checks[number]: Keys(sum(row["rows"] - 1 for row in rows), [row["key_hash"] for row in rows])
+        for number, rows in by_check.items()
     }
 
 
