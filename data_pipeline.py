@@ -71,6 +71,7 @@ import shlex
 import shutil
 import signal
 import socket
+import stat
 import statistics
 import string
 import subprocess
@@ -1408,12 +1409,13 @@ class LandedFiles:
         """Checks that there is something for each table. Raises ConfigurationError."""
         for name in names(BRONZE):
             has_files = any(file.table == name for file in self.files)
-            if not has_files and name not in self.models:
+            reads_own = name in tables_in(self.models.get(name, ""))
+            if not has_files and (name not in self.models or reads_own):
                 raise ConfigurationError(
                     f"nothing is there for the table {name} in {self.root}: land a file such as {name}.csv or a folder "
                     f"{name} of files, or write a model {name}.sql that makes it from another table"
                 )
-            if has_files and name in self.models and name not in tables_in(self.models[name]):
+            if has_files and name in self.models and not reads_own:
                 raise ConfigurationError(
                     f"the model {name}.sql does not read the files of {name}: SELECT … FROM {name}"
                 )
@@ -1452,7 +1454,10 @@ class LandedFiles:
         """Returns the records of a bronze table, typed, and the lines that are no record."""
         table = TABLES[name]
         records = self._records[name]
-        if name in self.models:
+        inputs = tables_in(self.models.get(name, ""))
+        # Of files without any record the columns are unknown: a model would fail, where the gate finds no rows.
+        is_empty = inputs and all(set(self._records[table].columns) == {*LANDED_COLUMNS} for table in inputs)
+        if name in self.models and not is_empty:
             records = apply_model(spark, name, self.models[name], self.views)
             if not {"_delivery", "_source_row"} <= {column.strip().lower() for column in records.columns}:
                 self.delivered_places.pop(name, None)  # then only their number is known
@@ -1931,11 +1936,11 @@ def generate_transactions(spark: SparkSession, config: DataPipelineConfig) -> Da
         "quantity": QUANTITIES, "hour": HOURS, "weekday": _weekday_weights(config.as_of_date), "location": cities,
     })  # fmt: skip
     at_home = random.randrange("at home", 10) < 9
-    customer_city = SeededRandom(config.seed, F.col("customer")).randrange("customer city", sum(cities.values()))
+    home = SeededRandom(config.seed, F.col("customer")).randrange("customer city", sum(cities.values()))
     status = pick("status", STATUSES)
     changed_status = F.when(status == "completed", "refunded").otherwise("completed")
     amount = (F.col("price") * F.col("quantity")).cast("decimal(8,2)")
-    times = F.when(_has("zero_amount"), 0).when(_has("negative_amount"), -1).when(~_has("missing_amount"), 1)
+    factor = F.when(_has("zero_amount"), 0).when(_has("negative_amount"), -1).when(~_has("missing_amount"), 1)
     payment_method = pick("payment method", PAYMENT_METHODS)
     untidy = F.concat(F.lit("  "), F.initcap(F.translate(payment_method, "_", " ")), F.lit(" "))
     devices, browsers = zip(*(session.split("/") for session in DEVICES_AND_BROWSERS), strict=True)
@@ -1948,14 +1953,14 @@ def generate_transactions(spark: SparkSession, config: DataPipelineConfig) -> Da
         .withColumns({**draws, "product": random.randrange("product", max(config.num_products, 1)) + 1})
         .withColumns({"days_ago": _transaction_days_ago(random, config), "quantity": pick("quantity", QUANTITIES)})
         .withColumn("customer", _transaction_customer(random, config))
-        .withColumn("location", F.when(at_home, customer_city).otherwise(F.col("location")))
+        .withColumn("location", F.when(at_home, home).otherwise(F.col("location")))
         .transform(_with_price, SeededRandom(config.seed, F.col("product")))
         .select(
             _numbered_id("TXN_", F.col("number"), 7, config.num_transactions).alias("transaction_id"),
             F.when(_has("unknown_customer"), unknown_customer).otherwise(F.col("customer")).alias("customer_id"),
             _numbered_id("PROD_", product_id, 4, config.num_products).alias("product_id"),
             "quantity",
-            (amount * times).cast("decimal(12,2)").alias("amount"),
+            (amount * factor).cast("decimal(12,2)").alias("amount"),
             _transaction_time(random, config).alias("timestamp"),
             F.when(_has("untidy_payment_method"), untidy)
             .when(_has("unknown_payment_method"), "seashells")
@@ -3537,6 +3542,10 @@ def list_files(root: str) -> list[LandedFile]:
     seen: set[str] = set()
     for folder, folders, files in os.walk(root, onerror=_refuse_folder, followlinks=True):
         is_root = folder == root
+        if is_root:
+            unknown += [
+                LandedFile("", f"{name}/", 0, 0) for name in {*folders} - {*bronze} if not UNFINISHED.fullmatch(name)
+            ]
         wanted = (name for name in folders if (name in bronze if is_root else not UNFINISHED.fullmatch(name)))
         # A link may lead back to a folder above it.
         folders[:] = [name for name in wanted if os.path.realpath(os.path.join(folder, name)) not in seen]
@@ -3545,17 +3554,24 @@ def list_files(root: str) -> list[LandedFile]:
             if UNFINISHED.fullmatch(name) or name.endswith(".sql"):
                 continue
             path = os.path.join(folder, name)
+            relative = os.path.relpath(path, root)
+            table = name.partition(".")[0] if is_root else relative.partition(os.sep)[0]
+            file = LandedFile(table, relative, 0, 0)
+            if file.suffix not in FILE_FORMATS or table not in bronze:
+                unknown.append(file)
+                continue
             try:
                 state = os.stat(path)
             except OSError as error:
                 _refuse_folder(error)
-            relative = os.path.relpath(path, root)
-            table = name.partition(".")[0] if is_root else relative.partition(os.sep)[0]
-            file = LandedFile(table, relative, state.st_size, state.st_mtime_ns)
-            (found if file.suffix in FILE_FORMATS and table in bronze else unknown).append(file)
+            if stat.S_ISREG(state.st_mode):
+                found.append(dataclasses.replace(file, size=state.st_size, mtime_ns=state.st_mtime_ns))
+            else:  # reading a pipe might never end
+                unknown.append(file)
     if unknown:
-        text = "%d files are skipped, whose names are of no table or have no known ending: %s …"
-        logger.warning(text, len(unknown), unknown[0].path)
+        text = "%d files or folders are skipped, whose names are of no table or have no known ending: %s …%s"
+        nearest = _nearest(unknown[0].path.partition(".")[0].strip("/").lower(), bronze)
+        logger.warning(text, len(unknown), unknown[0].path, nearest)
     found.sort(key=lambda file: (bronze.index(file.table), natural_order(file.path)))
     return [dataclasses.replace(file, delivery=number) for number, file in enumerate(found, start=1)]
 
@@ -4166,7 +4182,7 @@ OTHER_NAMES: Mapping[str, str] = {
     "product_id": "sku article item product stock_code id",
     "quantity": "qty units pieces count",
     "amount": "total price value sum revenue",
-    "timestamp": "created_at order_date date time datetime day",
+    "timestamp": "created_at order_date date time datetime day at",
     "payment_method": "payment paid_by method",
     "status": "state order_status",
     "location": "city country",
@@ -4188,7 +4204,6 @@ FIRST_VALUES: Mapping[str, str] = {
     "quantity": "1", "status": "'completed'", "payment_method": "'credit_card'", "is_active": "true",
     "stock_quantity": "1", "category": "'Unknown'", "supplier": "'Unknown'", "first_name": "'Unknown'",
     "last_name": "'Unknown'", "product_name": "'Unknown'", "price": "1.00", "created_date": "DATE'2000-01-01'",
-    "timestamp": "TIMESTAMP'2000-01-01'",
 }  # fmt: skip
 # Formats of dates and times, for Python, which finds the one that fits all values of a sample, and for Spark.
 TIME_FORMATS: Mapping[str, str] = {
@@ -4343,6 +4358,8 @@ def expression(column: str, wanted: str, kind: str, values: Sequence[str], decim
     if kind in ("date", "timestamp"):
         if all_like(r"\d{10}|\d{13}"):
             return f"timestamp_{'seconds' if len(values[0].strip()) == 10 else 'millis'}(CAST({name} AS BIGINT))"
+        if kind == "date" and all_like(r"\d{4}-\d\d-\d\d[ T].+"):
+            return f"substring(trim({name}), 1, 10)"
         for spark_format in fitting_formats(values):
             # Without a zone, so that the time zone of the settings applies.
             return f"to_{'timestamp_ntz' if kind == 'timestamp' else kind}({name}, '{spark_format}')"

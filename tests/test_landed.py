@@ -302,13 +302,16 @@ def test_only_finished_files_of_known_formats_are_listed_in_natural_order(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     wanted = ["customers.csv.gz", "transactions/a=7/2.json", "transactions/a=7/10.JSONL", "transactions/x [1].csv"]
-    others = ["customers.csv.tmp", "orders.csv", "transactions/.a.csv", "transactions/_a.csv",
+    others = ["customers.csv.tmp", "orders.csv", "Transactions/1.csv", "transactions/.a.csv", "transactions/_a.csv",
               "transactions/a.csv.part",
               "transactions/a.csv._COPYING_", "transactions/_old/a.csv", "transactions.sql",
               "transactions/a.xlsx"]  # fmt: skip
     land(tmp_path, dict.fromkeys([*wanted, *others], ""))
+    os.mkfifo(tmp_path / "transactions/pipe.csv")
+    (tmp_path / "orders2.csv").symlink_to("nowhere")
     assert [file.path for file in list_files(str(tmp_path))] == wanted
-    assert "2 files are skipped, whose names are of no table or have no known ending: orders.csv" in caplog.text
+    skipped = "5 files or folders are skipped, whose names are of no table or have no known ending: Transactions/ …"
+    assert f"{skipped}; did you mean transactions?" in caplog.text
 
 
 def test_large_and_odd_values_survive(tmp_path: Path, small: Small) -> None:
@@ -754,11 +757,21 @@ def test_models_in_a_folder_of_their_own(
     assert (row["transaction_id"], row["product_id"]) == ("T1", "A")
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff\n"])
+def test_files_without_any_record_are_no_fault_of_the_model(content: bytes, shop: Callable[..., RunRecord]) -> None:
+    """Their columns are unknown: the gate says that there are no rows."""
+    with pytest.raises(NotPublishedError, match=r"transactions\.received \(no rows were received\)"):
+        shop({"transactions.sql": MODEL, "transactions/1.csv": content}, on_bad_file="quarantine")
+
+
 def test_source_that_cannot_be_one(small: Small, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="there is no folder"):
         open_source(small(source_dir=str(tmp_path / "none")))
     land(tmp_path, {"customers.csv": CUSTOMERS, "Products.csv": PRODUCTS})
     with pytest.raises(ConfigurationError, match="nothing is there for the table products in"):
+        open_source(small(source_dir=str(tmp_path)))
+    land(tmp_path, {"products.csv": PRODUCTS, "transactions.sql": MODEL})
+    with pytest.raises(ConfigurationError, match="nothing is there for the table transactions in"):
         open_source(small(source_dir=str(tmp_path)))
 
 
@@ -923,6 +936,11 @@ def test_amounts_are_made_numbers_with_the_separator_of_the_settings(
     values = ", ".join(f"('{amount}')" for amount in amounts)
     rows = spark.sql(f"SELECT {sql} AS amount FROM VALUES {values} AS amounts(amount)").collect()
     assert [row["amount"] for row in rows] == read
+
+
+def test_date_is_proposed_from_texts_that_have_a_time() -> None:
+    assert expression("since", "signup_date", "date", ["2026-01-01 10:00"], ".") == "substring(trim(since), 1, 10)"
+    assert expression("since", "signup_date", "date", ["2026-01-01"], ".") == "since"
 
 
 def as_csv(rows: list[dict[str, Any]]) -> str:
