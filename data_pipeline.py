@@ -218,8 +218,10 @@ def _text_like(pattern: str, change: Callable[[str], str] = str) -> Callable[[An
 
 
 def _words(value: Any) -> tuple[str, ...]:
-    words = tuple(word.strip() for word in value.split(",")) if isinstance(value, str) else tuple(value)
-    if not words or not all(re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)*", word) for word in words):
+    given = value.split(",") if isinstance(value, str) else value
+    # Spelled as silver spells them.
+    words = tuple(re.sub("[ _-]+", "_", str.strip(word).lower()) for word in given)
+    if not words or not all(re.fullmatch(r"\w+", word) for word in words):
         raise ValueError
     return words
 
@@ -270,7 +272,7 @@ PARSERS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "date": (_calendar_date, "a date such as 2026-01-31"),
     "bool": (_yes_or_no, "true or false"),
     "str": (_text, "a text without line breaks"),
-    "Words": (_words, "names such as credit_card,paypal: lower case, separated by commas"),
+    "Words": (_words, "names separated by commas, such as credit_card,paypal"),
     "Character": (_character, "one character, or tab"),
     "Encoding": (_encoding, "an encoding such as utf-8 or latin-1"),
     "TimeZone": (_time_zone, "a time zone such as Europe/Berlin"),
@@ -341,7 +343,8 @@ class DataPipelineConfig:
         0.05, "largest share of a table's rows that may be rejected; above it nothing is published", min=0.0, max=1.0
     )
     payment_methods: Words = _option(
-        lambda: tuple(PAYMENT_METHODS), "payment methods that are accepted, in any spelling (default: the generator's)"
+        lambda: tuple(PAYMENT_METHODS),
+        "payment methods that are accepted (default: the generator's); case, spaces, - and _ are no difference",
     )
     keep_snapshots: int = _option(3, "snapshots to keep, the published one included", min=1)
     lock_timeout: float = _option(0.0, "seconds to wait for another run on the same data folder", min=0.0, max=1e9)

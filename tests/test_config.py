@@ -148,7 +148,7 @@ def test_master_that_spark_itself_is_given(arguments: str, tmp_path: Path, monke
         ({"source_delimiter": ",,"}, "source_delimiter must be one character, or tab"),
         ({"source_encoding": "utf-7000"}, "source_encoding must be an encoding such as utf-8"),
         ({"source_time_zone": "Mars/North"}, "source_time_zone must be a time zone such as Europe/Berlin"),
-        ({"payment_methods": "Pay Pal"}, "payment_methods must be names such as credit_card"),
+        ({"payment_methods": "paypal;visa"}, "payment_methods must be names separated by commas"),
     ],
 )
 def test_values_that_do_not_fit(values: dict[str, object], message: str) -> None:
@@ -188,7 +188,7 @@ def test_every_field_is_a_flag_and_a_variable() -> None:
         "executor_memory": "4G", "executor_cores": "2", "driver_host": "10.0.0.5", "cluster_timeout": "60",
         "source_dir": "/y", "models_dir": "/z", "source_delimiter": "tab", "source_quote": "'",
         "source_encoding": "Latin-1", "source_decimal": ",", "source_time_zone": "Europe/Berlin",
-        "settle_seconds": "0", "on_bad_file": "Quarantine", "payment_methods": "paypal, cash",
+        "settle_seconds": "0", "on_bad_file": "Quarantine", "payment_methods": "PayPal, Cash on-Delivery,überweisung",
     }  # fmt: skip
     assert set(given) == {field.name for field in dataclasses.fields(DataPipelineConfig)}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
@@ -200,7 +200,7 @@ def test_every_field_is_a_flag_and_a_variable() -> None:
     assert by_flag.log_level == "DEBUG"
     assert by_flag.fast_start is False
     assert (by_flag.source_delimiter, by_flag.source_encoding) == ("\t", "iso8859-1")
-    assert by_flag.payment_methods == ("paypal", "cash")
+    assert by_flag.payment_methods == ("paypal", "cash_on_delivery", "überweisung")
 
 
 @pytest.mark.parametrize(

@@ -273,7 +273,7 @@ def test_cluster_on_one_machine(tmp_path: Path) -> None:
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-    assert Store(str(tmp_path / "pipeline-data")).published()
+    assert Store(str(tmp_path / "pipeline-cluster")).published()
     assert "Executors on spark://127.0.0.1:" in (tmp_path / "log").read_text()
 
 
