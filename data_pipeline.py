@@ -542,6 +542,7 @@ def ingest_bronze(run: Run, source: Source) -> dict[str, Received]:
         sound = part_counts(table, ~is_rejected(table.rules, run.config))
         with run.step(f"{BRONZE}.{name}"):
             rows = with_lineage(source.delivery(run.engine.spark, name), table, run.record)
+            # Only now: `delivery` finds out whether the model keeps the places.
             checksum = {"places": places()} if name in source.delivered_places else {}
             counts = run.write(BRONZE, table, rows, {**violations, **sound, **checksum})
         if counts["rows"] != (delivered := source.delivered_rows.get(name, counts["rows"])):
@@ -1107,7 +1108,7 @@ def transactions_clean(transactions: DataFrame, products: DataFrame) -> DataFram
 def customers_enriched(customers: DataFrame, transactions_clean: DataFrame, config: DataPipelineConfig) -> DataFrame:
     """One row per customer, with the customer's completed orders; money in dollars, tenure as of the as-of date.
 
-    `email`, `age` and `city` (with `age_group`) and `signup_date` (with `tenure_days`) are null where they are not
+    `email`, `city`, `age` (with `age_group`) and `signup_date` (with `tenure_days`) are null where they are not
     known. The order dates of a customer without orders are null.
     """
     orders = transactions_clean.groupBy("customer_id").agg(
@@ -1468,10 +1469,11 @@ class LandedFiles:
         return rows.unionByName(malformed_rows(self._malformed[name], table)) if name in self._malformed else rows
 
     def explain(self, error: Exception, engine: Engine, name: str) -> PipelineError | None:
+        """Returns which Parquet file of a table is damaged, or why its model fails; None for other errors."""
         if isinstance(error, PipelineError) or engine.is_infrastructure_failure(error):
             return None
-        tables = {name, *tables_in(self.models.get(name, ""))} if name in TABLES else names(BRONZE)
-        if damage := find_damage((part for part in self.parts if part.table in tables), self.files):
+        read = {name, *tables_in(self.models.get(name, ""))} if name in TABLES else names(BRONZE)
+        if damage := find_damage((part for part in self.parts if part.table in read), self.files):
             return NotPublishedError(f"{damage}; nothing is published: land the file again, or move it away")
         if name in self.models and (problem := model_problem(engine, name, self.models[name], self.views)):
             return PipelineError(
@@ -1555,10 +1557,12 @@ PRIME = 2**31 - 1
 def places() -> Column:
     """Returns a checksum of the places of rows, their files and numbers, that does not depend on the order of rows.
 
-    It is the sum of cubes, modulo a prime: where rows are dropped and as many repeated, it is another.
+    Where rows are dropped and as many repeated, it is another. It is the sum of cubes modulo a prime: sums of places or
+    of squares are often equal by chance, as 1 + 4 = 2 + 3, and of cubes there is a formula, so that `places_of` need not
+    see the rows.
     """
     place = f"((coalesce(_delivery, 0) * {PLACE} + coalesce(_source_row, 0)) % {PRIME})"
-    return F.expr(f"coalesce(sum({place} * {place} % {PRIME} * {place} % {PRIME}), 0) % {PRIME}")
+    return F.expr(f"coalesce(sum((({place} * {place}) % {PRIME} * {place}) % {PRIME}), 0) % {PRIME}")
 
 
 def places_of(files: Iterable[LandedFile]) -> int:
@@ -1762,7 +1766,10 @@ class SeededRandom:
         return F.pmod(self.bits(name), bound if not isinstance(bound, int) else F.lit(bound).cast("bigint"))
 
     def draws(self, weights: Mapping[str, Mapping[Any, int]]) -> dict[str, Column]:
-        """Returns the columns by which `pick` picks words: their names, with the weights of the words of each."""
+        """Returns columns of random numbers from 0 to the sum of the weights - 1, for `pick`.
+
+        `weights` has the words of each column with their weights.
+        """
         return {name: self.randrange(name, sum(words.values())) for name, words in weights.items()}
 
     def choice(self, name: str, words: Sequence[str]) -> Column:
@@ -1773,7 +1780,7 @@ class SeededRandom:
 
 
 def pick(draw: str, words: Mapping[Any, int], values: Sequence[Any] | None = None) -> Column:
-    """Returns the word, or its value, at a column of draws, by the cumulated weights of the words.
+    """Returns the word that a random number falls to, or its value. `draw` is a column that `draws` has made.
 
     Sail copies a whole list of words for each row that picks one of them: comparisons take a seventh of the time.
     """
