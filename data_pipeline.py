@@ -1557,9 +1557,8 @@ PRIME = 2**31 - 1
 def places() -> Column:
     """Returns a checksum of the places of rows, their files and numbers, that does not depend on the order of rows.
 
-    Where rows are dropped and as many repeated, it is another. It is the sum of cubes modulo a prime: sums of places or
-    of squares are often equal by chance, as 1 + 4 = 2 + 3, and of cubes there is a formula, so that `places_of` need not
-    see the rows.
+    Where rows are dropped and as many repeated, it is another. It is the sum of cubes modulo a prime. Plain sums are
+    often equal by chance, as 1 + 4 = 2 + 3. For cubes there is a formula, so that `places_of` need not see the rows.
     """
     place = f"((coalesce(_delivery, 0) * {PLACE} + coalesce(_source_row, 0)) % {PRIME})"
     return F.expr(f"coalesce(sum((({place} * {place}) % {PRIME} * {place}) % {PRIME}), 0) % {PRIME}")
