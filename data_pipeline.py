@@ -1460,7 +1460,7 @@ class LandedFiles:
         records = self._records[name]
         inputs = tables_in(self.models.get(name, ""))
         # Of files without any record the columns are unknown: a model would fail, where the gate finds no rows.
-        is_empty = inputs and all(set(self._records[table].columns) == {*LANDED_COLUMNS} for table in inputs)
+        is_empty = inputs and not inputs & {part.table for part in self.parts if not part.is_malformed}
         if name in self.models and not is_empty:
             records = apply_model(spark, name, self.models[name], self.views)
             if not {"_delivery", "_source_row"} <= {column.strip().lower() for column in records.columns}:
@@ -1784,13 +1784,10 @@ def pick(draw: str, words: Mapping[Any, int], values: Sequence[Any] | None = Non
     Sail copies a whole list of words for each row that picks one of them: comparisons take a seventh of the time.
     """
     bounds = itertools.accumulate(words.values())
-    picked = list(zip(bounds, values or words, strict=True))
-    cases = "".join(f" WHEN `{draw}` < {bound} THEN {_literal(value)}" for bound, value in picked[:-1])
-    return F.expr(f"CASE{cases} ELSE {_literal(picked[-1][1])} END")
-
-
-def _literal(value: Any) -> str:
-    return str(value) if isinstance(value, int) else "'{}'".format(value.replace("'", "\\'"))
+    literals = (str(value) if isinstance(value, int) else spark_text(value) for value in values or words)
+    *cases, (_, otherwise) = zip(bounds, literals, strict=True)
+    whens = "".join(f" WHEN `{draw}` < {bound} THEN {word}" for bound, word in cases)
+    return F.expr(f"CASE{whens} ELSE {otherwise} END")
 
 
 def _defects_up_to(row: str, config: DataPipelineConfig) -> Column:
@@ -3552,9 +3549,8 @@ def list_files(root: str) -> list[LandedFile]:
     for folder, folders, files in os.walk(root, onerror=_refuse_folder, followlinks=True):
         is_root = folder == root
         if is_root:
-            unknown += [
-                LandedFile("", f"{name}/", 0, 0) for name in {*folders} - {*bronze} if not UNFINISHED.fullmatch(name)
-            ]
+            others = (name for name in sorted(folders) if name not in bronze and not UNFINISHED.fullmatch(name))
+            unknown += [LandedFile("", f"{name}/", 0, 0) for name in others]
         wanted = (name for name in folders if (name in bronze if is_root else not UNFINISHED.fullmatch(name)))
         # A link may lead back to a folder above it.
         folders[:] = [name for name in wanted if os.path.realpath(os.path.join(folder, name)) not in seen]
