@@ -141,11 +141,11 @@ def test_empty_source(published: DataPipelineConfig, spark: SparkSession, monkey
 
 def test_lost_rows(published: DataPipelineConfig, spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
     """A valid row, two rejected ones and four duplicates that no table or count has: the audit misses each of them."""
-    valid, rejected, latest = data_pipeline.valid_rows, data_pipeline.rejected_rows, data_pipeline.latest_per_key
+    valid, rejected, latest = data_pipeline.valid_unique_rows, data_pipeline.rejected_rows, data_pipeline.latest_per_key
 
-    def valid_rows(marked: DataFrame, table: data_pipeline.Table, *rest: Any) -> DataFrame:
+    def valid_unique_rows(received: DataFrame, table: data_pipeline.Table, *rest: Any) -> DataFrame:
         lost = F.lit(table.name == "transactions") & (F.col(table.key[0]).cast("string") == "TXN_0000003")
-        return valid(marked, table, *rest).where(~lost)
+        return valid(received, table, *rest).where(~lost)
 
     def rejected_rows(marked: DataFrame, table: data_pipeline.Table, *rest: Any) -> DataFrame:
         return rejected(marked.where("amount IS NOT NULL") if table.name == "transactions" else marked, table, *rest)
@@ -153,7 +153,7 @@ def test_lost_rows(published: DataPipelineConfig, spark: SparkSession, monkeypat
     def latest_per_key(records: DataFrame, table: data_pipeline.Table) -> DataFrame:
         return latest(records, table).withColumn("_records", F.lit(1))
 
-    for losing in (valid_rows, rejected_rows, latest_per_key):
+    for losing in (valid_unique_rows, rejected_rows, latest_per_key):
         monkeypatch.setattr(data_pipeline, losing.__name__, losing)
     refused(
         published,

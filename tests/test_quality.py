@@ -25,11 +25,13 @@ from data_pipeline import (
     find_keys,
     flag_rows,
     latest_per_key,
+    named_columns,
     names,
     nullified,
     rejected_rows,
     suspect_keys,
     valid_rows,
+    valid_unique_rows,
 )
 
 Frame = Callable[..., DataFrame]
@@ -105,7 +107,7 @@ def test_rules(name: str, frame: Frame, config: DataPipelineConfig) -> None:
     rows = [GOOD[name] | change | {"case": number} for number, (_, change, _) in enumerate(cases)]
     received_rows = frame(f"{' '.join(table.schema_in('bronze').split())}, case INT", *rows)
     verdicts = received_rows.select(
-        "case", *(rule.is_violated(config).alias(rule.name) for rule in table.rules)
+        "case", *named_columns({rule.name: rule.is_violated(config) for rule in table.rules})
     ).collect()
     assert sorted(verdict["case"] for verdict in verdicts) == [*range(len(cases))]
     for verdict in verdicts:
@@ -158,7 +160,8 @@ def split_of(
     known = {key: received(frame, TABLES[parent], {}) for key, parent in table.foreign_keys.items()} | parents
     found = violations(rows, table, known)
     flagged = flag_rows(rows, table, found, config).cache()
-    single, several = (valid_rows(flagged.where(which), table) for which in ("NOT _duplicate_key", "_duplicate_key"))
+    single = valid_unique_rows(rows, table, found, config)
+    several = valid_rows(flagged.where("_duplicate_key"), table)
     counted = single.withColumns({"_records": F.lit(1).cast("bigint"), "_versions": F.lit(1)})
     kept = nullified(counted.unionByName(latest_per_key(several, table)), table.rules, config)
     return Split(kept, rejected_rows(flagged, table, found, config))
@@ -194,6 +197,9 @@ def test_rows_are_flagged_by_few_and_by_many_keys(
         "T2": (True, False, False), None: (False, False, True), "T3": (False, True, True),
         "T4": (False, False, False), "T5": (False, False, True),
     }  # fmt: skip
+    valid_unique = valid_unique_rows(rows, table, found, config)
+    assert valid_unique.columns == rows.columns
+    assert [row["transaction_id"] for row in valid_unique.collect()] == ["T4"]
 
 
 def test_refused_row_carries_every_reason(frame: Frame, config: DataPipelineConfig) -> None:

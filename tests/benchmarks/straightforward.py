@@ -380,7 +380,7 @@ class Straightforward(Peer):
             checked = checked.join(known, column, "left")
         failed = {rule.name: received.filter(rule.is_violated(self.config)).count() for rule in table.rules}
         failed |= {rule.name: checked.filter(rule.is_violated(self.config)).count() for rule in reference_rules(table)}
-        reasons = [F.when(rule.is_violated(self.config), rule.name) for rule in rejecting_rules(table)]
+        reasons = [F.when(F.expr(rule.is_violated(self.config)), rule.name) for rule in rejecting_rules(table)]
         checked = checked.withColumn("_reasons", F.array_compact(F.array(*reasons)))
         quarantined = self.save(QUARANTINE, table, checked.filter(F.size("_reasons") > 0))
         passed = checked.filter(F.size("_reasons") == 0).select(*received.columns)
@@ -391,7 +391,7 @@ class Straightforward(Peer):
             .drop("_rank")
         )
         for rule in clears(table):
-            kept = kept.withColumn(rule.column, F.when(~rule.is_violated(self.config), F.col(rule.column)))
+            kept = kept.withColumn(rule.column, F.when(~F.expr(rule.is_violated(self.config)), F.col(rule.column)))
         rows, kept_rows = received.count(), kept.count()
         versions = passed.select(*(name for name, _ in table.columns())).distinct().count()
         duplicates, superseded = passed.count() - kept_rows, versions - kept_rows
