@@ -2021,7 +2021,9 @@ class KeyCheck(NamedTuple):
         """One row per duplicate or orphan key: `key_hash`, and `rows`, the number of rows that carry the key."""
         table, rows, count = TABLES[self.table], received[self.table], F.count(F.lit(1)).alias("rows")
         if not self.foreign_key:
-            return rows.groupBy(F.xxhash64(*table.key).alias("key_hash")).agg(count).where("rows > 1")
+            # Nearly all differ: to count those of each partition first would fill the memory, and save no shuffle.
+            hashes = rows.select(F.xxhash64(*table.key).alias("key_hash")).repartition("key_hash")
+            return hashes.groupBy("key_hash").agg(count).where("rows > 1")
         parents = sound[table.foreign_keys[self.foreign_key]].select(self.foreign_key)
         carried = rows.where(F.col(self.foreign_key).isNotNull()).groupBy(self.foreign_key).agg(count)
         orphans = carried.join(parents, self.foreign_key, how="left_anti")
@@ -2721,6 +2723,10 @@ class LocalSpark(Engine):
     def close_session(self) -> None:
         from py4j.protocol import Py4JError
 
+        # Spark's server for Python's accumulators looks only every half a second whether it is to end.
+        server: Any = self.spark.sparkContext._accumulatorServer
+        if server:  # not where the session was stopped by somebody else
+            server.shutdown = functools.partial(call_in_thread, server.shutdown)
         with contextlib.suppress(Py4JError), warnings.catch_warnings(action="ignore"):  # Java has ended already
             super().close_session()
 
