@@ -539,7 +539,7 @@ def ingest_bronze(run: Run, source: Source) -> dict[str, Received]:
     def ingest(name: str) -> Received:
         table = TABLES[name]
         violations = violation_counts(table.rules, run.config)
-        sound = part_counts(table, f"NOT ({is_rejected(table.rules, run.config)})")
+        sound = part_counts(table, is_sound(table.rules, run.config))
         with run.step(f"{BRONZE}.{name}"):
             rows = with_lineage(source.delivery(run.engine.spark, name), table, run.record)
             # Only now: `delivery` finds out whether the model keeps the places.
@@ -1992,7 +1992,7 @@ class Keys(NamedTuple):
     """Duplicate or orphan keys of a table, by their hashes."""
 
     surplus: int  # rows besides the first of each key
-    hashes: list[int] | DataFrame
+    hashes: str | DataFrame  # few as a list in Spark SQL, many as a table
 
 
 class Violations(NamedTuple):
@@ -2053,7 +2053,9 @@ def find_keys(run: Run, checks: Sequence[KeyCheck], suspects: DataFrame) -> dict
         }
     by_check = {number: [row for row in few if row["check"] == number] for number in {row["check"] for row in few}}
     return {
-        checks[number]: Keys(sum(row["rows"] - 1 for row in rows), [row["key_hash"] for row in rows])
+        checks[number]: Keys(
+            sum(row["rows"] - 1 for row in rows), f"({', '.join(str(row['key_hash']) for row in rows)})"
+        )
         for number, rows in by_check.items()
     }
 
@@ -2065,7 +2067,7 @@ def find_violations(run: Run, bronze: Mapping[str, Received]) -> dict[str, Viola
         for name, received in bronze.items()
     }
     received = {name: table.rows for name, table in bronze.items()}
-    sound = {name: rows.where(f"NOT ({is_rejected(rules[name], run.config)})") for name, rows in received.items()}
+    sound = {name: rows.where(is_sound(rules[name], run.config)) for name, rows in received.items()}
     checks = [KeyCheck(name, key) for name in bronze for key in ("", *TABLES[name].foreign_keys)]
     with run.step("survey"):
         found = find_keys(run, checks, suspect_keys(checks, received, sound))
@@ -2086,6 +2088,11 @@ def foreign_key_rule(key: str) -> Rule:
 def is_rejected(rules: Iterable[Rule], config: DataPipelineConfig) -> str:
     """Returns whether any of the rules rejects the row, as Spark SQL; never null."""
     return " OR ".join(rule.is_violated(config) for rule in rules if rule.severity != WARN) or "false"
+
+
+def is_sound(rules: Iterable[Rule], config: DataPipelineConfig) -> str:
+    """Returns whether none of the rules rejects the row, as Spark SQL; never null."""
+    return f"NOT ({is_rejected(rules, config)})"
 
 
 def violation_counts(rules: Iterable[Rule], config: DataPipelineConfig) -> dict[str, str]:
@@ -2112,10 +2119,10 @@ def _suspects(table: Table, found: Violations) -> Iterator[tuple[str, str, Keys]
 
 def valid_unique_rows(received: DataFrame, table: Table, found: Violations, config: DataPipelineConfig) -> DataFrame:
     """Returns the rows, as received, that no rule rejects and whose key no other row carries."""
-    rows = received.where(f"NOT ({is_rejected(found.rules, config)})")
+    rows = received.where(is_sound(found.rules, config))
     for _, key_hash, keys in _suspects(table, found):
-        if isinstance(keys.hashes, list):
-            rows = rows.where(f"{key_hash} NOT IN ({', '.join(map(str, keys.hashes))})")
+        if isinstance(keys.hashes, str):
+            rows = rows.where(f"{key_hash} NOT IN {keys.hashes}")
         else:
             rows = rows.join(keys.hashes, F.expr(f"{key_hash} = key_hash"), how="left_anti")
     return rows
@@ -2129,8 +2136,8 @@ def flag_rows(received: DataFrame, table: Table, found: Violations, config: Data
     """
     rows, flags = received, {"_duplicate_key": "false"}
     for flag, key_hash, keys in _suspects(table, found):
-        if isinstance(keys.hashes, list):
-            flags[flag] = f"{key_hash} IN ({', '.join(map(str, keys.hashes))})"
+        if isinstance(keys.hashes, str):
+            flags[flag] = f"{key_hash} IN {keys.hashes}"
         else:
             hashes = keys.hashes.select(F.col("key_hash").alias(f"{flag}_hash"))
             rows = rows.join(hashes, F.expr(f"{key_hash} = {flag}_hash"), how="left")
@@ -2147,8 +2154,8 @@ def _received_columns(flagged: DataFrame, table: Table) -> list[str]:
 def rejected_rows(flagged: DataFrame, table: Table, found: Violations, config: DataPipelineConfig) -> DataFrame:
     """Returns the rejected rows as received, with `_reasons`: the names of the rules that reject them."""
     reasons = ", ".join(f"CASE WHEN {rule.is_violated(config)} THEN '{rule.name}' END" for rule in found.rejecting)
-    reasons = f"array_compact(CAST(array({reasons}) AS ARRAY<STRING>)) AS _reasons"
-    return flagged.where("_rejected").select(*_received_columns(flagged, table), F.expr(reasons))
+    added = {"_reasons": f"array_compact(CAST(array({reasons}) AS ARRAY<STRING>))"}
+    return flagged.where("_rejected").select(*_received_columns(flagged, table), *named_columns(added))
 
 
 def valid_rows(flagged: DataFrame, table: Table) -> DataFrame:
@@ -2240,7 +2247,7 @@ def separate_rows(run: Run, table: Table, received: Received, found: Violations)
     flagged = flag_rows(received.rows, table, found, config)
     set_aside = run.cached(flagged.where("_rejected OR _duplicate_key"))
     orphans = violation_counts(map(foreign_key_rule, found.orphan_keys), config)
-    sound = part_counts(table, f"NOT ({is_rejected(found.rules, config)})")
+    sound = part_counts(table, is_sound(found.rules, config))
     metrics = {"rejected": "count_if(_rejected)", **sound, **orphans}
     nothing = found.duplicate_keys is None and not found.rejecting
     counts = dict.fromkeys(metrics, 0) if nothing else aggregate(set_aside, metrics)
@@ -2317,7 +2324,7 @@ def named_struct(expressions: Mapping[str, str]) -> str:
 
 def aggregate(rows: DataFrame, metrics: Mapping[str, str]) -> dict[str, Any]:
     """Returns the metrics over the rows, which are Spark SQL, by name."""
-    [[values]] = rows.agg(F.expr(f"{named_struct(metrics)} AS metrics")).collect()
+    [[values]] = rows.agg(F.expr(named_struct(metrics))).collect()
     return values.asDict()  # type: ignore[no-any-return]
 
 
