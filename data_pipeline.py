@@ -257,6 +257,7 @@ TimeZone: TypeAlias = str
 Words: TypeAlias = tuple[str, ...]
 Memory: TypeAlias = str
 Master: TypeAlias = str
+Currency: TypeAlias = str
 
 _SERVER = r"[^\s,/]+:\d+"
 _MASTER = (
@@ -279,6 +280,7 @@ PARSERS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "Url": (_url, "a URL that begins with https:// or http://"),
     "Memory": (_text_like(r"[1-9]\d*[mgt]b?", str.lower), "an amount of memory such as 4g or 800m"),
     "Master": (_text_like(_MASTER), "local[*], yarn, or a URL such as spark://host:7077"),
+    "Currency": (_text_like(r"[A-Z]{3}", str.upper), "the three letters of a currency such as EUR"),
 }
 
 
@@ -342,9 +344,17 @@ class DataPipelineConfig:
     max_quarantine_rate: float = _option(
         0.05, "largest share of a table's rows that may be rejected; above it nothing is published", min=0.0, max=1.0
     )
-    payment_methods: Words = _option(
-        lambda: tuple(PAYMENT_METHODS),
-        "payment methods that are accepted (default: the generator's); case, spaces, - and _ are no difference",
+    payment_methods: Words | None = _option(
+        None,
+        "payment methods to accept, in any case and with space, - or _ between words (default: any that is landed)",
+    )
+    orphans: str | None = _option(
+        None,
+        "what to do with orders of an unknown customer or product (default: keep landed ones, reject generated ones)",
+        choices=("keep", "reject"),
+    )
+    currency: Currency | None = _option(
+        None, "currency of all amounts, such as EUR; orders in another one are rejected (default: the one received)"
     )
     keep_snapshots: int = _option(3, "snapshots to keep, the published one included", min=1)
     lock_timeout: float = _option(0.0, "seconds to wait for another run on the same data folder", min=0.0, max=1e9)
@@ -418,6 +428,21 @@ class DataPipelineConfig:
         return path
 
     @property
+    def keeps_orphans(self) -> bool:
+        """Whether an order of an unknown customer or product is kept, under an unknown member."""
+        return orphans_are_kept(self.orphans, self.source_dir)
+
+    @property
+    def rule_values(self) -> Mapping[str, str | None]:
+        """The values that rules name, as Spark SQL; None where there is nothing to compare with."""
+        methods = self.payment_methods or (() if self.source_dir else PAYMENT_METHODS)
+        return {
+            ":as_of_date": f"DATE'{self.as_of_date}'",
+            ":payment_methods": _one_of(methods) if methods else None,
+            ":currency": f"'{self.currency}'" if self.currency else None,
+        }
+
+    @property
     def segments(self) -> Mapping[str, Decimal | None]:
         """The customer segments, lowest first, each with the most that a customer in it has spent."""
         return dict(zip(SEGMENTS, (self.silver_above, self.gold_above, self.premium_above, None), strict=True))
@@ -426,6 +451,11 @@ class DataPipelineConfig:
     def first_day(self) -> date:
         """The first day of the history."""
         return self.as_of_date - timedelta(days=self.history_days - 1)
+
+
+def orphans_are_kept(orphans: str | None, source_dir: str | None) -> bool:
+    """Returns whether orders of unknown customers and products are kept: as set, else those of landed files."""
+    return (orphans or ("keep" if source_dir else "reject")) == "keep"
 
 
 def expanded(name: str, folder: str) -> str:
@@ -493,7 +523,7 @@ def run_pipeline(
                 bronze = ingest_bronze(run, source)
             with run.layer(SILVER, "Data Cleansing and Enrichment"):
                 valid = clean(run, bronze)
-                check_gate(run, source)
+                check_gate(run, source, valid)
                 silver = build_silver(run, valid)
             with run.layer(GOLD, "Business Aggregations"):
                 build_gold(run, silver)
@@ -597,13 +627,13 @@ def clean(run: Run, bronze: Mapping[str, Received]) -> dict[str, DataFrame]:
     return {name: rows.valid for name, rows in separated.items()}
 
 
-def check_gate(run: Run, source: Source) -> None:
+def check_gate(run: Run, source: Source, valid: Mapping[str, DataFrame]) -> None:
     """Checks whether these data may be published.
 
     Raises:
-        NotPublishedError: too many rows were rejected, a rule that aborts is violated, or nothing was received.
+        NotPublishedError: too many rows were rejected, a rule that aborts is violated, nothing was received, or the
+            completed orders are in several currencies.
     """
-    limit = run.config.max_quarantine_rate
     with run.step("gate"):
         for table in tables(BRONZE):
             quality = run.record.quality[table.name]
@@ -613,9 +643,8 @@ def check_gate(run: Run, source: Source) -> None:
                 if rule.severity == ABORT and (rows := quality.violations[rule.name]):
                     message = f"{rows:,} rows violate the rule {rule.name}, which aborts a run"
                     fail_gate(run, table, rule.name, rows, message, f"array_contains(_reasons, '{rule.name}')")
-            if (rate := quality.quarantine_rate) > limit:
-                message = f"{quality.quarantined:,} rows are quarantined, {rate:.2%}: more than {limit:.2%}"
-                fail_gate(run, table, "max_quarantine_rate", quality.quarantined, message)
+            check_quarantine_rate(run, table)
+        check_currency(run, valid["transactions"])
         if failures := run.record.gate_failures:
             rules = ", ".join("{table}.{rule} ({message})".format(**failure) for failure in failures)
             raise NotPublishedError(
@@ -624,9 +653,62 @@ def check_gate(run: Run, source: Source) -> None:
             )
 
 
+def check_quarantine_rate(run: Run, table: Table) -> None:
+    """Fails the gate where too many rows of a table were rejected; else warns of conflicts in landed files."""
+    quality, limit = run.record.quality[table.name], run.config.max_quarantine_rate
+    if (rate := quality.quarantine_rate) > limit:
+        message = (
+            f"{quality.quarantined:,} of {quality.received:,} rows are quarantined, {rate:.2%}, and "
+            f"--max-quarantine-rate allows {limit:.2%}: {'; '.join(top_reasons(run, table))}"
+        )
+        fail_gate(run, table, "max_quarantine_rate", quality.quarantined, message)
+    elif table.constant and run.config.source_dir:
+        for rule in key_rules(table):
+            if rule.violation == "_conflict" and quality.violations[rule.name]:
+                logger.warning("%s: %s", table.name, describe_reason(run, table, rule))
+
+
+def top_reasons(run: Run, table: Table) -> list[str]:
+    """Returns the three rules that reject the most rows of a table, each with an example and what to do."""
+    violations = run.record.quality[table.name].violations
+    rules = [rule for rule in (*table.rules, *key_rules(table)) if rule.rejects(run.config) and violations[rule.name]]
+    return [describe_reason(run, table, rule) for rule in sorted(rules, key=lambda rule: -violations[rule.name])[:3]]
+
+
+def describe_reason(run: Run, table: Table, rule: Rule) -> str:
+    """Returns how many rows a rule rejects, with the value and the place of one of them, and what to do."""
+    rows = run.record.quality[table.name].violations[rule.name]
+    [example, *_] = example_rows(run, table, f"array_contains(_reasons, '{rule.name}')") or [{}]
+    rescued = json.loads(example.get("_rescued_data", "{}"))
+    value = example.get(rule.column, rescued.get(rule.column, rescued.get("_record")))
+    column, value = (table.key[0], example.get(table.key[0])) if value is None else (rule.column, value)
+    place = f", {example['_source_file']} row {example.get('_source_row')}" if "_source_file" in example else ""
+    advice = rule.advice.format(table=table.name)
+    return f"{rule.name} {rows:,} (for example {column} {str(value)[:100]!r}{place}): {advice}"
+
+
+def check_currency(run: Run, transactions: DataFrame) -> None:
+    """Records the currency of the completed orders. Fails the gate where there are several: amounts are added up."""
+    received = run.record.profile["transactions"]["currency"]
+    found = {received["min"], received["max"]} - {None}
+    if len(found) > 1:
+        currency = F.expr("upper(trim(currency))").alias("currency")
+        counted = transactions.where(f"{COMPLETED} AND currency IS NOT NULL").groupBy(currency).count().collect()
+        orders = {row["currency"]: row["count"] for row in counted}
+        found = set(orders)
+        if len(found) > 1:
+            counts = ", ".join(f"{name} {rows:,}" for name, rows in sorted(orders.items()))
+            message = (
+                f"the completed orders are in several currencies, {counts}: convert the amounts in transactions.sql, "
+                "or name one by --currency, by which orders in others are rejected"
+            )
+            fail_gate(run, TABLES["transactions"], "currency", sum(orders.values()), message, "false")
+    run.record.currency = run.config.currency or (found.pop().strip().upper() if len(found) == 1 else None)
+
+
 def fail_gate(run: Run, table: Table, rule: str, rows: int, message: str, where: str = "true") -> None:
     """Records and logs why the gate is not passed, with three quarantined rows as examples."""
-    examples = example_rows(run, table, where)
+    examples = [json.dumps(row, default=str, ensure_ascii=False) for row in example_rows(run, table, where)]
     failure = {"table": table.name, "rule": rule, "rows": rows, "message": message, "examples": examples}
     run.record.gate_failures.append(failure)
     logger.error("%s: %s", table.name, message)
@@ -635,15 +717,26 @@ def fail_gate(run: Run, table: Table, rule: str, rows: int, message: str, where:
 
 
 def build_silver(run: Run, valid: Mapping[str, DataFrame]) -> dict[str, DataFrame]:
-    """Enriches valid rows: active products and completed orders, then customers with their orders."""
+    """Enriches valid rows: active products, completed orders and returns, then customers with their orders."""
     customers, products, transactions = valid["customers"], valid["products"], valid["transactions"]
+    # Most data have no return, and need not be searched for them again.
+    has_returns = run.record.quality["transactions"].silver["transactions_returned"] > 0
     first = {
         "products_active": lambda: products_active(products),
         "transactions_clean": lambda: transactions_clean(transactions, products),
+        "transactions_returned": lambda: transactions_returned(
+            transactions if has_returns else transactions.where("false"), products
+        ),
     }
     run.write_all(SILVER, first)
     orders = run.read(SILVER, TABLES["transactions_clean"])
-    run.write_all(SILVER, {"customers_enriched": lambda: customers_enriched(customers, orders, run.config)})
+    returns = run.read(SILVER, TABLES["transactions_returned"])
+    order_ids = run.record.profile["transactions"]["order_id"]
+    has_order_ids = order_ids["nulls"] < order_ids["rows"]
+    second = {
+        "customers_enriched": lambda: customers_enriched(customers, orders, returns, run.config, has_order_ids),
+    }
+    run.write_all(SILVER, second)
     return {
         "transactions_clean": orders,
         "customers_enriched": run.read(SILVER, TABLES["customers_enriched"]),
@@ -799,16 +892,16 @@ class Run:
 # Each table is declared once. The functions of silver and gold are pure: they take and return DataFrames. In silver,
 # the name of a bronze table stands for its valid rows, one per key.
 
-REJECT, WARN, ABORT = "reject", "warn", "abort"
+REJECT, WARN, ABORT, ORPHAN = "reject", "warn", "abort", "orphan"
 
 
 class Rule(NamedTuple):
     """A check on each row of a bronze table.
 
-    `violation` is a condition in Spark SQL, in which `:as_of_date` and `:payment_methods` stand for the values of the
-    configuration. A null condition is not a violation, so a missing value only violates the `_missing` rule.
-    Severities: REJECT sends the row to quarantine, ABORT also keeps the run from being published, WARN counts the row
-    and keeps it. With `nullify`, the value that violates the rule becomes null in silver.
+    `violation` is a condition in Spark SQL, which may name `DataPipelineConfig.rule_values`. A null condition is not a
+    violation, so a missing value only violates the `_missing` rule. Severities: REJECT sends the row to quarantine,
+    ABORT also keeps the run from being published, WARN counts the row and keeps it, ORPHAN does as `--orphans` says.
+    With `nullify`, the value that violates the rule becomes null in silver. `advice` says what the user can do.
     """
 
     name: str
@@ -816,11 +909,20 @@ class Rule(NamedTuple):
     violation: str
     severity: str = REJECT
     nullify: bool = False
+    advice: str = "correct the source, or change the value in {table}.sql"
+
+    def rejects(self, config: DataPipelineConfig) -> bool:
+        """Returns whether a row that violates the rule goes to quarantine."""
+        return not config.keeps_orphans if self.severity == ORPHAN else self.severity != WARN
 
     def is_violated(self, config: DataPipelineConfig) -> str:
         """Returns whether a row violates the rule, as Spark SQL; never null."""
-        condition = self.violation.replace(":as_of_date", f"DATE'{config.as_of_date}'")
-        return f"coalesce({condition.replace(':payment_methods', _one_of(config.payment_methods))}, false)"
+        condition = self.violation
+        for name, value in config.rule_values.items():
+            if name in condition and value is None:
+                return "false"
+            condition = condition.replace(name, value or "")
+        return f"coalesce({condition}, false)"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -828,7 +930,8 @@ class Table:
     """A table of the data contract.
 
     `from_table` is the table that its rows come from. A silver table keeps the valid rows for which `where`, in Spark
-    SQL, is true.
+    SQL, is true. `constant` names the columns in which the versions of a record cannot differ, for a table that
+    carries money: its records of one key that are no versions of one another are rejected as a conflict.
     """
 
     layer: str
@@ -838,6 +941,7 @@ class Table:
     rules: tuple[Rule, ...] = ()
     foreign_keys: Mapping[str, str] = field(default_factory=dict)  # bronze: the parent table by column
     sequence_by: tuple[str, ...] = ()  # bronze: Spark SQL that orders the records of a key, the latest last
+    constant: tuple[str, ...] = ()  # bronze
     defects: tuple[str, ...] = ()  # bronze: the kinds of defect that generated records are given
     from_table: str = ""
     where: str = "true"
@@ -892,25 +996,50 @@ def _rescued(name: str) -> str:
     return f"get_json_object(_rescued_data, '$.{name}') IS NOT NULL"
 
 
-def _required(*columns: str) -> tuple[Rule, ...]:
+def _required(*columns: str, severity: str = REJECT) -> tuple[Rule, ...]:
     return tuple(
-        Rule(f"{column}_missing", column, f"{column} IS NULL AND NOT ({_rescued(column)} OR {_rescued('_record')})")
+        Rule(
+            f"{column}_missing",
+            column,
+            f"{column} IS NULL AND NOT ({_rescued(column)} OR {_rescued('_record')})",
+            severity,
+            advice=FILL,
+        )
         for column in columns
     )
 
 
-def _required_text(*columns: str) -> tuple[Rule, ...]:
+def _required_text(*columns: str, severity: str = REJECT) -> tuple[Rule, ...]:
     return tuple(
-        Rule(f"{column}_missing", column, f"({column} IS NULL OR trim({column}) = '') AND NOT {_rescued('_record')}")
+        Rule(
+            f"{column}_missing",
+            column,
+            f"({column} IS NULL OR trim({column}) = '') AND NOT {_rescued('_record')}",
+            severity,
+            advice=FILL,
+        )
         for column in columns
     )
 
 
 def _well_formed(*columns: str, severity: str = REJECT) -> tuple[Rule, ...]:
+    advice = "convert it in {table}.sql, or see --source-decimal and --source-time-zone"
     return tuple(
-        Rule(f"{column}_malformed", column, f"{column} IS NULL AND {_rescued(column)}", severity) for column in columns
+        Rule(f"{column}_malformed", column, f"{column} IS NULL AND {_rescued(column)}", severity, advice=advice)
+        for column in columns
     )
 
+
+def _not_scientific(key: str) -> Rule:
+    return Rule(
+        f"{key}_scientific",
+        key,
+        f"{key} RLIKE '^[0-9]([.,][0-9]+)?[eE][+][0-9]+$'",
+        advice="export the ids as text: Excel has replaced their digits",
+    )
+
+
+FILL = "fill it in {table}.sql"
 
 # The columns that the pipeline adds to bronze and quarantine, and to quarantine alone.
 LINEAGE = (
@@ -924,7 +1053,7 @@ PAYMENT_METHODS: Mapping[str, int] = {
     "credit_card": 38, "paypal": 22, "debit_card": 18, "apple_pay": 9, "google_pay": 7, "bank_transfer": 6,
 }  # fmt: skip
 # In the order of an order's life: of two records with equal timestamps, the status further along is the later one.
-STATUSES: Mapping[str, int] = {"pending": 6, "completed": 85, "cancelled": 5, "refunded": 4}
+STATUSES: Mapping[str, int] = {"pending": 6, "completed": 85, "cancelled": 5, "refunded": 4, "returned": 0}
 
 # Each band holds up to and including its bound; values above the last bound are in the band of None.
 AGE_GROUPS: Mapping[str, int | None] = {
@@ -935,19 +1064,27 @@ STOCK_STATUSES: Mapping[str, int | None] = {"Low": 20, "Medium": 100, "High": No
 SEGMENTS = ("Bronze", "Silver", "Gold", "Premium")  # by rising spending; the bounds are configuration
 
 # A line of a file that is no record; its text is all that is known of it.
-RECORD_MALFORMED = Rule("record_malformed", "_rescued_data", _rescued("_record"))
+RECORD_MALFORMED = Rule(
+    "record_malformed", "_rescued_data", _rescued("_record"), advice="correct the line, or see --source-delimiter"
+)
 
 # Spark SQL. Most payment methods are tidy, and spared the regular expression.
 PAYMENT_METHOD = (
     f"CASE WHEN payment_method IN {_one_of(PAYMENT_METHODS)} THEN payment_method "
     "ELSE regexp_replace(lower(trim(payment_method)), '[ _-]+', '_') END"
 )
-ON_SALE = "is_active AND stock_quantity > 0"
-COMPLETED = "status = 'completed'"
+# A shop that does not say whether a product is active or how many are left still sells it.
+ON_SALE = "coalesce(is_active, true) AND coalesce(stock_quantity, 1) > 0"
+COMPLETED = "status = 'completed' AND amount > 0"
+# The rows with one order_id are one order. A row without any is an order of its own.
+ORDER_COUNT = "count(amount) - count(order_id) + count(DISTINCT order_id)"
+RETURNED = "status IN ('completed', 'refunded', 'returned') AND amount < 0"
+UNKNOWN = "Unknown"  # stands for a missing name or group, and for the parent of an order without a known one
+UNKNOWN_CUSTOMER = 0  # the id of the member to which orders without a customer belong
 SEGMENT_RANK = _rank("customer_segment", SEGMENTS)
 STATUS_RANK = _rank("status", STATUSES)
 
-# A customer is not rejected for an optional attribute: the customer's orders, and their revenue, would go too.
+# A customer or product is not rejected for an optional attribute: its orders, and their revenue, would go too.
 TABLES["customers"] = Table(
     BRONZE, "customers", key=("customer_id",), sequence_by=("signup_date",),
     schema="""
@@ -956,7 +1093,7 @@ TABLES["customers"] = Table(
     rules=(
         RECORD_MALFORMED,
         *_required("customer_id"),
-        *_required_text("first_name", "last_name"),
+        *_required_text("first_name", "last_name", severity=WARN),
         *_well_formed("customer_id"),
         *_well_formed("age", "signup_date", severity=WARN),
         Rule("email_missing", "email", f"email IS NULL AND NOT {_rescued('_record')}", WARN),
@@ -974,41 +1111,84 @@ TABLES["products"] = Table(
         supplier STRING, weight_kg DOUBLE, created_date DATE, is_active BOOLEAN""",
     rules=(
         RECORD_MALFORMED,
-        *_required_text("product_id", "product_name", "category", "supplier"),
-        *_required("price", "stock_quantity", "created_date", "is_active"),
-        *_well_formed("price", "stock_quantity", "created_date", "is_active"),
-        *_well_formed("weight_kg", severity=WARN),
-        Rule("price_not_positive", "price", "price <= 0"),
-        Rule("stock_quantity_negative", "stock_quantity", "stock_quantity < 0"),
+        *_required_text("product_id"),
+        *_required_text("product_name", "category", "supplier", severity=WARN),
+        *_required("price", "stock_quantity", "created_date", "is_active", severity=WARN),
+        *_well_formed("price", "stock_quantity", "created_date", "is_active", "weight_kg", severity=WARN),
+        _not_scientific("product_id"),
+        Rule("price_not_positive", "price", "price <= 0", WARN, nullify=True),
+        Rule("stock_quantity_negative", "stock_quantity", "stock_quantity < 0", WARN),
         Rule("weight_kg_not_positive", "weight_kg", "weight_kg <= 0 OR isnan(weight_kg)", WARN, nullify=True),
     ),
 )  # fmt: skip
 
 TABLES["transactions"] = Table(
-    BRONZE, "transactions", key=("transaction_id",), sequence_by=("timestamp", STATUS_RANK),
+    BRONZE, "transactions", key=("transaction_id",), sequence_by=("timestamp", STATUS_RANK), constant=("product_id",),
     foreign_keys={"customer_id": "customers", "product_id": "products"},
     schema="""
         transaction_id STRING, customer_id BIGINT, product_id STRING, quantity INT, amount DECIMAL(12,2),
-        timestamp TIMESTAMP, payment_method STRING, status STRING, device STRING, browser STRING, location STRING""",
+        timestamp TIMESTAMP, payment_method STRING, status STRING, device STRING, browser STRING, location STRING,
+        order_id STRING, currency STRING""",
     rules=(
         RECORD_MALFORMED,
-        *_required_text("transaction_id", "product_id", "payment_method", "status"),
-        *_required("customer_id", "quantity", "amount", "timestamp"),
+        *_required_text("transaction_id"),
+        *_required_text("product_id", severity=ORPHAN),
+        *_required_text("payment_method", severity=WARN),
+        *_required_text("status"),
+        *_required("customer_id", severity=ORPHAN),
+        *_required("quantity", "amount", "timestamp"),
         *_well_formed("customer_id", "quantity", "amount", "timestamp"),
-        Rule("quantity_not_positive", "quantity", "quantity <= 0"),
-        Rule("amount_not_positive", "amount", "amount <= 0"),
-        Rule("timestamp_in_future", "timestamp", "to_date(timestamp) > :as_of_date"),
+        _not_scientific("transaction_id"),
+        # A negative quantity with a negative amount is a return.
+        Rule("quantity_not_positive", "quantity", "quantity <= 0 AND (quantity = 0 OR amount IS NULL OR amount >= 0)"),
+        Rule("amount_not_positive", "amount", "amount <= 0 AND (amount = 0 OR quantity IS NULL OR quantity >= 0)"),
+        Rule(
+            "timestamp_in_future", "timestamp", "to_date(timestamp) > :as_of_date",
+            advice="correct it, or set --as-of-date",
+        ),
         # A time in 1970 is a zero or a wrong unit: then no other time of the delivery can be trusted.
         Rule("timestamp_near_epoch", "timestamp", "year(timestamp) < 1971", ABORT),
-        Rule("payment_method_unknown", "payment_method", f"{PAYMENT_METHOD} NOT IN :payment_methods"),
+        Rule(
+            "payment_method_unknown", "payment_method", f"{PAYMENT_METHOD} NOT IN :payment_methods",
+            advice="name it in --payment-methods",
+        ),
         Rule("payment_method_untidy", "payment_method", f"payment_method <> {PAYMENT_METHOD}", WARN),
-        Rule("status_unknown", "status", f"status NOT IN {_one_of(STATUSES)}"),
+        Rule(
+            "status_unknown", "status", f"status NOT IN {_one_of(STATUSES)}",
+            advice=f"map it by CASE in {{table}}.sql to one of {', '.join(STATUSES)}",
+        ),
+        Rule(
+            "currency_other", "currency", "upper(trim(currency)) <> :currency",
+            advice="convert the amount in {table}.sql, or change --currency",
+        ),
     ),
     defects=(
         "missing_amount", "zero_amount", "negative_amount", "future_timestamp", "unknown_customer",
         "unknown_product", "untidy_payment_method", "unknown_payment_method", "exact_duplicate", "changed_status",
+        "other_product",
     ),
 )  # fmt: skip
+
+
+def key_rules(table: Table) -> list[Rule]:
+    """Returns the rules on the keys of a table. Each is violated where the column of its `violation`, a flag, is true.
+
+    A foreign key has to have a parent. Records of one key have to be versions of one another.
+    """
+    rules = [
+        Rule(
+            f"{key}_unknown", key, f"_{key}_unknown", ORPHAN,
+            advice=f"land the {parent}, or keep such orders by --orphans keep",
+        )
+        for key, parent in table.foreign_keys.items()
+    ]  # fmt: skip
+    if table.constant:
+        advice = (
+            "they look like order lines: make the key of order and line in {table}.sql, for example "
+            f"concat({table.key[0]}, '/', {table.constant[0]}) AS {table.key[0]}"
+        )
+        rules.append(Rule(f"{table.key[0]}_conflict", table.key[0], "_conflict", advice=advice))
+    return rules
 
 
 def band(value: Column, bounds: Mapping[str, Any]) -> Column:
@@ -1017,6 +1197,12 @@ def band(value: Column, bounds: Mapping[str, Any]) -> Column:
     for name, bound in reversed(list(bounds.items())):
         cases = F.when(value.isNotNull() if bound is None else value <= F.lit(bound), name).otherwise(cases)
     return cases
+
+
+def known(text: Column | str) -> Column:
+    """Returns a text; `Unknown` where it is missing or blank."""
+    column = F.col(text) if isinstance(text, str) else text
+    return F.when(F.trim(column) != "", column).otherwise(UNKNOWN)
 
 
 def mean_or_zero(total: Column, count: Column, kind: str = "decimal(12,2)") -> Column:
@@ -1056,39 +1242,47 @@ def sort_order(by: str) -> Column:
         weight_kg DOUBLE, created_date DATE, is_active BOOLEAN""",
 )  # fmt: skip
 def products_active(products: DataFrame) -> DataFrame:
-    """One row per active product in stock. `inventory_value` is price × stock in dollars."""
+    """One row per product that is active and in stock, as far as that is known.
+
+    `inventory_value` is price × stock in dollars. What is not known is null, a name or group `Unknown`.
+    """
     return (
         products.where(ON_SALE)
         .select(
-            "product_id", "product_name", "category", "supplier",
+            "product_id",
+            known("product_name").alias("product_name"),
+            known("category").alias("category"),
+            "supplier",
             band(F.col("price"), PRICE_BANDS).alias("price_band"),
             band(F.col("stock_quantity"), STOCK_STATUSES).alias("stock_status"),
             "price", "stock_quantity",
             money(F.col("price") * F.col("stock_quantity")).alias("inventory_value"),
-            "weight_kg", "created_date", "is_active",
+            "weight_kg", "created_date",
+            F.lit(True).alias("is_active"),
         )
     )  # fmt: skip
 
 
-@declare(
-    SILVER, key=("transaction_id",), from_table="transactions", where=COMPLETED, revenue="amount",
-    schema="""
-        transaction_id STRING, customer_id BIGINT, product_id STRING, product_category STRING,
-        payment_method STRING, status STRING, device STRING, browser STRING, location STRING,
-        quantity INT, amount DECIMAL(12,2), timestamp TIMESTAMP, transaction_date DATE, transaction_year INT,
-        transaction_month INT, day_of_week INT, hour INT, is_weekend BOOLEAN""",
-)  # fmt: skip
-def transactions_clean(transactions: DataFrame, products: DataFrame) -> DataFrame:
-    """One row per completed order. `amount` is in dollars; `day_of_week` runs from 1, Monday, to 7, Sunday."""
-    categories = products.select("product_id", F.col("category").alias("product_category"))
+ORDER_SCHEMA = """
+    transaction_id STRING, customer_id BIGINT, product_id STRING, product_category STRING, payment_method STRING,
+    status STRING, device STRING, browser STRING, location STRING, quantity INT, amount DECIMAL(12,2),
+    timestamp TIMESTAMP, transaction_date DATE, transaction_year INT, transaction_month INT, day_of_week INT, hour INT,
+    is_weekend BOOLEAN, order_id STRING"""
+
+
+def with_category_and_date(transactions: DataFrame, products: DataFrame) -> DataFrame:
+    """One row per transaction, with the category of its product and the parts of its date."""
+    categories = products.select("product_id", known("category").alias("product_category"))
     # Not by F.weekday: Sail gives Sunday as -1.
     day_of_week = (F.dayofweek("timestamp") + 5) % 7 + 1
     return (
-        transactions.where(COMPLETED)
-        .join(categories, "product_id", how="inner")
+        transactions.join(categories, "product_id", how="left")
         .select(
-            "transaction_id", "customer_id", "product_id", "product_category",
-            F.expr(PAYMENT_METHOD).alias("payment_method"),
+            "transaction_id",
+            F.coalesce("customer_id", F.lit(UNKNOWN_CUSTOMER).cast("bigint")).alias("customer_id"),
+            known("product_id").alias("product_id"),
+            F.coalesce("product_category", F.lit(UNKNOWN)).alias("product_category"),
+            F.expr(f"coalesce(nullif({PAYMENT_METHOD}, ''), 'unknown')").alias("payment_method"),
             "status", "device", "browser", "location", "quantity", "amount", "timestamp",
             F.to_date("timestamp").alias("transaction_date"),
             F.year("timestamp").alias("transaction_year"),
@@ -1096,8 +1290,26 @@ def transactions_clean(transactions: DataFrame, products: DataFrame) -> DataFram
             day_of_week.alias("day_of_week"),
             F.hour("timestamp").alias("hour"),
             (day_of_week >= 6).alias("is_weekend"),
+            "order_id",
         )
     )  # fmt: skip
+
+
+@declare(
+    SILVER, key=("transaction_id",), from_table="transactions", where=COMPLETED, revenue="amount", schema=ORDER_SCHEMA
+)
+def transactions_clean(transactions: DataFrame, products: DataFrame) -> DataFrame:
+    """One row per completed order, or order line where it has an `order_id`.
+
+    `amount` is in dollars; `day_of_week` runs from 1, Monday, to 7, Sunday.
+    """
+    return with_category_and_date(transactions.where(COMPLETED), products)
+
+
+@declare(SILVER, key=("transaction_id",), from_table="transactions", where=RETURNED, schema=ORDER_SCHEMA)
+def transactions_returned(transactions: DataFrame, products: DataFrame) -> DataFrame:
+    """One row per return. `quantity` and `amount`, in dollars, are negative."""
+    return with_category_and_date(transactions.where(RETURNED), products)
 
 
 @declare(
@@ -1106,34 +1318,52 @@ def transactions_clean(transactions: DataFrame, products: DataFrame) -> DataFram
         customer_id BIGINT, first_name STRING, last_name STRING, full_name STRING, email STRING, city STRING,
         age_group STRING, customer_segment STRING, age INT, tenure_days INT, total_orders BIGINT,
         total_spent DECIMAL(20,2), avg_order_value DECIMAL(12,2), signup_date DATE, first_order_date DATE,
-        last_order_date DATE""",
+        last_order_date DATE, is_inferred BOOLEAN""",
 )  # fmt: skip
-def customers_enriched(customers: DataFrame, transactions_clean: DataFrame, config: DataPipelineConfig) -> DataFrame:
+def customers_enriched(
+    customers: DataFrame,
+    transactions_clean: DataFrame,
+    transactions_returned: DataFrame,
+    config: DataPipelineConfig,
+    has_order_ids: bool = False,
+) -> DataFrame:
     """One row per customer, with the customer's completed orders; money in dollars, tenure as of the as-of date.
 
-    `email`, `city`, `age` (with `age_group`) and `signup_date` (with `tenure_days`) are null where they are not
-    known. The order dates of a customer without orders are null.
+    Where orphans are kept, a customer that only orders or returns know is inferred: it has an id, but no attributes.
+    The customer with the id 0 stands for all orders without one, and is in no segment. `email`, `city`, `age` (with
+    `age_group`) and `signup_date` (with `tenure_days`) are null where they are not known. The order dates of a
+    customer without orders are null. Rows with one `order_id` are one order.
     """
-    orders = transactions_clean.groupBy("customer_id").agg(
-        F.count(F.lit(1)).alias("orders"),
+    orders = transactions_clean.select("customer_id", "amount", "transaction_date", "order_id")
+    if config.keeps_orphans:
+        nothing = (F.lit(None).cast(kind).alias(name) for name, kind in orders.dtypes[1:])
+        orders = orders.unionByName(transactions_returned.select("customer_id", *nothing))
+    totals = orders.groupBy("customer_id").agg(
+        F.expr(ORDER_COUNT if has_order_ids else "count(amount)").alias("orders"),
         sum_of_money("amount").alias("spent"),
         F.min("transaction_date").alias("first_order_date"),
         F.max("transaction_date").alias("last_order_date"),
     )
     total_orders = F.coalesce("orders", F.lit(0).cast("bigint"))
     total_spent = money(F.coalesce("spent", F.lit(0)))
-    return customers.join(orders, "customer_id", how="left").select(
-        "customer_id", "first_name", "last_name",
-        F.concat_ws(" ", "first_name", "last_name").alias("full_name"),
+    is_inferred = F.col("is_received").isNull()
+    is_unknown = is_inferred & (F.col("customer_id") == UNKNOWN_CUSTOMER)
+    received = customers.withColumn("is_received", F.lit(True))
+    return received.join(totals, "customer_id", how="full" if config.keeps_orphans else "left").select(
+        "customer_id",
+        known("first_name").alias("first_name"),
+        known("last_name").alias("last_name"),
+        known(F.trim(F.concat_ws(" ", "first_name", "last_name"))).alias("full_name"),
         "email", "city",
         band(F.col("age"), AGE_GROUPS).alias("age_group"),
-        band(total_spent, config.segments).alias("customer_segment"),
+        F.when(is_unknown, UNKNOWN).otherwise(band(total_spent, config.segments)).alias("customer_segment"),
         "age",
         F.date_diff(F.lit(config.as_of_date), "signup_date").cast("int").alias("tenure_days"),
         total_orders.alias("total_orders"),
         total_spent.alias("total_spent"),
         mean_or_zero(total_spent, total_orders).alias("avg_order_value"),
         "signup_date", "first_order_date", "last_order_date",
+        is_inferred.alias("is_inferred"),
     )  # fmt: skip
 
 
@@ -1259,22 +1489,26 @@ def device_analytics(orders_by_dimension: DataFrame) -> DataFrame:
         inventory_value DECIMAL(20,2)""",
 )  # fmt: skip
 def product_analytics(products_active: DataFrame) -> DataFrame:
-    """One row per category and supplier, over active products in stock. Money in dollars."""
+    """One row per category and supplier, over active products in stock. Money in dollars.
+
+    Products whose price or stock is not known are counted, and add nothing to the other figures.
+    """
     return (
-        products_active.groupBy("category", "supplier")
+        products_active.groupBy("category", known("supplier").alias("supplier"))
         .agg(
             F.count(F.lit(1)).alias("products"),
-            F.sum("price").alias("prices"),
-            F.sum("stock_quantity").alias("total_stock"),
-            sum_of_money("inventory_value").alias("inventory_value"),
+            F.sum("price").alias("total_price"),
+            F.count("price").alias("prices"),
+            F.sum("stock_quantity").alias("stock"),
+            sum_of_money("inventory_value").alias("value"),
         )
         .select(
             "category",
             "supplier",
             F.col("products").alias("product_count"),
-            mean_or_zero(F.col("prices"), F.col("products")).alias("avg_price"),
-            "total_stock",
-            "inventory_value",
+            mean_or_zero(F.col("total_price"), F.col("prices")).alias("avg_price"),
+            F.coalesce("stock", F.lit(0)).cast("bigint").alias("total_stock"),
+            money(F.coalesce("value", F.lit(0))).alias("inventory_value"),
         )
     )
 
@@ -1953,12 +2187,16 @@ def generate_transactions(spark: SparkSession, config: DataPipelineConfig) -> Da
     untidy = F.concat(F.lit("  "), F.initcap(F.translate(payment_method, "_", " ")), F.lit(" "))
     devices, browsers = zip(*(session.split("/") for session in DEVICES_AND_BROWSERS), strict=True)
     unknown_customer = F.col("customer") + config.num_customers
+    repeats = "coalesce(defect IN ('exact_duplicate', 'changed_status', 'other_product'), false)"
+    products = max(config.num_products, 1)
+    product = random.randrange("product", products) + 1
+    next_product = product % products + 1
     product_id = F.when(_has("unknown_product"), 0).otherwise(F.col("product"))  # product numbers begin with 1
     return (
         _records(spark, config.num_transactions)
         .transform(_with_defect, "transactions", config)
-        .withColumn("number", F.col("id") - (_has("exact_duplicate") | _has("changed_status")).cast("bigint"))
-        .withColumns({**draws, "product": random.randrange("product", max(config.num_products, 1)) + 1})
+        .withColumn("number", F.col("id") - F.expr(repeats).cast("bigint"))
+        .withColumns({**draws, "product": F.when(_has("other_product"), next_product).otherwise(product)})
         .withColumns({"days_ago": _transaction_days_ago(random, config), "quantity": pick("quantity", QUANTITIES)})
         .withColumn("customer", _transaction_customer(random, config))
         .withColumn("location", F.when(at_home, home).otherwise(F.col("location")))
@@ -1978,6 +2216,8 @@ def generate_transactions(spark: SparkSession, config: DataPipelineConfig) -> Da
             pick("device and browser", DEVICES_AND_BROWSERS, devices).alias("device"),
             pick("device and browser", DEVICES_AND_BROWSERS, browsers).alias("browser"),
             pick("location", cities).alias("location"),
+            F.lit(None).cast("string").alias("order_id"),
+            F.lit("USD").alias("currency"),
         )
     )
 
@@ -1991,6 +2231,7 @@ FEW_KEYS = 1_000  # the hashes of so many are literals of the plans; the hashes 
 class Keys(NamedTuple):
     """Duplicate or orphan keys of a table, by their hashes."""
 
+    rows: int  # rows that carry one of the keys
     surplus: int  # rows besides the first of each key
     hashes: str | DataFrame  # few as a list in Spark SQL, many as a table
 
@@ -2005,10 +2246,10 @@ class Violations(NamedTuple):
     duplicate_keys: Keys | None
     orphan_keys: Mapping[str, Keys]  # by foreign key; only those that have any
 
-    @property
-    def rejecting(self) -> list[Rule]:
-        """The rules that reject a row."""
-        return [rule for rule in (*self.rules, *map(foreign_key_rule, self.orphan_keys)) if rule.severity != WARN]
+    def rejecting(self, table: Table, config: DataPipelineConfig) -> list[Rule]:
+        """Returns the violated rules that reject a row; not the conflict, which is found later."""
+        rules = (*self.rules, *(rule for rule in key_rules(table) if rule.column in self.orphan_keys))
+        return [rule for rule in rules if rule.rejects(config)]
 
 
 class KeyCheck(NamedTuple):
@@ -2046,15 +2287,17 @@ def find_keys(run: Run, checks: Sequence[KeyCheck], suspects: DataFrame) -> dict
     suspects = run.cached(suspects)
     few = suspects.limit(FEW_KEYS + 1).collect()
     if len(few) > FEW_KEYS:
-        surplus = suspects.groupBy("check").agg(F.sum(F.col("rows") - 1)).collect()
+        counts = suspects.groupBy("check").agg(F.sum("rows"), F.sum(F.col("rows") - 1)).collect()
         return {
-            checks[number]: Keys(rows, suspects.where(F.col("check") == number).select("key_hash"))
-            for number, rows in surplus
+            checks[number]: Keys(rows, surplus, suspects.where(F.col("check") == number).select("key_hash"))
+            for number, rows, surplus in counts
         }
     by_check = {number: [row for row in few if row["check"] == number] for number in {row["check"] for row in few}}
     return {
         checks[number]: Keys(
-            sum(row["rows"] - 1 for row in rows), f"({', '.join(str(row['key_hash']) for row in rows)})"
+            sum(row["rows"] for row in rows),
+            sum(row["rows"] - 1 for row in rows),
+            f"({', '.join(str(row['key_hash']) for row in rows)})",
         )
         for number, rows in by_check.items()
     }
@@ -2080,14 +2323,9 @@ def find_violations(run: Run, bronze: Mapping[str, Received]) -> dict[str, Viola
     return violations
 
 
-def foreign_key_rule(key: str) -> Rule:
-    """Returns the rule on a foreign key. It is violated where the column that `flag_rows` adds for it is true."""
-    return Rule(f"{key}_unknown", key, f"_{key}_unknown")
-
-
 def is_rejected(rules: Iterable[Rule], config: DataPipelineConfig) -> str:
     """Returns whether any of the rules rejects the row, as Spark SQL; never null."""
-    return " OR ".join(rule.is_violated(config) for rule in rules if rule.severity != WARN) or "false"
+    return " OR ".join(rule.is_violated(config) for rule in rules if rule.rejects(config)) or "false"
 
 
 def is_sound(rules: Iterable[Rule], config: DataPipelineConfig) -> str:
@@ -2109,18 +2347,19 @@ def part_counts(table: Table, among: str = "true") -> dict[str, str]:
     return {part: f"count_if(({among}) AND ({condition}))" for part, condition in parts.items()}
 
 
-def _suspects(table: Table, found: Violations) -> Iterator[tuple[str, str, Keys]]:
+def _suspects(table: Table, found: Violations, config: DataPipelineConfig) -> Iterator[tuple[str, str, Keys]]:
     """Returns the flag of each kind of suspect keys, the hash of a row's key in Spark SQL, and the keys."""
     if found.duplicate_keys is not None:
         yield "_duplicate_key", f"xxhash64({', '.join(table.key)})", found.duplicate_keys
-    for key, keys in found.orphan_keys.items():
-        yield foreign_key_rule(key).violation, f"xxhash64({key})", keys
+    for rule in key_rules(table):
+        if rule.column in found.orphan_keys and rule.rejects(config):
+            yield rule.violation, f"xxhash64({rule.column})", found.orphan_keys[rule.column]
 
 
 def valid_unique_rows(received: DataFrame, table: Table, found: Violations, config: DataPipelineConfig) -> DataFrame:
     """Returns the rows, as received, that no rule rejects and whose key no other row carries."""
     rows = received.where(is_sound(found.rules, config))
-    for _, key_hash, keys in _suspects(table, found):
+    for _, key_hash, keys in _suspects(table, found, config):
         if isinstance(keys.hashes, str):
             rows = rows.where(f"{key_hash} NOT IN {keys.hashes}")
         else:
@@ -2135,14 +2374,14 @@ def flag_rows(received: DataFrame, table: Table, found: Violations, config: Data
     `_<key>_unknown`, for each foreign key that has orphans, whether it is one.
     """
     rows, flags = received, {"_duplicate_key": "false"}
-    for flag, key_hash, keys in _suspects(table, found):
+    for flag, key_hash, keys in _suspects(table, found, config):
         if isinstance(keys.hashes, str):
             flags[flag] = f"{key_hash} IN {keys.hashes}"
         else:
             hashes = keys.hashes.select(F.col("key_hash").alias(f"{flag}_hash"))
             rows = rows.join(hashes, F.expr(f"{key_hash} = {flag}_hash"), how="left")
             flags[flag] = f"{flag}_hash IS NOT NULL"
-    rejected = {"_rejected": is_rejected(found.rejecting, config)}
+    rejected = {"_rejected": is_rejected(found.rejecting(table, config), config)}
     return rows.select(*received.columns, *named_columns(flags)).select("*", *named_columns(rejected))
 
 
@@ -2153,7 +2392,8 @@ def _received_columns(flagged: DataFrame, table: Table) -> list[str]:
 
 def rejected_rows(flagged: DataFrame, table: Table, found: Violations, config: DataPipelineConfig) -> DataFrame:
     """Returns the rejected rows as received, with `_reasons`: the names of the rules that reject them."""
-    reasons = ", ".join(f"CASE WHEN {rule.is_violated(config)} THEN '{rule.name}' END" for rule in found.rejecting)
+    rules = found.rejecting(table, config)
+    reasons = ", ".join(f"CASE WHEN {rule.is_violated(config)} THEN '{rule.name}' END" for rule in rules)
     added = {"_reasons": f"array_compact(CAST(array({reasons}) AS ARRAY<STRING>))"}
     return flagged.where("_rejected").select(*_received_columns(flagged, table), *named_columns(added))
 
@@ -2171,6 +2411,35 @@ def nullified(rows: DataFrame, rules: Iterable[Rule], config: DataPipelineConfig
         if rule.nullify
     }
     return rows.withColumns(kept) if kept else rows
+
+
+def with_conflicts(records: DataFrame, table: Table) -> DataFrame:
+    """Adds two flags to the records of a table that carries money.
+
+    `_conflict`: the record is rejected. Either the records of its key differ in a column of `table.constant`, or it is
+    one of several latest records, equal in `sequence_by` and delivery, that differ in another column.
+    `_disputed`: the key has such records, and so no winner.
+    """
+    key = f"PARTITION BY {', '.join(table.key)}"
+    latest_first = ", ".join(f"{by} DESC" for by in (*table.sequence_by, "_delivery"))
+
+    def differ(text: str) -> str:
+        return f"coalesce(min({text}) OVER ({key}) <> max({text}) OVER ({key}), false)"
+
+    def as_json(columns: Iterable[str]) -> str:  # in which null is no value like another
+        return f"to_json({named_struct({name: name for name in columns})})"
+
+    ranked = records.select(
+        "*",
+        *named_columns({
+            "_rank": f"rank() OVER ({key} ORDER BY {latest_first})",
+            "_constant": as_json(table.constant),
+            "_values": as_json(name for name, _ in table.columns()),
+        }),
+    )  # fmt: skip
+    conflict = f"{differ('_constant')} OR (_rank = 1 AND {differ('CASE WHEN _rank = 1 THEN _values END')})"
+    flagged = ranked.select(*records.columns, *named_columns({"_conflict": conflict}))
+    return flagged.select("*", *named_columns({"_disputed": f"max(_conflict) OVER ({key})"}))
 
 
 def latest_per_key(records: DataFrame, table: Table) -> DataFrame:
@@ -2237,46 +2506,77 @@ class Separated(NamedTuple):
     quality: Quality
 
 
+class Versions(NamedTuple):
+    """The latest record of each duplicate key, the records in conflict, and their counts."""
+
+    latest: DataFrame
+    conflicts: DataFrame  # as received, with `_reasons`
+    counts: Mapping[str, int]  # `records`, `conflicts`, `outdone`, `versions`, and those of `part_counts`
+
+
+def resolve_versions(run: Run, table: Table, records: DataFrame) -> Versions:
+    """Finds the latest of the valid records of each duplicate key, unless they are in conflict.
+
+    `records` of the counts are those of keys that have a latest one, `outdone` those older than a conflict.
+    """
+    columns, counts = records.columns, {"conflicts": 0, "outdone": 0}
+    conflicts = records.where("false")
+    if table.constant:
+        flagged = run.cached(with_conflicts(records, table))
+        counts = aggregate(
+            flagged, {"conflicts": "count_if(_conflict)", "outdone": "count_if(_disputed AND NOT _conflict)"}
+        )
+        conflicts = flagged.where("_conflict").select(*columns)
+        records = flagged.where("NOT _disputed").select(*columns)
+    latest = latest_per_key(records, table)
+    files = 1 + run.record.rows[f"{BRONZE}.{table.name}"] // ROWS_PER_FILE
+    latest = run.cached(run.engine.coalesced(latest, files))
+    sums = {name: f"coalesce(sum(_{name}), 0)" for name in ("records", "versions")}
+    counts |= aggregate(latest, {**sums, **part_counts(table)})
+    reasons = {"_reasons": f"array('{table.key[0]}_conflict')"}
+    return Versions(latest.drop("_records", "_versions"), conflicts.select("*", *named_columns(reasons)), counts)
+
+
 def separate_rows(run: Run, table: Table, received: Received, found: Violations) -> Separated:
     """Separates valid rows, one per key, from rejected ones.
 
     The few rows that are rejected or share their key are set aside, so that the others need no shuffle.
     """
-    config, engine = run.config, run.engine
-    received_rows = run.record.rows[f"{BRONZE}.{table.name}"]
+    config = run.config
     flagged = flag_rows(received.rows, table, found, config)
     set_aside = run.cached(flagged.where("_rejected OR _duplicate_key"))
-    orphans = violation_counts(map(foreign_key_rule, found.orphan_keys), config)
     sound = part_counts(table, is_sound(found.rules, config))
-    metrics = {"rejected": "count_if(_rejected)", **sound, **orphans}
-    nothing = found.duplicate_keys is None and not found.rejecting
+    metrics = {"rejected": "count_if(_rejected)", **sound}
+    nothing = found.duplicate_keys is None and not found.rejecting(table, config)
     counts = dict.fromkeys(metrics, 0) if nothing else aggregate(set_aside, metrics)
     rejected = rejected_rows(set_aside, table, found, config)
     rows = valid_unique_rows(received.rows, table, found, config)
-    latest_counts = dict.fromkeys(("records", "versions", *sound), 0)
+    several: Mapping[str, int] = dict.fromkeys(("records", "conflicts", "outdone", "versions", *sound), 0)
     if found.duplicate_keys is not None:
-        latest = latest_per_key(valid_rows(set_aside, table), table)
-        latest = run.cached(engine.coalesced(latest, 1 + counts["accepted"] // ROWS_PER_FILE))
-        sums = {name: f"coalesce(sum(_{name}), 0)" for name in ("records", "versions")}
-        latest_counts = aggregate(latest, {**sums, **part_counts(table)})
-        rows = rows.unionByName(latest.drop("_records", "_versions"))
+        versions = resolve_versions(run, table, valid_rows(set_aside, table))
+        rows, rejected, several = (
+            rows.unionByName(versions.latest),
+            rejected.unionByName(versions.conflicts),
+            versions.counts,
+        )
     # The sound rows, less those that were set aside, and the latest row of each duplicate key.
-    accepted = {part: received.sound[part] - counts[part] + latest_counts[part] for part in sound}
-    no_orphans = {foreign_key_rule(key).name: 0 for key in table.foreign_keys}
+    accepted = {part: received.sound[part] - counts[part] + several[part] for part in sound}
+    quarantined = counts["rejected"] + several["conflicts"]
+    on_keys = {
+        rule.name: found.orphan_keys[rule.column].rows if rule.column in found.orphan_keys else 0
+        for rule in key_rules(table)
+    } | ({f"{table.key[0]}_conflict": several["conflicts"]} if table.constant else {})
     quality = Quality(
-        received=received_rows,
+        received=run.record.rows[f"{BRONZE}.{table.name}"],
         accepted=accepted.pop("accepted"),
-        quarantined=counts["rejected"],
-        duplicates=latest_counts["records"] - latest_counts["accepted"],
-        violations={**received.violations, **no_orphans, **{rule: counts[rule] for rule in orphans}},
+        quarantined=quarantined,
+        duplicates=several["records"] + several["outdone"] - several["accepted"],
+        violations={**received.violations, **on_keys},
         silver=accepted,
-        superseded=latest_counts["versions"] - latest_counts["accepted"],
+        superseded=several["versions"] + several["outdone"] - several["accepted"],
     )
-    return Separated(
-        nullified(rows, found.rules, config),
-        engine.coalesced(rejected, 1 + counts["rejected"] // ROWS_PER_FILE),
-        quality,
-    )
+    rejected = run.engine.coalesced(rejected, 1 + quarantined // ROWS_PER_FILE)
+    return Separated(nullified(rows, found.rules, config), rejected, quality)
 
 
 # ═════════════════════════════════ Below this line is machinery. ═════════════════════════════════════════════════
@@ -4433,8 +4733,12 @@ DUCKDB_ROWS = 50 * MILLION  # of a table, at most; measured: the profile of 48 m
 
 # What the report shows besides the first rows of gold: a few rows at any size.
 SUMMARIES: Mapping[str, str] = {
-    "revenue_by_week": """
-        SELECT CAST(date_trunc('week', transaction_date) AS DATE) AS week, count(*) AS orders,
+    "orders": f"SELECT {ORDER_COUNT} AS orders FROM silver.transactions_clean",
+    "returns": """
+        SELECT count(*) AS returns, CAST(coalesce(-sum(amount), 0) AS DECIMAL(20,2)) AS refunds
+        FROM silver.transactions_returned""",
+    "revenue_by_week": f"""
+        SELECT CAST(date_trunc('week', transaction_date) AS DATE) AS week, {ORDER_COUNT} AS orders,
             CAST(sum(amount) AS DECIMAL(20,2)) AS revenue
         FROM silver.transactions_clean GROUP BY 1 ORDER BY 1 NULLS FIRST""",
     "customers_by_segment": f"""
@@ -4596,12 +4900,11 @@ def describe_profile(table: str, profile: Mapping[str, Mapping[str, Any]]) -> It
         yield f"  {name:<26} {column['nulls']:>10,} {complete:>9} {distinct:>11} {repeated:>9}  {least} … {greatest}"
 
 
-def example_rows(run: Run, table: Table, where: str) -> list[str]:
-    """Returns the first three quarantined rows for which a condition is true, as JSON without nulls."""
+def example_rows(run: Run, table: Table, where: str) -> Answer:
+    """Returns the first three quarantined rows for which a condition is true, without nulls."""
     order = ", ".join(f"{name} NULLS FIRST" for name, _ in table.columns(QUARANTINE))
     query = f"SELECT * FROM {QUARANTINE}.{table.name} WHERE {where} ORDER BY {order} LIMIT 3"
-    filled = ({name: value for name, value in row.items() if value is not None} for row in inspect(run, {0: query})[0])
-    return [json.dumps(row, default=str, ensure_ascii=False) for row in filled]
+    return [{name: value for name, value in row.items() if value is not None} for row in inspect(run, {0: query})[0]]
 
 
 def find_rejects_by_file(run: Run) -> None:
@@ -4632,6 +4935,8 @@ def audit_queries() -> dict[tuple[str, Table], str]:
             figures.append(f"(SELECT count(*) FROM ({keys})) AS key_count")
         if table.revenue:
             figures.append(f"sum({table.revenue}) AS revenue")
+        if "is_inferred" in dict(table.columns()):
+            figures.append("count(CASE WHEN is_inferred THEN 1 END) AS inferred")
         queries[layer, table] = f"SELECT {', '.join(figures)} FROM {name}"
     return queries
 
@@ -4644,8 +4949,8 @@ def audit_problems(record: RunRecord, found: Mapping[tuple[str, Table], Answer])
         expected = quality.silver.get(table.name, written) if quality else written
         if rows != written:
             yield f"{name}: {written:,} rows were written, {rows:,} are there"
-        elif rows != expected:
-            yield f"{name}: {rows:,} rows, but bronze holds {expected:,} for it"
+        elif rows - row.get("inferred", 0) != expected:
+            yield f"{name}: {rows - row.get('inferred', 0):,} rows, but bronze holds {expected:,} for it"
         elif row.get("key_count", rows) != rows:
             yield f"{name}: {rows - row['key_count']:,} repeated keys"
     for name, quality in record.quality.items():
@@ -4708,6 +5013,8 @@ def summarize(run: Run) -> None:
         found = inspect(run, {**{table.name: preview(table) for table in tables(GOLD)}, **SUMMARIES})
     run.record.previews = {name: found[name] for name in names(GOLD)}
     run.record.summaries = {name: found[name] for name in SUMMARIES}
+    [orders], [returns] = run.record.summaries.pop("orders"), run.record.summaries.pop("returns")
+    run.record.orders, run.record.returns, run.record.refunds = orders["orders"], returns["returns"], returns["refunds"]
 
 
 # ── Run record and reporting ─────────────────────────────────────────────────────────────────────────────────────
@@ -4751,7 +5058,11 @@ class RunRecord:
     quality: dict[str, Quality] = field(default_factory=dict)
     profile: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     delivery: dict[str, dict[str, Any]] = field(default_factory=dict)  # by landed table: files, bytes, rows, left_out
-    revenue: Decimal | None = None  # of completed orders, in dollars
+    currency: str | None = "USD"  # of the amounts; None where the source does not say
+    revenue: Decimal | None = None  # of completed orders
+    orders: int | None = None  # completed orders; the rows with one order_id are one
+    returns: int | None = None
+    refunds: Decimal | None = None  # what was paid back for the returns
     previews: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # the first rows of each gold table
     summaries: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # by the names of SUMMARIES
     anomalies: list[str] = field(default_factory=list)  # what differs much from the last runs, a line each
@@ -4775,8 +5086,7 @@ class RunRecord:
             raise TypeError("a field is of another type than it should be")
         known = {known.name for known in dataclasses.fields(cls)} - {"schema_version"}
         read = {name: value for name, value in fields.items() if name in known}
-        if read.get("revenue") is not None:
-            read["revenue"] = Decimal(read["revenue"])
+        read |= {name: Decimal(read[name]) for name in ("revenue", "refunds") if read.get(name) is not None}
         quality = {table: Quality(**renamed(found)) for table, found in read.get("quality", {}).items()}
         return cls(**{"run_id": "", "data_dir": "", "versions": {}} | read | {"quality": quality})
 
@@ -4793,6 +5103,11 @@ class RunRecord:
     def quarantine_rate(self) -> float:
         """The share of all rows received that were rejected."""
         return sum(quality.quarantined for quality in self.quality.values()) / max(self.received, 1)
+
+    @property
+    def net_revenue(self) -> Decimal | None:
+        """The revenue less the refunds; None before both are known."""
+        return None if self.revenue is None or self.refunds is None else self.revenue - self.refunds
 
     @property
     def duration(self) -> float | None:
@@ -4818,7 +5133,15 @@ class RunRecord:
 
     def violated(self, *, warnings: bool) -> list[dict[str, Any]]:
         """Returns the violated rules that warn, or those that reject, with their rows; the most rows first."""
-        warn = {(table.name, rule.name) for table in tables(BRONZE) for rule in table.rules if rule.severity == WARN}
+        kept = {WARN}
+        if orphans_are_kept(self.config.get("orphans"), self.config.get("source_dir")):
+            kept.add(ORPHAN)
+        warn = {
+            (table.name, rule.name)
+            for table in tables(BRONZE)
+            for rule in (*table.rules, *key_rules(table))
+            if rule.severity in kept
+        }
         found = [
             {"rule": f"{name}: {rule}", "rows": rows}
             for name, quality in self.quality.items()
@@ -4842,7 +5165,8 @@ class RunRecord:
             "as of": str(self.config.get("as_of_date")),
             "rows received": _shown(self.received, "count"),
             "quarantined": _shown(self.quarantine_rate, "percent"),
-            "revenue": _shown(self.revenue, "dollars"),
+            "revenue": _shown(self.revenue, "money", self.currency),
+            "refunds": _shown(self.refunds, "money", self.currency),
             "duration": _shown(self.duration, "seconds"),
             "data": self.data_dir,
         }
@@ -4860,6 +5184,11 @@ class RunRecord:
         layers = ", ".join(f"{layer} {self.seconds[layer]:.1f} s" for layer in (BRONZE, SILVER, GOLD))
         for table, rows in self.rows.items():
             yield f"  {table:<28} {rows:>14,} rows"
+        if self.returns:
+            gross, refunds, net = (
+                _shown(amount, "money", self.currency) for amount in (self.revenue, self.refunds, self.net_revenue)
+            )
+            yield f"  revenue {gross} - {refunds} of {self.returns:,} returns = {net} net"
         yield f"  {total:.1f} s in all: {layers}"
         yield f"  {self.received / total:,.0f} rows per second, start-up included"
         yield f"  The data lies in {self.data_dir}"
@@ -5097,11 +5426,16 @@ def metrics(history: Sequence[RunRecord], published: RunRecord | None) -> str:
 
 
 # Formats for people.
-FORMATS: Mapping[str, str] = {"count": "{:,.0f}", "dollars": "${:,.2f}", "percent": "{:.1%}", "seconds": "{:,.1f} s"}
+FORMATS: Mapping[str, str] = {"count": "{:,.0f}", "money": "{:,.2f}", "percent": "{:.1%}", "seconds": "{:,.1f} s"}
 
 
-def _shown(value: Any, kind: str) -> str:
-    return "–" if not value and value != 0 else FORMATS[kind].format(Decimal(str(value)))
+def _shown(value: Any, kind: str, currency: str | None = None) -> str:
+    if not value and value != 0:
+        return "–"
+    text = FORMATS[kind].format(Decimal(str(value)))
+    if kind != "money" or not currency:
+        return text
+    return f"${text}" if currency == "USD" else f"{currency} {text}"
 
 
 def _in_words(name: str) -> str:
@@ -5115,8 +5449,8 @@ def _markdown(value: Any) -> str:
     return re.sub(r"([\\`*_\[\]<>|#~$@])", r"\\\1", " ".join(str(text).split()))
 
 
-def render(template: str, **values: Any) -> str:
-    """Fills a template of the folder `monitoring`; missing values are empty."""
+def render(template: str, currency: str | None, **values: Any) -> str:
+    """Fills a template of the folder `monitoring`; amounts are in the currency, missing values are empty."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -5126,7 +5460,8 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"shown": _shown, "markdown": _markdown, "in_words": _in_words}
+    shown = functools.partial(_shown, currency=currency)
+    environment.filters |= {"shown": shown, "markdown": _markdown, "in_words": _in_words}
     return environment.get_template(template).render(**values)
 
 
@@ -5139,12 +5474,15 @@ def html_report(history: Sequence[RunRecord], published: RunRecord | None) -> st
                 yield f"{table.layer}.{table.name}"
                 yield from derived(table.name)
 
-    return render("report.html.jinja", history=history, latest=history[-1], published=published, derived=derived)
+    currency = published.currency if published else None
+    return render(
+        "report.html.jinja", currency, history=history, latest=history[-1], published=published, derived=derived
+    )
 
 
 def job_summary(record: RunRecord) -> str:
     """Returns a page of Markdown on a run, good or bad."""
-    return render("job_summary.md.jinja", run=record)
+    return render("job_summary.md.jinja", record.currency, run=record)
 
 
 class Annotations(logging.Handler):

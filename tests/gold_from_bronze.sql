@@ -18,6 +18,7 @@ WITH valid AS (
         AND EXISTS (FROM bronze_products p WHERE p.product_id = t.product_id)
 )
 SELECT * FROM valid
+WHERE transaction_id NOT IN (SELECT transaction_id FROM valid GROUP BY 1 HAVING count(DISTINCT product_id) > 1)
 QUALIFY row_number() OVER (
     PARTITION BY transaction_id
     ORDER BY timestamp DESC, list_position(['refunded', 'cancelled', 'completed', 'pending'], status)

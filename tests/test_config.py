@@ -189,6 +189,7 @@ def test_every_field_is_a_flag_and_a_variable() -> None:
         "source_dir": "/y", "models_dir": "/z", "source_delimiter": "tab", "source_quote": "'",
         "source_encoding": "Latin-1", "source_decimal": ",", "source_time_zone": "Europe/Berlin",
         "settle_seconds": "0", "on_bad_file": "Quarantine", "payment_methods": "PayPal, Cash on-Delivery,überweisung",
+        "orphans": "Keep", "currency": "eur",
     }  # fmt: skip
     assert set(given) == {field.name for field in dataclasses.fields(DataPipelineConfig)}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
@@ -200,6 +201,7 @@ def test_every_field_is_a_flag_and_a_variable() -> None:
     assert by_flag.log_level == "DEBUG"
     assert by_flag.fast_start is False
     assert (by_flag.source_delimiter, by_flag.source_encoding) == ("\t", "iso8859-1")
+    assert (by_flag.orphans, by_flag.currency) == ("keep", "EUR")
     assert by_flag.payment_methods == ("paypal", "cash_on_delivery", "überweisung")
 
 

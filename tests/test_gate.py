@@ -25,6 +25,7 @@ from test_command import start
 
 import data_pipeline
 from data_pipeline import (
+    TABLES,
     DataPipelineConfig,
     NotPublishedError,
     PipelineError,
@@ -35,7 +36,7 @@ from data_pipeline import (
     audit,
     check_gate,
     choose_engine,
-    foreign_key_rule,
+    key_rules,
     open_source,
     run_pipeline,
     tables,
@@ -105,13 +106,15 @@ def test_gate(
         published,
         spark,
         r"GATE MISSED, nothing is published: transactions\.timestamp_near_epoch \(1 rows violate .*\), "
-        r"transactions\.max_quarantine_rate \(141 rows are quarantined, 14\.10%: more than 5\.00%\); .*snapshots",
+        r"transactions\.max_quarantine_rate \(165 of 1,000 rows are quarantined, 16\.50%, and --max-quarantine-rate "
+        r"allows 5\.00%: amount_not_positive 37 \(for example amount '0\.00'\): .*; transaction_id_conflict 36 \(for "
+        r"example transaction_id 'TXN_0000054'\): they look like order lines: .*; amount_missing 19 \(.*snapshots",
     )
-    assert "transactions: 141 rows are quarantined, 14.10%: more than 5.00%" in caplog.text
+    assert "transactions: 165 of 1,000 rows are quarantined, 16.50%" in caplog.text
     at_once, too_many = record["gate_failures"]
     assert (at_once["rule"], at_once["rows"]) == ("timestamp_near_epoch", 1)
     assert [json.loads(example)["transaction_id"] for example in at_once["examples"]] == ["TXN_0000007"]
-    assert (too_many["table"], too_many["rows"], len(too_many["examples"])) == ("transactions", 141, 3)
+    assert (too_many["table"], too_many["rows"], len(too_many["examples"])) == ("transactions", 165, 3)
     for example in too_many["examples"]:
         assert json.loads(example)["_reasons"]
         assert example in caplog.text
@@ -122,16 +125,41 @@ def test_gate(
 def test_gate_is_missed_by_each_alone(rule: str, finished: Any) -> None:
     """By the counts of a run that passed."""
     source, quality = open_source(finished.config), finished.record.quality["transactions"]
-    check_gate(finished, source)
+    valid = {"transactions": finished.read("silver", TABLES["transactions_clean"])}
+    check_gate(finished, source, valid)
     if rule == "timestamp_near_epoch":
         quality.violations[rule] = 1
     else:
         finished.config.max_quarantine_rate = 0.001
     with pytest.raises(
-        NotPublishedError, match=f"GATE MISSED, nothing is published: transactions.{rule} [^,]*, [^,]*;"
+        NotPublishedError,
+        match=f"GATE MISSED, nothing is published: transactions.{rule} [^)]*(, [^,]*;|example amount)",
     ):
-        check_gate(finished, source)
+        check_gate(finished, source, valid)
     assert [failure["rule"] for failure in finished.record.gate_failures] == [rule]
+
+
+def test_several_currencies_are_not_added_up(
+    published: DataPipelineConfig, spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of completed orders count, in any spelling; with one named, orders in others are rejected."""
+
+    def with_currencies(rows: DataFrame) -> DataFrame:
+        number = F.substring("transaction_id", 5, 9).cast("int")
+        currency = F.when(F.col("status") != "completed", "CHF").when(number % 50 == 0, "EUR")
+        return rows.withColumn("currency", currency.when(number % 2 == 0, " usd ").when(number % 3 == 0, "USD"))
+
+    receive(monkeypatch, "transactions", with_currencies)
+    refused(published, spark, r"transactions\.currency \(the completed orders are in several currencies, EUR \d+, USD ")
+    published.currency, published.max_quarantine_rate = "usd", 1
+    record = run_pipeline(published, spark)
+    assert record.currency == "USD"
+    with open_tables(published.root) as db:
+        total = "SELECT sum(amount) FROM (SELECT DISTINCT transaction_id, amount, currency FROM bronze_transactions)"
+        total += " SEMI JOIN transactions_clean USING (transaction_id, amount)"
+        assert one(db, f"{total} WHERE currency IS NULL OR upper(trim(currency)) = 'USD'") == record.revenue
+        rejected = "SELECT count(*) FROM quarantine_transactions WHERE list_contains(_reasons, 'currency_other')"
+        assert one(db, f"{rejected} AND currency IN ('EUR', 'CHF')") == one(db, rejected) > 100
 
 
 def test_empty_source(published: DataPipelineConfig, spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +168,7 @@ def test_empty_source(published: DataPipelineConfig, spark: SparkSession, monkey
 
 
 def test_lost_rows(published: DataPipelineConfig, spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A valid row, two rejected ones and four duplicates that no table or count has: the audit misses each of them."""
+    """A valid row, two rejected ones and three duplicates that no table or count has: the audit misses each of them."""
     valid, rejected, latest = data_pipeline.valid_unique_rows, data_pipeline.rejected_rows, data_pipeline.latest_per_key
 
     def valid_unique_rows(received: DataFrame, table: data_pipeline.Table, *rest: Any) -> DataFrame:
@@ -159,7 +187,7 @@ def test_lost_rows(published: DataPipelineConfig, spark: SparkSession, monkeypat
         published,
         spark,
         "AUDIT FAILED.*silver.transactions_clean: 8[0-9]{2} rows, but bronze holds 8[0-9]{2}.*"
-        "transactions: 6 of 1,000 rows received are unaccounted for",
+        "transactions: 5 of 1,000 rows received are unaccounted for",
     )
 
 
@@ -266,7 +294,7 @@ def test_record_of_a_run(published: DataPipelineConfig) -> None:
         assert rows >= 0
     assert sum(record["seconds"][layer] for layer in ("bronze", "silver", "gold", "audit")) < record["seconds"]["total"]
     for table in tables("bronze"):
-        rules = {rule.name for rule in (*table.rules, *map(foreign_key_rule, table.foreign_keys))}
+        rules = {rule.name for rule in (*table.rules, *key_rules(table))}
         assert set(record["quality"][table.name]["violations"]) == rules
 
 

@@ -96,6 +96,7 @@ def test_every_planted_defect_is_found(config: DataPipelineConfig, report: RunRe
         assert found.pop(rule) == planted.pop(kind) > 0, kind
     assert found.pop("amount_not_positive") == planted.pop("zero_amount") + planted.pop("negative_amount")
     assert report.quality["transactions"].duplicates == planted.pop("exact_duplicate") + planted.pop("changed_status")
+    assert found.pop("transaction_id_conflict") == 2 * planted.pop("other_product") > 0, "both records of a key"
     assert not planted, "a kind that nothing finds"
     assert not any(found.values()), "found, but never planted"
 
@@ -104,7 +105,7 @@ def test_changed_status_is_later_and_wins(db: duckdb.DuckDBPyConnection, config:
     versions = """
         SELECT transaction_id, count(*) n, count(DISTINCT status) s, count(DISTINCT timestamp) t,
             arg_max(status, timestamp) AS last
-        FROM bronze_transactions GROUP BY 1 HAVING n > 1"""
+        FROM bronze_transactions GROUP BY 1 HAVING n > 1 AND count(DISTINCT product_id) = 1"""
     planted = injected_defects("transactions", config.num_transactions, config.defect_rate)
     assert one(db, f"SELECT count(*) FROM ({versions}) WHERE s = 1 AND t = 1") == planted["exact_duplicate"]
     assert one(db, f"SELECT count(*) FROM ({versions}) WHERE s = 2 AND t = 2") == planted["changed_status"]
@@ -149,7 +150,7 @@ def test_default_size_looks_real(spark: SparkSession) -> None:
     config = DataPipelineConfig(as_of_date="2026-03-04", defect_rate=0)  # type: ignore[arg-type]
     customers, products, transactions = (generate(spark, config).cache() for generate in GENERATORS)
     clean = transactions_clean(transactions, products).cache()
-    enriched = customers_enriched(customers, clean, config)
+    enriched = customers_enriched(customers, clean, clean.limit(0), config)
     segments = {row["customer_segment"]: row["count"] for row in enriched.groupBy("customer_segment").count().collect()}
     assert set(segments) == set(config.segments)
     assert min(segments.values()) >= 0.05 * config.num_customers, segments

@@ -9,6 +9,7 @@ import pytest
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+import data_pipeline
 from data_pipeline import (
     AGE_GROUPS,
     TABLES,
@@ -24,6 +25,7 @@ from data_pipeline import (
     product_analytics,
     products_active,
     transactions_clean,
+    transactions_returned,
 )
 
 Frame = Callable[..., DataFrame]
@@ -40,7 +42,8 @@ def rows(frame: DataFrame) -> list[dict[str, Any]]:
 def enriched(frame: Frame, config: DataPipelineConfig, *orders: tuple[int, str], **customer: Any) -> dict[str, Any]:
     """A customer, 1, with orders of these amounts."""
     known = {"customer_id": 1, "first_name": "Ann", "last_name": "Lee", **customer}
-    [row] = rows(customers_enriched(frame(schema("customers"), known), orders_of(frame, *orders), config))
+    orders_and_returns = orders_of(frame, *orders), orders_of(frame)
+    [row] = rows(customers_enriched(frame(schema("customers"), known), *orders_and_returns, config))
     return row
 
 
@@ -64,7 +67,8 @@ def test_segment_borders(frame: Frame, config: DataPipelineConfig) -> None:
     for number, spent in enumerate(map(Decimal, expected)):
         first = (spent / 2).quantize(Decimal("0.01"))
         orders += [(number, str(first)), (number, str(spent - first))]
-    found = rows(customers_enriched(frame(schema("customers"), *customers), orders_of(frame, *orders), config))
+    orders_and_returns = orders_of(frame, *orders), orders_of(frame)
+    found = rows(customers_enriched(frame(schema("customers"), *customers), *orders_and_returns, config))
     assert {str(row["total_spent"]): row["customer_segment"] for row in found} == expected
 
 
@@ -86,6 +90,40 @@ def test_orders_of_a_customer(frame: Frame, config: DataPipelineConfig) -> None:
     assert (row["total_orders"], row["total_spent"], row["avg_order_value"]) == (3, Decimal("0.05"), Decimal("0.02"))
     assert (row["first_order_date"], row["last_order_date"]) == (date(2026, 1, 1), date(2026, 1, 4))
     assert (row["age_group"], row["tenure_days"]) == (None, None)
+
+
+def test_unknown_members(frame: Frame, small: Callable[..., DataPipelineConfig]) -> None:
+    """Customers that only orders or returns know, and one for the orders of nobody: all revenue has a customer."""
+    customers = frame(schema("customers"), {"customer_id": 1, "first_name": "Ann", "last_name": " "})
+    orders = orders_of(frame, (0, "600.00"), (1, "1.00"), (7, "501.00"), (0, "9.00"))
+    returns = orders_of(frame, (8, "-2.00"), (1, "-1.00"))
+    found = {
+        row["customer_id"]: row for row in rows(customers_enriched(customers, orders, returns, small(orphans="keep")))
+    }
+    columns = ("full_name", "total_orders", "total_spent", "customer_segment", "is_inferred")
+    assert {key: tuple(row[column] for column in columns) for key, row in found.items()} == {
+        0: ("Unknown", 2, Decimal("609.00"), "Unknown", True),
+        1: ("Ann", 1, Decimal("1.00"), "Bronze", False),
+        7: ("Unknown", 1, Decimal("501.00"), "Silver", True),
+        8: ("Unknown", 0, Decimal("0.00"), "Bronze", True),
+    }  # fmt: skip
+    assert (found[7]["first_name"], found[7]["last_name"], found[7]["email"], found[7]["city"]) == (
+        "Unknown", "Unknown", None, None,
+    )  # fmt: skip
+    assert found[1]["last_name"] == "Unknown"
+
+
+def test_lines_of_one_order_are_one_order(frame: Frame, config: DataPipelineConfig) -> None:
+    """A row without an order_id is an order of its own."""
+    lines = [("A", "1.00"), ("A", "2.00"), ("B", "4.00"), (None, "8.00"), (None, "16.00")]
+    clean = [
+        {"customer_id": 1, "amount": Decimal(amount), "order_id": order, "transaction_date": date(2026, 1, 1)}
+        for order, amount in lines
+    ]
+    customers = frame(schema("customers"), {"customer_id": 1})
+    orders = frame(schema("transactions_clean"), *clean)
+    [row] = rows(customers_enriched(customers, orders, orders_of(frame), config, has_order_ids=True))
+    assert (row["total_orders"], row["total_spent"], row["avg_order_value"]) == (4, Decimal("31.00"), Decimal("7.75"))
 
 
 def test_age_groups(frame: Frame) -> None:
@@ -122,7 +160,8 @@ def test_average_rounds_half_up(frame: Frame) -> None:
 
 def test_transactions_clean(frame: Frame) -> None:
     products = frame(schema("products"), {"product_id": "PROD_0001", "category": "Toys", "is_active": False})
-    order = {"product_id": "PROD_0001", "payment_method": " Credit Card ", "amount": Decimal("1.00"), "quantity": 1}
+    order = {"product_id": "PROD_0001", "payment_method": " Credit Card ", "amount": Decimal("1.00"), "quantity": 1,
+             "customer_id": 5}  # fmt: skip
     transactions = [
         {**order, "transaction_id": f"TXN_{day}", "timestamp": datetime(2026, 3, day, 23, 30), "status": status}
         for day, status in ((1, "completed"), (2, "completed"), (7, "completed"), (3, "refunded"), (4, "pending"))
@@ -138,6 +177,53 @@ def test_transactions_clean(frame: Frame) -> None:
         2026,
         3,
     )
+
+
+def test_orders_of_unknown_products_and_customers(frame: Frame) -> None:
+    products = frame(schema("products"), {"product_id": "A", "category": None}, {"product_id": "B", "category": "Toys"})
+    order = {"payment_method": None, "amount": Decimal("1.00"), "quantity": 1, "status": "completed"}
+    orders = [{**order, "product_id": name, "transaction_id": f"T{name}"} for name in ("A", "B", "gone", None, " ")]
+    found = rows(transactions_clean(frame(schema("transactions"), *orders), products))
+    assert sorted((row["transaction_id"], row["product_id"], row["product_category"]) for row in found) == [
+        ("T ", "Unknown", "Unknown"), ("TA", "A", "Unknown"), ("TB", "B", "Toys"), ("TNone", "Unknown", "Unknown"),
+        ("Tgone", "gone", "Unknown"),
+    ]  # fmt: skip
+    assert {(row["customer_id"], row["payment_method"]) for row in found} == {(0, "unknown")}
+
+
+def test_returns_are_apart_from_orders(frame: Frame) -> None:
+    products = frame(schema("products"), {"product_id": "A", "category": "Toys"})
+    cases = [(status, sign) for status in data_pipeline.STATUSES for sign in (1, -1)]
+    moves = [
+        {"transaction_id": f"{status} {sign}", "product_id": "A", "status": status, "quantity": sign,
+         "amount": sign * Decimal("2.00")}
+        for status, sign in cases
+    ]  # fmt: skip
+    received = frame(schema("transactions"), *moves)
+    clean, returned = (rows(build(received, products)) for build in (transactions_clean, transactions_returned))
+    assert [row["transaction_id"] for row in clean] == ["completed 1"]
+    assert sorted(row["transaction_id"] for row in returned) == ["completed -1", "refunded -1", "returned -1"]
+    assert {(row["amount"], row["quantity"], row["product_category"]) for row in returned} == {
+        (Decimal("-2.00"), -1, "Toys")
+    }
+
+
+def test_what_is_not_known_of_a_product(frame: Frame) -> None:
+    """It is sold, as far as one knows; in gold it is counted, and adds nothing else."""
+    full = {"product_id": "a", "price": Decimal("4.00"), "stock_quantity": 3, "supplier": "Ford", "category": "Toys"}
+    unnamed = {"product_id": "b", "supplier": "Ford", "category": "Toys", "product_name": " "}
+    oversold = {"product_id": "d", "stock_quantity": -2}
+    found = products_active(frame(schema("products"), full, unnamed, {"product_id": "c"}, oversold))
+    known = {row["product_id"]: row for row in rows(found)}
+    assert sorted(known) == ["a", "b", "c"]
+    assert all(row["is_active"] for row in known.values())
+    unknown = known["c"]
+    assert (unknown["product_name"], unknown["category"], unknown["supplier"]) == ("Unknown", "Unknown", None)
+    assert (unknown["price_band"], unknown["stock_status"], unknown["inventory_value"]) == (None, None, None)
+    assert [tuple(row.values()) for row in rows(product_analytics(found).orderBy("category"))] == [
+        ("Toys", "Ford", 2, Decimal("4.00"), 3, Decimal("12.00")),
+        ("Unknown", "Unknown", 1, Decimal("0.00"), 0, Decimal("0.00")),
+    ]
 
 
 def test_products_active(frame: Frame) -> None:
@@ -195,7 +281,7 @@ def test_shares_add_up_to_one(frame: Frame) -> None:
 
 
 def test_tables_declare_columns_keys_and_order(spark: SparkSession) -> None:
-    assert [table.layer for table in TABLES.values()] == ["bronze"] * 3 + ["silver"] * 3 + ["gold"] * 5
+    assert [table.layer for table in TABLES.values()] == ["bronze"] * 3 + ["silver"] * 4 + ["gold"] * 5
     for name, table in TABLES.items():
         assert table.name == name
         assert table.from_table in TABLES or table.layer == "bronze"

@@ -22,6 +22,7 @@ from data_pipeline import (
     PREVIEW_ROWS,
     Annotations,
     RunRecord,
+    html_report,
     job_summary,
     logger,
     tables,
@@ -42,13 +43,30 @@ def test_record_holds_the_first_rows_of_gold(report: RunRecord, db: duckdb.DuckD
 def test_page_of_a_good_run(report: RunRecord, db: duckdb.DuckDBPyConnection) -> None:
     page = job_summary(report)
     assert f"## ✅ Pipeline run {report.run_id}: succeeded" in page
-    assert f"| Revenue | {one(db, 'SELECT sum(amount) FROM transactions_clean'):,} \\$ |" in page
+    assert f"| Revenue | \\${one(db, 'SELECT sum(amount) FROM transactions_clean'):,} |" in page
     for category, revenue in db.sql("SELECT product_category, total_revenue FROM category_analytics").fetchall():
         assert f'    "{category}" : {revenue}\n' in page
     for name, rows in report.rows.items():
         assert f"| {name.replace('_', chr(92) + '_')} | {rows:,} |" in page
     quality = report.quality["transactions"]
     assert f"| transactions | {quality.received:,} | {quality.accepted:,} | {quality.quarantined:,} | " in page
+
+
+def test_returns_are_shown_beside_the_revenue_in_its_currency(report: RunRecord) -> None:
+    run = dataclasses.replace(
+        report, revenue=Decimal("1000.50"), returns=3, refunds=Decimal("100.25"), currency="EUR", orders=7
+    )
+    page = job_summary(run)
+    for line in ("| Revenue | EUR 1,000.50 |", "| Refunds, of 3 returns | EUR 100.25 |", "| Net revenue | EUR 900.25 |",
+                 "| Completed orders | 7 |"):  # fmt: skip
+        assert line in page
+    html = re.sub(r"<[^>]+>", " ", html_report([run], run))
+    for figure in ("EUR 1,000.50", "EUR 100.25", "EUR 900.25"):
+        assert figure in html
+    assert "$" not in html
+    assert "  revenue EUR 1,000.50 - EUR 100.25 of 3 returns = EUR 900.25 net" in list(run.summary())
+    assert "Refunds" not in job_summary(report), "without any return there is nothing to show"
+    assert "revenue: 1,000.50" in repr(dataclasses.replace(run, currency=None))
 
 
 def test_page_of_a_run_that_failed_at_once(report: RunRecord) -> None:

@@ -167,9 +167,12 @@ def clears(table: Table) -> list[Rule]:
 
 def parameters(rule: Rule, config: DataPipelineConfig) -> str:
     """The rule's condition, with the values of the configuration."""
-    methods = "({})".format(", ".join(f"'{method}'" for method in config.payment_methods))
-    condition = rule.violation.replace(":as_of_date", f"DATE '{config.as_of_date}'")
-    return condition.replace(":payment_methods", methods)
+    condition = rule.violation
+    for name, value in config.rule_values.items():
+        if name in condition and value is None:
+            return "false"
+        condition = condition.replace(name, value or "")
+    return condition
 
 
 def delivery(config: DataPipelineConfig) -> int:
