@@ -356,6 +356,9 @@ class DataPipelineConfig:
     currency: Currency | None = _option(
         None, "currency of all amounts, such as EUR; orders in another one are rejected (default: the one received)"
     )
+    control_tolerance: float = _option(
+        0.0, "share by which a figure may differ from the one in controls.csv of the source folder", min=0.0, max=1.0
+    )
     keep_snapshots: int = _option(3, "snapshots to keep, the published one included", min=1)
     lock_timeout: float = _option(0.0, "seconds to wait for another run on the same data folder", min=0.0, max=1e9)
     fast_start: bool = _option(
@@ -528,6 +531,7 @@ def run_pipeline(
             with run.layer(GOLD, "Business Aggregations"):
                 build_gold(run, silver)
             audit(run)
+            check_controls(run, source.controls)
             summarize(run)
             warn_of_anomalies(record, store, config.anomaly_factor)
             snapshot.publish()
@@ -1539,6 +1543,10 @@ class Source(Protocol):
     def delivered_places(self) -> Mapping[str, int]:
         """Returns the checksum `places` of delivered rows, for tables in which a model may have changed them."""
 
+    @property
+    def controls(self) -> Sequence[Control]:
+        """Returns the figures of the shop's own report, with which the tables have to agree."""
+
     def prepare(self) -> None:
         """Does what needs no engine, while the engine starts."""
 
@@ -1570,6 +1578,7 @@ class Generated:
 
     def __init__(self, config: DataPipelineConfig) -> None:
         self.config = config
+        self.controls: Sequence[Control] = ()
         self.delivered_rows: Mapping[str, int] = {}  # the gate and the audit judge them
         self.delivered_places: Mapping[str, int] = {}
         self.expected_rows = {
@@ -1631,6 +1640,7 @@ class LandedFiles:
                 )
         if any(f"{config.root}/".startswith(f"{os.path.join(self.root, name)}/") for name in names(BRONZE)):
             raise ConfigurationError(f"data_dir {config.root} lies within a table of source_dir: choose another")
+        self.controls = read_controls(os.path.join(self.root, CONTROLS), config.source_decimal)
         self.files = list_files(self.root)
         self.models = read_models(models_dir)
         self.derived = frozenset(self.models) - {file.table for file in self.files}
@@ -4985,6 +4995,102 @@ def audit(run: Run) -> None:
     logger.info("AUDIT: rows, keys and revenue add up (%.1f s)", run.record.seconds["audit"])
 
 
+CONTROLS = "controls.csv"  # in the source folder
+CONTROL_FIGURES = ("orders", "revenue", "returns")
+
+
+class Control(NamedTuple):
+    """Figures of the shop's own report on a month, 2026-01, or a day, 2026-01-31. `returns` is what was paid back."""
+
+    period: str
+    figures: Mapping[str, Decimal]
+
+
+def read_controls(path: str, decimal: str) -> list[Control]:
+    """Reads the control totals, if there are any. Raises ConfigurationError."""
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        delimiter = max(",;\t", key=file.readline().count)
+        file.seek(0)
+        rows = list(csv.DictReader(file, delimiter=delimiter))
+    controls = []
+    for number, row in enumerate(rows, start=1):
+        given = {str(name).strip().lower(): (text or "").strip() for name, text in row.items()}
+        period = given.get("period", "")
+        figures = {name: given[name].replace(decimal, ".") for name in CONTROL_FIGURES if given.get(name)}
+        wrong = [f"{name} {text!r}" for name, text in figures.items() if not re.fullmatch(r"-?\d+([.]\d+)?", text)]
+        if not re.fullmatch(r"\d{4}-\d\d(-\d\d)?", period):
+            wrong.insert(0, f"period {period!r}")
+        if wrong or not figures:
+            raise ConfigurationError(
+                f"{path} row {number}: {', '.join(wrong) or 'no figure'}: give a period such as 2026-01 or 2026-01-31, "
+                f"and any of {', '.join(CONTROL_FIGURES)} as plain numbers"
+            )
+        # Reports show returns as negative or as positive amounts.
+        controls.append(Control(period, {name: abs(Decimal(text)) for name, text in figures.items()}))
+    return controls
+
+
+def figures_by_period(run: Run) -> dict[tuple[str, str], Decimal]:
+    """Returns the orders, the revenue and the refunds of each month and day, by period and name."""
+    parts = {"month": "transaction_year, transaction_month", "day": "transaction_date"}
+    queries = {}
+    for part, columns in parts.items():
+        queries["orders", part] = f"SELECT {columns}, {ORDER_COUNT} AS orders, sum(amount) AS revenue FROM " + (
+            f"{SILVER}.transactions_clean GROUP BY {columns} ORDER BY {columns}"
+        )
+        queries["returns", part] = (
+            f"SELECT {columns}, -sum(amount) AS returns FROM {SILVER}.transactions_returned "
+            f"GROUP BY {columns} ORDER BY {columns}"
+        )
+    found: dict[tuple[str, str], Decimal] = {}
+    for (_, part), rows in inspect(run, queries).items():
+        for row in rows:
+            day = row.get("transaction_date")
+            period = str(day) if part == "day" else f"{row['transaction_year']:04}-{row['transaction_month']:02}"
+            found |= {(period, name): Decimal(row[name]) for name in CONTROL_FIGURES if name in row}
+    return found
+
+
+def check_controls(run: Run, controls: Sequence[Control]) -> None:
+    """Compares the tables with the shop's own report.
+
+    Raises:
+        NotPublishedError: a figure differs by more than `control_tolerance`.
+    """
+    if not controls:
+        return
+    with run.step("controls"):
+        found = figures_by_period(run)
+        problems = [
+            f"{period} {name}: {expected:,} in {CONTROLS}, {ours:,} in the tables"
+            for period, figures in controls
+            for name, expected in figures.items()
+            if abs((ours := found.get((period, name), Decimal(0))) - expected)
+            > Decimal(str(run.config.control_tolerance)) * expected
+        ]
+        if problems:
+            more = f"; and {len(problems) - 10} more" if problems[10:] else ""
+            raise NotPublishedError(
+                f"CONTROL TOTALS DIFFER, nothing is published: {'; '.join(problems[:10])}{more}; correct the models or "
+                f"{CONTROLS}, or allow a difference by --control-tolerance"
+            )
+    store, periods = run.snapshot.store, sorted(control.period for control in controls)
+    before = store.record(store.published())
+    run.record.controls = {
+        "figures": [name for name in CONTROL_FIGURES if any(name in control.figures for control in controls)],
+        "first": periods[0],
+        "last": periods[-1],
+        "since": before.controls["since"] if before and before.controls else run.record.started_at,
+    }
+    logger.info(
+        "CONTROL TOTALS: {} agree with {}, {first} to {last}".format(
+            ", ".join(run.record.controls["figures"]), CONTROLS, **run.record.controls
+        )
+    )
+
+
 def audit_again(store: Store, run_id: str) -> None:
     """Checks, without Spark, that a snapshot is still what its run audited. Raises PipelineError."""
     record, problems = store.record(run_id), []
@@ -5063,6 +5169,7 @@ class RunRecord:
     orders: int | None = None  # completed orders; the rows with one order_id are one
     returns: int | None = None
     refunds: Decimal | None = None  # what was paid back for the returns
+    controls: dict[str, Any] | None = None  # figures, first, last, since: what agrees with the shop's own report
     previews: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # the first rows of each gold table
     summaries: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # by the names of SUMMARIES
     anomalies: list[str] = field(default_factory=list)  # what differs much from the last runs, a line each

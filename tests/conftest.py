@@ -115,7 +115,8 @@ def db(report: RunRecord) -> Iterator[duckdb.DuckDBPyConnection]:
 @pytest.fixture
 def no_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs without tables: only the order of what happens around them matters."""
-    for name in ("clean", "check_gate", "build_silver", "build_gold", "audit", "summarize", "warn_of_anomalies"):
+    layers = ("clean", "check_gate", "build_silver", "build_gold", "audit", "check_controls", "summarize")
+    for name in (*layers, "warn_of_anomalies"):
         monkeypatch.setattr(data_pipeline, name, lambda *_: None)
     monkeypatch.setattr(data_pipeline, "ingest_bronze", lambda run, _: os.makedirs(run.snapshot.path()))
 

@@ -189,7 +189,7 @@ def test_every_field_is_a_flag_and_a_variable() -> None:
         "source_dir": "/y", "models_dir": "/z", "source_delimiter": "tab", "source_quote": "'",
         "source_encoding": "Latin-1", "source_decimal": ",", "source_time_zone": "Europe/Berlin",
         "settle_seconds": "0", "on_bad_file": "Quarantine", "payment_methods": "PayPal, Cash on-Delivery,überweisung",
-        "orphans": "Keep", "currency": "eur",
+        "orphans": "Keep", "currency": "eur", "control_tolerance": "0.01",
     }  # fmt: skip
     assert set(given) == {field.name for field in dataclasses.fields(DataPipelineConfig)}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
