@@ -5098,10 +5098,11 @@ def audit_again(store: Store, run_id: str) -> None:
         raise PipelineError(f"snapshot {run_id} cannot be checked: its run record is missing or unreadable")
     snapshot = Snapshot(store, record)
     try:
-        if record.sha256:  # earlier versions recorded none
+        if record.sha256:  # of files that were audited; a version before this one may have had other tables
             changed = sorted(dict(record.sha256.items() ^ snapshot.checksums().items()))
             problems = [f"{file} is not as it was written" for file in changed]
-        problems = problems or list(audit_problems(record, inspect_files(snapshot, audit_queries())))
+        else:
+            problems = list(audit_problems(record, inspect_files(snapshot, audit_queries())))
     except (OSError, RuntimeError) as error:
         problems = [str(error)]
     if problems:
