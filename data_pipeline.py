@@ -542,18 +542,11 @@ def ingest_bronze(run: Run, source: Source) -> dict[str, Received]:
         sound = part_counts(table, is_sound(table.rules, run.config))
         with run.step(f"{BRONZE}.{name}"):
             rows = with_lineage(source.delivery(run.engine.spark, name), table, run.record)
-            # Only now: `delivery` finds out whether the model keeps the places.
-            checksum = {"places": places()} if name in source.delivered_places else {}
-            counts = run.write(BRONZE, table, rows, {**violations, **sound, **checksum})
+            counts = run.write(BRONZE, table, rows, {**violations, **sound})
         if counts["rows"] != (delivered := source.delivered_rows.get(name, counts["rows"])):
             raise PipelineError(
                 f"{counts['rows']:,} rows came of {delivered:,} records of {name}: a model makes one row of each "
                 f"record of its table; see WHERE, DISTINCT and JOIN in {name}.sql, and let the rules reject rows"
-            )
-        if counts.get("places") != source.delivered_places.get(name):
-            raise PipelineError(
-                f"the model {name}.sql repeats some records of {name} and drops as many, or changes their _source_row: "
-                "see JOIN in it, and join what has one row for each record"
             )
         return Received(
             run.read(BRONZE, table), {rule: counts[rule] for rule in violations}, {part: counts[part] for part in sound}
@@ -1301,10 +1294,6 @@ class Source(Protocol):
     def delivered_rows(self) -> Mapping[str, int]:
         """Returns how many rows each table has, once they are received; not of tables that models derive."""
 
-    @property
-    def delivered_places(self) -> Mapping[str, int]:
-        """Returns the checksum `places` of delivered rows, for tables in which a model may have changed them."""
-
     def prepare(self) -> None:
         """Does what needs no engine, while the engine starts."""
 
@@ -1337,7 +1326,6 @@ class Generated:
     def __init__(self, config: DataPipelineConfig) -> None:
         self.config = config
         self.delivered_rows: Mapping[str, int] = {}  # the gate and the audit judge them
-        self.delivered_places: Mapping[str, int] = {}
         self.expected_rows = {
             "customers": config.num_customers,
             "products": config.num_products,
@@ -1405,7 +1393,6 @@ class LandedFiles:
             for name in names(BRONZE)
         }
         self.delivered_rows: dict[str, int] = {}
-        self.delivered_places: dict[str, int] = {}
         self.parts: Sequence[Part] = ()
         self.views: dict[str, str] = {}  # names of the records, for the models
         self._records: dict[str, DataFrame] = {}
@@ -1453,8 +1440,6 @@ class LandedFiles:
         for name in set(names(BRONZE)) - self.derived:
             read = [file for file in self.files if file.table == name and not file.problem]
             self.delivered_rows[name] = sum(file.records for file in read)
-            if name in self.models:
-                self.delivered_places[name] = places_of(read)
 
     def delivery(self, spark: SparkSession, name: str) -> DataFrame:
         """Returns the records of a bronze table, typed, and the lines that are no record."""
@@ -1465,8 +1450,6 @@ class LandedFiles:
         is_empty = inputs and not inputs & {part.table for part in self.parts if not part.is_malformed}
         if name in self.models and not is_empty:
             records = apply_model(spark, name, self.models[name], self.views)
-            if not {"_delivery", "_source_row"} <= {column.strip().lower() for column in records.columns}:
-                self.delivered_places.pop(name, None)  # then only their number is known
         rows = conformed(records, table, self.config)
         return rows.unionByName(malformed_rows(self._malformed[name], table)) if name in self._malformed else rows
 
@@ -1550,35 +1533,6 @@ def model_problem(engine: Engine, name: str, model: str, views: Mapping[str, str
             engine.spark.sql("SELECT sum(id) FROM range(9)").collect()
             return root_cause(error)
     return None
-
-
-PLACE = 1_000_000_007  # by which the number of a file is multiplied, to tell its rows from those of others
-PRIME = 2**31 - 1
-
-
-def places() -> str:
-    """Returns a checksum of the places of rows, their files and numbers, as Spark SQL. Their order is no matter.
-
-    Where rows are dropped and as many repeated, it is another. It is the sum of cubes modulo a prime. Plain sums are
-    often equal by chance, as 1 + 4 = 2 + 3. For cubes there is a formula, so that `places_of` need not see the rows.
-    """
-    place = f"((coalesce(_delivery, 0) * {PLACE} + coalesce(_source_row, 0)) % {PRIME})"
-    return f"coalesce(sum((({place} * {place}) % {PRIME} * {place}) % {PRIME}), 0) % {PRIME}"
-
-
-def places_of(files: Iterable[LandedFile]) -> int:
-    """Returns what `places` is for the records of files; those of Parquet have no number."""
-
-    def cubes_up_to(number: int) -> int:
-        return (number * (number + 1) // 2) ** 2
-
-    def cubes(file: LandedFile) -> int:
-        first = file.delivery * PLACE
-        if file.suffix == ".parquet":
-            return file.records * first**3
-        return cubes_up_to(first + file.records) - cubes_up_to(first)
-
-    return sum(map(cubes, files)) % PRIME
 
 
 # What a text must look like to be of a type: a cast alone takes 2026 for a date, and 5d for a number.

@@ -47,22 +47,18 @@ from data_pipeline import (
     Snapshot,
     Source,
     Store,
-    aggregate,
     check_counts,
     choose_engine,
     conformed,
     expression,
     fitting_formats,
     html_report,
-    ingest_bronze,
     inspect_source,
     list_files,
     metrics,
     names,
     new_record,
     open_source,
-    places,
-    places_of,
     preflight,
     proposed_model,
     run_pipeline,
@@ -700,32 +696,6 @@ def test_model_that_cannot_be_used(case: str, landed: Callable[..., DataPipeline
     model, message = MODELS[case]
     with pytest.raises(PipelineError, match=message):
         delivered(spark, landed({"transactions.sql": model}))
-
-
-def test_model_that_drops_one_record_and_doubles_another(spark: SparkSession, small: Small, tmp_path: Path) -> None:
-    """The number of rows is right; their places are not. A line that is no record, and Parquet, have places too."""
-    orders = "".join([ORDERS, "\n", ORDERS.splitlines()[1].replace("T1", "T2"), "\nno record\n"])
-    land(tmp_path, {"customers.csv": CUSTOMERS, "products.csv": PRODUCTS, "transactions/1.csv": orders,
-                    "transactions/2.jsonl": '{"transaction_id": "T3"}',
-                    "transactions/3.parquet": orders_in_parquet(transaction_id=pa.array(["T4", "T5"]))})  # fmt: skip
-    model = "SELECT t.* FROM transactions t JOIN (VALUES {}) AS n(id) ON id = transaction_id;  -- each; once\n"
-    for ids, message in {"T1 T2 T3 T4 T5": "", "T1 T3 T3 T4 T5": "repeats some records of transactions"}.items():
-        values = ", ".join(f"('{name}')" for name in ids.split())
-        land(tmp_path, {"transactions.sql": model.format(values)})
-        with begun(spark, small(source_dir=str(tmp_path), settle_seconds=0)) as (run, source):
-            with pytest.raises(PipelineError, match=message) if message else contextlib.nullcontext():
-                ingest_bronze(run, source)
-            assert run.record.rows["bronze.transactions"] == 6
-
-
-def test_checksum_of_places_is_that_of_each_record(spark: SparkSession) -> None:
-    """Also of numbers so large that they are beyond 64 bits when multiplied."""
-    files = [LandedFile("products", f"{n}.csv", 0, 0, delivery=n, rows=n % 7, malformed=n % 2) for n in (1, 2, 10**6)]
-    files += [LandedFile("products", "4.parquet", 0, 0, delivery=4, rows=3)]
-    rows = [(file.delivery, number + 1) for file in files[:3] for number in range(file.records)] + [(4, None)] * 3
-    frame = spark.createDataFrame(rows, "_delivery BIGINT, _source_row BIGINT")
-    assert aggregate(frame, {"places": places()})["places"] == places_of(files)
-    assert aggregate(frame.where("_source_row = 1"), {"places": places()})["places"] != places_of(files)
 
 
 @pytest.mark.parametrize(
