@@ -237,7 +237,7 @@ def _url(value: Any) -> str:
 
 def _character(value: Any) -> str:
     text = {"tab": "\t", "\\t": "\t"}.get(value, value)
-    if not isinstance(text, str) or len(text) != 1 or text in "\r\n":
+    if not isinstance(text, str) or len(text) != 1 or text in "\r\n" or not text.isascii():
         raise ValueError
     return text
 
@@ -274,7 +274,7 @@ PARSERS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "bool": (_yes_or_no, "true or false"),
     "str": (_text, "a text without line breaks"),
     "Words": (_words, "names separated by commas, such as credit_card,paypal"),
-    "Character": (_character, "one character, or tab"),
+    "Character": (_character, "one ASCII character, or tab"),
     "Encoding": (_encoding, "an encoding such as utf-8 or latin-1"),
     "TimeZone": (_time_zone, "a time zone such as Europe/Berlin"),
     "Url": (_url, "a URL that begins with https:// or http://"),
@@ -307,9 +307,11 @@ class DataPipelineConfig:
     )
     source_dir: str | None = _option(None, "folder of landed files to read, instead of generating records")
     models_dir: str | None = _option(None, "folder of staging models, <table>.sql (default: the source folder)")
-    source_delimiter: Character | None = _option(None, "what separates the fields of CSV (default: , and tab in .tsv)")
+    source_delimiter: Character | None = _option(
+        None, "what separates the fields of CSV (default: found in each file, of , ; tab and |)"
+    )
     source_quote: Character = _option('"', "what quotes the fields of CSV; doubled within them")
-    source_encoding: Encoding = _option("utf-8", "encoding of landed text")
+    source_encoding: Encoding = _option("utf-8", "encoding of landed text without a byte order mark")
     source_decimal: str = _option(".", "decimal separator of landed text", choices=(".", ","))
     source_time_zone: TimeZone = _option("UTC", "time zone of landed timestamps that name none")
     settle_seconds: float = _option(5.0, "age that the youngest landed file must have reached", min=0.0, max=86_400.0)
@@ -515,7 +517,8 @@ def preflight(config: DataPipelineConfig, spark: SparkSession | None = None) -> 
     source = open_source(config)
     store = Store(config.root)
     engine = choose_engine(config, source, spark)
-    check_packages("requirements.txt", "duckdb", "faker", "jinja2", "prometheus_client")
+    reader = ("pyarrow", "python_calamine") if config.source_dir else ()
+    check_packages("requirements.txt", "duckdb", "faker", "jinja2", "prometheus_client", *reader)
     store.check(engine.expected_rows)
     if config.source_dir and is_uri(config.root) and engine.shares_storage:
         raise ConfigurationError(
@@ -1543,7 +1546,7 @@ TEXT_PATTERNS: Mapping[str, str] = {
     "decimal": r"[+-]?\d+([.]\d{1,2}0*)?",
     "double": r"[+-]?(\d+([.]\d*)?|[.]\d+)([eE][+-]?\d+)?",
     "date": r"\d{4}-\d\d-\d\d",
-    "timestamp": r"\d{4}-\d\d-\d\d([ T]\d\d:\d\d(:\d\d([.]\d{1,6})?)?( ?(Z|[+-]\d\d(:?\d\d)?))?)?",
+    "timestamp": r"\d{4}-\d\d-\d\d([ T]\d\d:\d\d(:\d\d([.]\d{1,6})?)?( ?(Z|UTC|[+-]\d\d(:?\d\d)?))?)?",
     "boolean": "([tT][rR][uU][eE]|[fF][aA][lL][sS][eE]|[01])",
 }
 TIMES = ("date", "timestamp", "timestamp_ntz")
@@ -1564,7 +1567,7 @@ def parsed(text: str, kind: str, config: DataPipelineConfig) -> str:
     if kind == "double":
         return f"CASE WHEN abs({value}) < CAST('Infinity' AS DOUBLE) THEN {value} END"
     if kind == "timestamp" and config.source_time_zone != "UTC":
-        has_zone = rf"{text} RLIKE r':.*(Z|[+-]\d\d(:?\d\d)?)\z'"
+        has_zone = rf"{text} RLIKE r':.*(Z|UTC|[+-]\d\d(:?\d\d)?)\z'"
         return f"CASE WHEN {has_zone} THEN {value} ELSE to_utc_timestamp({value}, '{config.source_time_zone}') END"
     return value
 
@@ -3622,13 +3625,14 @@ class FileReader:
 
         Files that cannot be read, or that change meanwhile, have a `problem` afterwards.
         """
-        with duckdb_connection(self.folder) as connection:
+        has_parquet = any(file.suffix == ".parquet" for file in files)
+        with duckdb_connection(self.folder) if has_parquet else contextlib.nullcontext() as connection:
             for file in files:
                 try:
                     self._scan(connection, file)
                     if file.table not in with_models:
                         check_columns(file)
-                        if types := self.parquet_types.get(file.delivery):
+                        if connection and (types := self.parquet_types.get(file.delivery)):
                             check_binary(connection, file, self._link(file), types)
                 except (BadFileError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
                     if re.search(DISK_FULL, str(error)):
@@ -3662,8 +3666,8 @@ class FileReader:
         if state is None or state.st_mtime_ns != file.mtime_ns or (state.st_size != file.size and not member):
             file.leave_out("it changed while it was read, so that the next run will read it", is_bad=False)
 
-    def _scan(self, connection: duckdb.DuckDBPyConnection, file: LandedFile) -> None:
-        if file.suffix == ".parquet":
+    def _scan(self, connection: duckdb.DuckDBPyConnection | None, file: LandedFile) -> None:
+        if connection and file.suffix == ".parquet":
             file.sha256 = sha256(self._path(file))
             self.parquet_types[file.delivery] = scan_parquet(connection, file, self._link(file))
             return
@@ -3887,12 +3891,16 @@ class Utf8Text(io.RawIOBase):
         self.decoded = self.decoded[len(text.encode()) :]
 
     def readinto(self, buffer: Any) -> int:
-        if not self.decoded:
+        filled = 0
+        while filled < len(buffer):
             self._decode(len(buffer))
-        size = min(len(buffer), len(self.decoded))
-        buffer[:size] = self.decoded[:size]
-        self.decoded = self.decoded[size:]
-        return size
+            if not self.decoded:
+                break
+            size = min(len(buffer) - filled, len(self.decoded))
+            buffer[filled : filled + size] = self.decoded[:size]
+            self.decoded = self.decoded[size:]
+            filled += size
+        return filled
 
     def _decode(self, size: int) -> None:
         while not (self.decoded or self.is_complete):
@@ -3984,6 +3992,7 @@ def read_header(text: Utf8Text, suffix: str, config: DataPipelineConfig) -> tupl
     except csv.Error as error:
         raise BadFileError(f"its header cannot be read: {error}; is a quote not closed?") from None
     text.skip("".join(lines))
+    text.decoded = memoryview(codecs.BOM_UTF8 + text.decoded)  # pyarrow skips one: not that of a value
     return delimiter, header
 
 
