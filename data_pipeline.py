@@ -45,6 +45,7 @@ if sys.version_info < (3, 11):  # before anything that an older Python cannot pa
 import argparse
 import atexit
 import codecs
+import collections
 import concurrent.futures
 import contextlib
 import csv
@@ -236,7 +237,7 @@ def _url(value: Any) -> str:
 
 def _character(value: Any) -> str:
     text = {"tab": "\t", "\\t": "\t"}.get(value, value)
-    if not isinstance(text, str) or len(text) != 1 or text in "\r\n":
+    if not isinstance(text, str) or len(text) != 1 or text in "\r\n" or not text.isascii():
         raise ValueError
     return text
 
@@ -274,7 +275,7 @@ PARSERS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "bool": (_yes_or_no, "true or false"),
     "str": (_text, "a text without line breaks"),
     "Words": (_words, "names separated by commas, such as credit_card,paypal"),
-    "Character": (_character, "one character, or tab"),
+    "Character": (_character, "one ASCII character, or tab"),
     "Encoding": (_encoding, "an encoding such as utf-8 or latin-1"),
     "TimeZone": (_time_zone, "a time zone such as Europe/Berlin"),
     "Url": (_url, "a URL that begins with https:// or http://"),
@@ -308,9 +309,11 @@ class DataPipelineConfig:
     )
     source_dir: str | None = _option(None, "folder of landed files to read, instead of generating records")
     models_dir: str | None = _option(None, "folder of staging models, <table>.sql (default: the source folder)")
-    source_delimiter: Character | None = _option(None, "what separates the fields of CSV (default: , and tab in .tsv)")
+    source_delimiter: Character | None = _option(
+        None, "what separates the fields of CSV (default: found in each file, of , ; tab and |)"
+    )
     source_quote: Character = _option('"', "what quotes the fields of CSV; doubled within them")
-    source_encoding: Encoding = _option("utf-8", "encoding of landed text")
+    source_encoding: Encoding = _option("utf-8", "encoding of landed text without a byte order mark")
     source_decimal: str = _option(".", "decimal separator of landed text", choices=(".", ","))
     source_time_zone: TimeZone = _option("UTC", "time zone of landed timestamps that name none")
     settle_seconds: float = _option(5.0, "age that the youngest landed file must have reached", min=0.0, max=86_400.0)
@@ -548,7 +551,8 @@ def preflight(config: DataPipelineConfig, spark: SparkSession | None = None) -> 
     source = open_source(config)
     store = Store(config.root)
     engine = choose_engine(config, source, spark)
-    check_packages("requirements.txt", "duckdb", "faker", "jinja2", "prometheus_client")
+    reader = ("pyarrow", "python_calamine") if config.source_dir else ()
+    check_packages("requirements.txt", "duckdb", "faker", "jinja2", "prometheus_client", *reader)
     store.check(engine.expected_rows)
     if config.source_dir and is_uri(config.root) and engine.shares_storage:
         raise ConfigurationError(
@@ -576,18 +580,11 @@ def ingest_bronze(run: Run, source: Source) -> dict[str, Received]:
         sound = part_counts(table, is_sound(table.rules, run.config))
         with run.step(f"{BRONZE}.{name}"):
             rows = with_lineage(source.delivery(run.engine.spark, name), table, run.record)
-            # Only now: `delivery` finds out whether the model keeps the places.
-            checksum = {"places": places()} if name in source.delivered_places else {}
-            counts = run.write(BRONZE, table, rows, {**violations, **sound, **checksum})
+            counts = run.write(BRONZE, table, rows, {**violations, **sound})
         if counts["rows"] != (delivered := source.delivered_rows.get(name, counts["rows"])):
             raise PipelineError(
                 f"{counts['rows']:,} rows came of {delivered:,} records of {name}: a model makes one row of each "
                 f"record of its table; see WHERE, DISTINCT and JOIN in {name}.sql, and let the rules reject rows"
-            )
-        if counts.get("places") != source.delivered_places.get(name):
-            raise PipelineError(
-                f"the model {name}.sql repeats some records of {name} and drops as many, or changes their _source_row: "
-                "see JOIN in it, and join what has one row for each record"
             )
         return Received(
             run.read(BRONZE, table), {rule: counts[rule] for rule in violations}, {part: counts[part] for part in sound}
@@ -1540,10 +1537,6 @@ class Source(Protocol):
         """Returns how many rows each table has, once they are received; not of tables that models derive."""
 
     @property
-    def delivered_places(self) -> Mapping[str, int]:
-        """Returns the checksum `places` of delivered rows, for tables in which a model may have changed them."""
-
-    @property
     def controls(self) -> Sequence[Control]:
         """Returns the figures of the shop's own report, with which the tables have to agree."""
 
@@ -1580,7 +1573,6 @@ class Generated:
         self.config = config
         self.controls: Sequence[Control] = ()
         self.delivered_rows: Mapping[str, int] = {}  # the gate and the audit judge them
-        self.delivered_places: Mapping[str, int] = {}
         self.expected_rows = {
             "customers": config.num_customers,
             "products": config.num_products,
@@ -1649,7 +1641,6 @@ class LandedFiles:
             for name in names(BRONZE)
         }
         self.delivered_rows: dict[str, int] = {}
-        self.delivered_places: dict[str, int] = {}
         self.parts: Sequence[Part] = ()
         self.views: dict[str, str] = {}  # names of the records, for the models
         self._records: dict[str, DataFrame] = {}
@@ -1697,8 +1688,6 @@ class LandedFiles:
         for name in set(names(BRONZE)) - self.derived:
             read = [file for file in self.files if file.table == name and not file.problem]
             self.delivered_rows[name] = sum(file.records for file in read)
-            if name in self.models:
-                self.delivered_places[name] = places_of(read)
 
     def delivery(self, spark: SparkSession, name: str) -> DataFrame:
         """Returns the records of a bronze table, typed, and the lines that are no record."""
@@ -1709,8 +1698,6 @@ class LandedFiles:
         is_empty = inputs and not inputs & {part.table for part in self.parts if not part.is_malformed}
         if name in self.models and not is_empty:
             records = apply_model(spark, name, self.models[name], self.views)
-            if not {"_delivery", "_source_row"} <= {column.strip().lower() for column in records.columns}:
-                self.delivered_places.pop(name, None)  # then only their number is known
         rows = conformed(records, table, self.config)
         return rows.unionByName(malformed_rows(self._malformed[name], table)) if name in self._malformed else rows
 
@@ -1796,35 +1783,6 @@ def model_problem(engine: Engine, name: str, model: str, views: Mapping[str, str
     return None
 
 
-PLACE = 1_000_000_007  # by which the number of a file is multiplied, to tell its rows from those of others
-PRIME = 2**31 - 1
-
-
-def places() -> str:
-    """Returns a checksum of the places of rows, their files and numbers, as Spark SQL. Their order is no matter.
-
-    Where rows are dropped and as many repeated, it is another. It is the sum of cubes modulo a prime. Plain sums are
-    often equal by chance, as 1 + 4 = 2 + 3. For cubes there is a formula, so that `places_of` need not see the rows.
-    """
-    place = f"((coalesce(_delivery, 0) * {PLACE} + coalesce(_source_row, 0)) % {PRIME})"
-    return f"coalesce(sum((({place} * {place}) % {PRIME} * {place}) % {PRIME}), 0) % {PRIME}"
-
-
-def places_of(files: Iterable[LandedFile]) -> int:
-    """Returns what `places` is for the records of files; those of Parquet have no number."""
-
-    def cubes_up_to(number: int) -> int:
-        return (number * (number + 1) // 2) ** 2
-
-    def cubes(file: LandedFile) -> int:
-        first = file.delivery * PLACE
-        if file.suffix == ".parquet":
-            return file.records * first**3
-        return cubes_up_to(first + file.records) - cubes_up_to(first)
-
-    return sum(map(cubes, files)) % PRIME
-
-
 # What a text must look like to be of a type: a cast alone takes 2026 for a date, and 5d for a number.
 TEXT_PATTERNS: Mapping[str, str] = {
     "int": r"[+-]?\d+([.]0*)?",
@@ -1832,7 +1790,7 @@ TEXT_PATTERNS: Mapping[str, str] = {
     "decimal": r"[+-]?\d+([.]\d{1,2}0*)?",
     "double": r"[+-]?(\d+([.]\d*)?|[.]\d+)([eE][+-]?\d+)?",
     "date": r"\d{4}-\d\d-\d\d",
-    "timestamp": r"\d{4}-\d\d-\d\d([ T]\d\d:\d\d(:\d\d([.]\d{1,6})?)?( ?(Z|[+-]\d\d(:?\d\d)?))?)?",
+    "timestamp": r"\d{4}-\d\d-\d\d([ T]\d\d:\d\d(:\d\d([.]\d{1,6})?)?( ?(Z|UTC|[+-]\d\d(:?\d\d)?))?)?",
     "boolean": "([tT][rR][uU][eE]|[fF][aA][lL][sS][eE]|[01])",
 }
 TIMES = ("date", "timestamp", "timestamp_ntz")
@@ -1853,7 +1811,7 @@ def parsed(text: str, kind: str, config: DataPipelineConfig) -> str:
     if kind == "double":
         return f"CASE WHEN abs({value}) < CAST('Infinity' AS DOUBLE) THEN {value} END"
     if kind == "timestamp" and config.source_time_zone != "UTC":
-        has_zone = rf"{text} RLIKE r':.*(Z|[+-]\d\d(:?\d\d)?)\z'"
+        has_zone = rf"{text} RLIKE r':.*(Z|UTC|[+-]\d\d(:?\d\d)?)\z'"
         return f"CASE WHEN {has_zone} THEN {value} ELSE to_utc_timestamp({value}, '{config.source_time_zone}') END"
     return value
 
@@ -3823,17 +3781,19 @@ def check_layout(store: Store) -> None:
 
 
 # ── Landed files ─────────────────────────────────────────────────────────────────────────────────────────────────
-# Text is read by one strict reader for all engines: Python finds the records, DuckDB turns them into Parquet, and the
-# engine gives them types. Parquet is read by the engine in place.
+# Text is read by one strict reader for all engines: pyarrow turns it into Parquet, and the engine gives the values
+# types. Parquet is read by the engine in place.
 
 FILE_FORMATS: Mapping[str, str] = {
     ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".txt": "lines",
-    ".parquet": "parquet",
+    ".xlsx": "xlsx", ".parquet": "parquet",
 }  # fmt: skip
 UNFINISHED = re.compile(r"[._].*|.*[.](tmp|part|_COPYING_)")  # names of files that are still being written
 LANDED_COLUMNS: Mapping[str, str] = {"_delivery": "bigint", "_source_file": "string", "_source_row": "bigint"}
-FIELD_LIMIT = 4 * MILLION  # characters; an unclosed quote makes one field of the rest of the file
-BLOCK = 2**18  # characters of CSV that are looked at together
+BLOCK = 8 * 2**20  # bytes of text that are parsed together; no record may be longer
+PENDING = 64 * 2**20  # bytes of records that wait to be written
+BATCH = 10_000  # rows that are staged together, where they are Python's
+END = secrets.token_hex(8)  # begins a record that marks the end of CSV
 
 
 class BadFileError(Exception):
@@ -3851,10 +3811,7 @@ class LandedFile:
     delivery: int = 0  # its position in the list
     sha256: str = ""
     rows: int = 0
-    malformed: int = 0  # records that are none
-    lines: int = 0  # of text: the header, those of the records, malformed and blank ones
-    blank: int = 0
-    within: int = 0  # ends of lines within the values of records
+    malformed: int = 0
     columns: Sequence[str] = ()
     problem: str = ""  # why it is left out
     is_bad: bool = False  # whether the file itself is the problem: one that changes is only left for the next run
@@ -3943,29 +3900,34 @@ def wait_until_settled(files: Iterable[LandedFile], settle_seconds: float) -> No
 
 
 class Part(NamedTuple):
-    """Records of one table that lie in Parquet: in staged files whose columns are c0, c1 …, or in landed files."""
+    """Records of one table in Parquet: staged files with the columns c0, c1 …, or landed files."""
 
     table: str
     columns: Sequence[str]  # as they were landed
-    staged: str = ""
+    staged: str = ""  # a folder
     landed: Mapping[int, str] = {}  # paths by delivery
     is_malformed: bool = False
 
 
-class FileReader:
-    """Reads landed files strictly.
+class Staged(NamedTuple):
+    """Records of the text files that have the same columns, on their way into a folder of Parquet files."""
 
-    Python hashes and decodes each text, and finds its records, in one pass. A file whose bytes DuckDB can parse as they
-    are is parsed in place. Of others a copy is parsed: UTF-8, without what is no record, with the number of each.
-    """
+    part: Part
+    deliveries: set[int]
+    pending: list[Any]  # tables of Arrow that are not yet written
+
+
+class FileReader:
+    """Reads landed files strictly: text is staged as Parquet, and Parquet is read where it is."""
 
     def __init__(self, root: str, folder: str, config: DataPipelineConfig) -> None:
         self.root = root
         self.folder = folder
         self.config = config
-        self.copies: dict[int, str] = {}  # by delivery
-        # Of the objects of each table, by the name in lower case: the name as landed, and c0, c1 …
-        self.keys: dict[str, dict[str, tuple[str, str]]] = {}
+        self.staged: dict[Any, Staged] = {}  # by table, columns, and whether the records are malformed
+        self.pending_bytes = 0
+        # The keys of the objects of each table by their lower case: files may spell them differently.
+        self.keys: dict[str, dict[str, str]] = {}
         self.parquet_types: dict[int, tuple[tuple[str, str], ...]] = {}
 
     def read(self, files: Sequence[LandedFile], with_models: Iterable[str]) -> list[Part]:
@@ -3973,30 +3935,30 @@ class FileReader:
 
         Files that cannot be read, or that change meanwhile, have a `problem` afterwards.
         """
-        with csv_field_limit(FIELD_LIMIT), duckdb_connection(self.folder) as connection:
+        has_parquet = any(file.suffix == ".parquet" for file in files)
+        with duckdb_connection(self.folder) if has_parquet else contextlib.nullcontext() as connection:
             for file in files:
                 try:
                     self._scan(connection, file)
                     if file.table not in with_models:
                         check_columns(file)
-                        if types := self.parquet_types.get(file.delivery):
+                        if connection and (types := self.parquet_types.get(file.delivery)):
                             check_binary(connection, file, self._link(file), types)
-                except (BadFileError, OSError, EOFError, UnicodeError, zlib.error) as error:
+                except (BadFileError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
                     if re.search(DISK_FULL, str(error)):
                         raise
-                    advice = "; see --source-encoding" if isinstance(error, UnicodeError) else ""
-                    file.leave_out((str(error) or type(error).__name__) + advice)
-            readable = [file for file in files if not file.problem]
-            parts = [
-                part
-                for table in names(BRONZE)
-                for part in self._parts(connection, table, [file for file in readable if file.table == table])
-            ]
+                    file.leave_out(str(error) or type(error).__name__)
+        self._write_pending()
+        readable = {file.delivery: file for file in files if not file.problem}
+        in_place: dict[Any, dict[int, str]] = {}
+        for number, file in readable.items():
+            if types := self.parquet_types.get(number):
+                in_place.setdefault((file.table, types), {})[number] = self._link(file)
         for file in files:
-            state = os.stat(self._path(file)) if os.path.exists(self._path(file)) else None
-            if state is None or (state.st_size, state.st_mtime_ns) != (file.size, file.mtime_ns):
-                file.leave_out("it changed while it was read, so that the next run will read it", is_bad=False)
-        return parts
+            self._check_unchanged(file)
+        return [staged.part for staged in self.staged.values() if staged.deliveries & readable.keys()] + [
+            Part(table, readable[next(iter(links))].columns, landed=links) for (table, _), links in in_place.items()
+        ]
 
     def _path(self, file: LandedFile) -> str:
         return os.path.join(self.root, file.path)
@@ -4008,250 +3970,394 @@ class FileReader:
             os.symlink(self._path(file), link)
         return link
 
-    def _scan(self, connection: duckdb.DuckDBPyConnection, file: LandedFile) -> None:
-        if file.suffix == ".parquet":
+    def _check_unchanged(self, file: LandedFile) -> None:
+        path, member = split_member(self._path(file))
+        state = os.stat(path) if os.path.exists(path) else None
+        if state is None or state.st_mtime_ns != file.mtime_ns or (state.st_size != file.size and not member):
+            file.leave_out("it changed while it was read, so that the next run will read it", is_bad=False)
+
+    def _scan(self, connection: duckdb.DuckDBPyConnection | None, file: LandedFile) -> None:
+        if connection and file.suffix == ".parquet":
             file.sha256 = sha256(self._path(file))
             self.parquet_types[file.delivery] = scan_parquet(connection, file, self._link(file))
-        elif FILE_FORMATS[file.suffix] == "csv":
-            is_plain = not file.is_compressed and self._encoding in ("utf-8-sig", "ascii")
-            if not is_plain or not self._scan_csv(file, None):
-                with self._copy(file) as copy:
-                    self._scan_csv(file, copy)
-        else:
-            with self._copy(file) as copy:
-                self._scan_lines(file, copy)
-
-    @property
-    def _encoding(self) -> str:
-        encoding = self.config.source_encoding
-        return "utf-8-sig" if encoding == "utf-8" else encoding
-
-    @contextlib.contextmanager
-    def _text(self, file: LandedFile) -> Iterator[TextIO]:
-        """Opens a file as text; once it has been read, its SHA-256 is set."""
-        raw = HashedFile(self._path(file))
-        with io.BufferedReader(raw, BLOCK) as binary:
-            content: Any = gzip.GzipFile(fileobj=binary) if file.is_compressed else binary
-            with io.TextIOWrapper(content, self._encoding, errors="strict", newline="") as text:
-                yield text
-                file.sha256 = raw.sha256.hexdigest()
-
-    @contextlib.contextmanager
-    def _copy(self, file: LandedFile) -> Iterator[TextIO]:
-        self.copies[file.delivery] = path = os.path.join(self.folder, f"{file.delivery}.copy")
-        with open(path, "w", encoding="utf-8", newline="") as copy:
-            yield copy
-
-    def _malformed(self, file: LandedFile) -> str:
-        return os.path.join(self.folder, f"{file.delivery}.malformed")
-
-    def _delimiter(self, file: LandedFile) -> str:
-        return self.config.source_delimiter or ("\t" if file.suffix == ".tsv" else ",")
-
-    def _scan_csv(self, file: LandedFile, copy: TextIO | None) -> bool:
-        """Finds the records of a file, and copies them; without a copy, returns whether DuckDB can parse the file."""
-        delimiter, quote = self._delimiter(file), self.config.source_quote
-        # DuckDB drops the space before a quote, and the quotes; for Python they are part of the field.
-        space_before_quote = re.compile(rf"(^|{re.escape(delimiter)})\s+{re.escape(quote)}", re.MULTILINE)
-        file.rows = file.malformed = file.blank = file.within = 0
-        with self._text(file) as text:
-            header, lines = next(csv_records(text.readline(), text, delimiter, quote), ([], []))
-            file.columns, file.lines = column_names(header), len(lines)
-            width = len(file.columns)
-            if copy:
-                copy.write(without_newline(lines) + "\n")  # DuckDB skips it
-                writer = csv.writer(copy, delimiter=delimiter, quotechar=quote, lineterminator="\n")
-            while block := text.read(BLOCK):
-                block += text.readline()
-                if regular := regular_lines(block, width, delimiter, quote):
-                    if copy:
-                        numbered_lines = enumerate(io.StringIO(block, newline=""), file.records + 1)
-                        copy.writelines(f"{n}{delimiter}{without_newline([line])}\n" for n, line in numbered_lines)
-                    file.rows += regular
-                    file.lines += regular
-                    continue
-                for record, lines in csv_records(block, text, delimiter, quote, file.lines + 1):
-                    file.lines += len(lines)
-                    if len(record) == width or (width == 1 and not record):
-                        file.rows += 1
-                        file.within += len(lines) - 1
-                        is_odd = quote in lines[0] and space_before_quote.search("".join(lines))
-                        if copy and is_odd:
-                            writer.writerow([file.records, *record])
-                        elif copy:
-                            copy.write(f"{file.records}{delimiter}{without_newline(lines)}\n")
-                        elif is_odd:
-                            return False
-                    elif not record:
-                        file.blank += 1
-                    elif copy:
-                        self._reject(file, lines)
-                    else:
-                        return False
-            return not isinstance(text.newlines, tuple)
-
-    def _scan_lines(self, file: LandedFile, copy: TextIO) -> None:
-        """Copies the records of a file that has one a line, as JSON objects with the keys c0, c1 and so on."""
-        keys = self.keys.setdefault(file.table, {})
-        found: dict[str, None] = {}
-        is_json, decimal = FILE_FORMATS[file.suffix] == "json", self.config.source_decimal
-        with self._text(file) as text:
-            for line in text:
-                file.lines += 1
-                if not line.strip():
-                    file.blank += 1
-                    continue
-                try:
-                    record = parse_object(line, decimal) if is_json else {"value": without_newline([line])}
-                    row = {}
-                    for name, value in record.items():
-                        landed = name.strip() or "column_0"
-                        landed, key = keys.setdefault(landed.lower(), (landed, f"c{len(keys)}"))
-                        found[landed], row[key] = None, value
-                    text_of_row = json.dumps({"_source_row": file.records + 1, **row}, ensure_ascii=False)
-                    text_of_row.encode()
-                except (ValueError, RecursionError):
-                    if not file.rows and line.lstrip("\ufeff \t\r\n").startswith("["):
-                        raise BadFileError(
-                            "it is a JSON array: one object a line is needed, as `jq -c .[]` makes it"
-                        ) from None
-                    self._reject(file, [line])
-                else:
-                    file.rows += 1
-                    copy.write(text_of_row + "\n")
-        file.columns = column_names(list(found)) if found else ()
-
-    def _reject(self, file: LandedFile, lines: Sequence[str]) -> None:
-        """Sets the lines of what is no record aside, as they are."""
-        file.malformed += 1
-        line = {"c0": without_newline(lines), "_source_row": file.records}
-        with open(self._malformed(file), "a", encoding="utf-8", errors="replace") as malformed:
-            malformed.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-    def _parts(self, connection: duckdb.DuckDBPyConnection, table: str, files: Sequence[LandedFile]) -> Iterator[Part]:
-        """Stages the text files of a table, those of equal columns together; Parquet stays where it is."""
-        groups: dict[Any, list[LandedFile]] = {}
-        for file in files:
-            if FILE_FORMATS[file.suffix] == "csv":
-                kind: Any = (tuple(file.columns), self._delimiter(file), file.delivery in self.copies)
-            else:
-                kind = self.parquet_types.get(file.delivery, "objects")
-            if file.columns or file.rows:
-                groups.setdefault(kind, []).append(file)
-        for kind, group in groups.items():
-            if group[0].suffix == ".parquet":
-                yield Part(table, group[0].columns, landed={file.delivery: self._link(file) for file in group})
-            else:
-                columns = [name for name, _ in self.keys[table].values()] if kind == "objects" else group[0].columns
-                yield from self._staged(connection, table, columns, group)
-        if malformed := [file for file in files if file.malformed]:
-            paths = [self._malformed(file) for file in malformed]
-            staged = os.path.join(self.folder, f"{table}-malformed.parquet")
-            ask_duckdb(connection, f"COPY ({numbered(read_objects(paths, 1), 1, malformed)}) TO {sql_text(staged)}")
-            yield Part(table, ["_record"], staged, is_malformed=True)
-
-    def _staged(
-        self, connection: duckdb.DuckDBPyConnection, table: str, columns: Sequence[str], group: Sequence[LandedFile]
-    ) -> Iterator[Part]:
-        import duckdb
-
-        in_place = group[0].delivery not in self.copies
-        paths = [self.copies.get(file.delivery) or self._link(file) for file in group]
-        if FILE_FORMATS[group[0].suffix] == "csv":
-            reading = read_csv(paths, len(columns), self._delimiter(group[0]), self.config.source_quote, in_place)
-        else:
-            reading = read_objects(paths, len(columns))
-        staged = os.path.join(self.folder, f"{table}-{group[0].delivery}-{len(group)}.parquet")
-        try:
-            ask_duckdb(connection, f"COPY ({numbered(reading, len(columns), group, in_place)}) TO {sql_text(staged)}")
-        except duckdb.Error as error:
-            if re.search(DISK_FULL, str(error)):
-                raise
-            if len(group) == 1:
-                group[0].leave_out(str(error).partition("\n")[0])
-            else:  # which one is it?
-                for file in group:
-                    yield from self._staged(connection, table, columns, [file])
             return
-        check_counts(connection, staged, len(columns), group)
-        yield Part(table, columns, staged)
+        with open_landed(self._path(file)) as raw:
+            binary: Any = io.BufferedReader(raw, BLOCK)
+            content = io.BufferedReader(gzip.GzipFile(fileobj=binary), BLOCK) if file.is_compressed else binary
+            if file.suffix == ".xlsx":
+                self._scan_sheet(file, content.read())
+            elif FILE_FORMATS[file.suffix] == "csv":
+                self._scan_csv(file, Utf8Text(content, self.config.source_encoding))
+            else:
+                self._scan_lines(file, Utf8Text(content, self.config.source_encoding))
+            file.sha256 = raw.sha256.hexdigest()
+
+    def _scan_csv(self, file: LandedFile, text: Utf8Text) -> None:
+        """Stages the records of a file, block by block.
+
+        A record that is malformed on purpose follows the last one. It arrives alone unless a quote is open.
+        """
+        import pyarrow as pa
+
+        delimiter, header = read_header(text, file.suffix, self.config)
+        file.columns = column_names(header)
+        if not header:
+            return
+        text.end = END + delimiter * len(header)
+        ends: list[str] = []
+        numbers: collections.deque[int] = collections.deque()  # of malformed records
+        malformed: list[tuple[int, str]] = []  # those that are not yet staged
+
+        def keep(row: Any) -> str:
+            if row.text.endswith(text.end):
+                ends.append(row.text)
+                return "skip"
+            file.malformed += 1
+            numbers.append(row.number)
+            malformed.append((row.number, row.text))
+            if len(malformed) == BATCH:
+                self._stage_malformed(file, malformed)
+            return "skip"
+
+        self._stage(file, file.columns, [()] * len(header), ())
+        following = 1
+        try:
+            for batch in open_csv(text, len(header), delimiter, self.config.source_quote, keep):
+                valid, following = row_numbers(following, batch.num_rows, numbers)
+                file.rows += batch.num_rows
+                self._stage(file, file.columns, batch.columns, valid)
+        except pa.ArrowInvalid:
+            raise BadFileError(
+                f"record {file.records + 1:,} has more than {BLOCK // 2**20} MB: is a quote not closed?"
+            ) from None
+        self._stage_malformed(file, malformed)
+        if ends != [text.end]:
+            number = file.records + len(ends)
+            raise BadFileError(f"record {number:,} continues to the end of the file: is a quote not closed?")
+
+    def _scan_lines(self, file: LandedFile, text: Utf8Text) -> None:
+        """Stages the records of a file that has one a line: a JSON object, or a text."""
+        keys = self.keys.setdefault(file.table, {})
+        rows: list[tuple[int, dict[str, str | None]]] = []
+        malformed: list[tuple[int, str]] = []
+        found: dict[str, None] = {}
+        is_json, size = FILE_FORMATS[file.suffix] == "json", 0
+        for line in io.TextIOWrapper(io.BufferedReader(text, BLOCK), "utf-8", newline=""):
+            if not line.strip():
+                continue
+            line = line.rstrip("\r\n")
+            try:
+                row = parse_object(line, self.config.source_decimal) if is_json else {"value": line}
+            except (ValueError, RecursionError):
+                if not file.rows and line.lstrip().startswith("["):
+                    raise BadFileError(
+                        "it is a JSON array: one object a line is needed, as `jq -c .[]` makes it"
+                    ) from None
+                file.malformed += 1
+                malformed.append((file.records, line))
+            else:
+                file.rows += 1
+                named = {name.strip() or "column_0": value for name, value in row.items()}
+                found |= {keys.setdefault(name.lower(), name): None for name in named}
+                rows.append((file.records, {name.lower(): value for name, value in named.items()}))
+            size += len(line)
+            if size > BLOCK:
+                self._stage_objects(file, rows)
+                self._stage_malformed(file, malformed)
+                size = 0
+        self._stage_objects(file, rows)
+        self._stage_malformed(file, malformed)
+        file.columns = column_names(list(found))
+
+    def _scan_sheet(self, file: LandedFile, content: bytes) -> None:
+        """Stages the records of the first sheet of an Excel file; its first row that is not blank is the header."""
+        import python_calamine
+
+        try:
+            sheet = python_calamine.load_workbook(io.BytesIO(content)).get_sheet_by_index(0)
+        except (python_calamine.CalamineError, IndexError) as error:
+            raise BadFileError(f"it cannot be read as an Excel file: {error}") from None
+        texts = ([cell_text(cell, self.config.source_decimal) for cell in row] for row in sheet.iter_rows())
+        rows = (row for row in texts if any(row))
+        file.columns = column_names([text or "" for text in next(rows, ())])
+        while batch := list(itertools.islice(rows, BATCH)):
+            numbers = range(file.rows + 1, file.rows + len(batch) + 1)
+            file.rows += len(batch)
+            self._stage(file, file.columns, list(zip(*batch, strict=True)), numbers)
+        if file.columns and not file.rows:
+            self._stage(file, file.columns, [()] * len(file.columns), ())
+
+    def _stage_objects(self, file: LandedFile, rows: list[tuple[int, dict[str, str | None]]]) -> None:
+        if rows:
+            keys = self.keys[file.table]
+            columns = [[row.get(key) for _, row in rows] for key in keys]
+            self._stage(file, list(keys.values()), columns, [number for number, _ in rows])
+            rows.clear()
+
+    def _stage_malformed(self, file: LandedFile, rows: list[tuple[int, str]]) -> None:
+        """Stages malformed records verbatim."""
+        if rows:
+            numbers, texts = zip(*rows, strict=True)
+            self._stage(file, ["_record"], [texts], numbers, is_malformed=True)
+            rows.clear()
+
+    def _stage(
+        self,
+        file: LandedFile,
+        names: Sequence[str],
+        columns: Sequence[Any],
+        numbers: Any,
+        *,
+        is_malformed: bool = False,
+    ) -> None:
+        """Adds records to those of files with the same columns; `numbers` are those of the records in their file."""
+        import pyarrow as pa
+
+        key = (file.table, tuple(names), is_malformed)
+        if key not in self.staged:
+            folder = os.path.join(self.folder, f"{len(self.staged)}.staged")
+            os.mkdir(folder)
+            self.staged[key] = Staged(Part(file.table, names, folder, is_malformed=is_malformed), set(), [])
+        staged = self.staged[key]
+        staged.deliveries.add(file.delivery)
+        texts = [pa.array(values, pa.string()) if isinstance(values, list | tuple) else values for values in columns]
+        path = os.fsencode(file.path).decode(errors="replace")
+        table = pa.table(
+            {
+                **{f"c{number}": values for number, values in enumerate(texts)},
+                "_delivery": pa.repeat(pa.scalar(file.delivery, pa.int64()), len(numbers)),
+                "_source_file": pa.repeat(path, len(numbers)),
+                "_source_row": pa.array(numbers, pa.int64()),
+            }
+        )
+        staged.pending.append(table)
+        self.pending_bytes += table.nbytes
+        if self.pending_bytes > PENDING:
+            self._write_pending()
+
+    def _write_pending(self) -> None:
+        if not self.staged:
+            return
+        import pyarrow as pa
+        import pyarrow.parquet
+
+        for staged in self.staged.values():
+            if staged.pending:
+                path = os.path.join(staged.part.staged, f"{secrets.token_hex(8)}.parquet")
+                pyarrow.parquet.write_table(pa.concat_tables(staged.pending), path, write_statistics=False)
+                staged.pending.clear()
+        self.pending_bytes = 0
 
 
-@contextlib.contextmanager
-def csv_field_limit(characters: int) -> Iterator[None]:
-    """Sets how long a field of CSV may be, for Python's reader, for the duration of the block."""
-    before = csv.field_size_limit(characters)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)
-
-
-class HashedFile(io.FileIO):
+class HashedFile(io.RawIOBase):
     """Reads a file, and computes the SHA-256 of what has been read."""
 
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
+    def __init__(self, file: Any) -> None:
+        self.file = file
         self.sha256 = hashlib.sha256()
 
+    def readable(self) -> bool:
+        return True
+
     def readinto(self, buffer: Any) -> int:
-        size = super().readinto(buffer) or 0
+        size: int = self.file.readinto(buffer)
         self.sha256.update(memoryview(buffer)[:size])
         return size
 
 
-def regular_lines(block: str, width: int, delimiter: str, quote: str) -> int:
-    """Returns the number of lines if each is a record of so many fields, with simple quotes if any; else 0.
-
-    Without quotes, only delimiters and ends of lines are left when all other characters are deleted. Both ways take a
-    fraction of the time of Python's reader of CSV.
-    """
-    newline = next((end for end in ("\r\n", "\n", "\r") if block.endswith(end)), None)
-    if not (width and newline and (delimiter + quote).isascii()) or len(block) > FIELD_LIMIT:
-        return 0
-    if quote not in block:
-        others = bytes({*range(256)} - {*f"{delimiter}\r\n".encode()})
-        left = block.encode(errors="surrogatepass").translate(None, others)
-        line = (delimiter * (width - 1) + newline).encode()
-        number = len(left) // len(line)
-        return number if left == line * number else 0
-    if (delimiter + quote).split() != [delimiter + quote]:
-        return 0  # a delimiter would pass for the space before a quote
-    d, q = re.escape(delimiter), re.escape(quote)
-    field = rf"(?:{q}[^{q}\r\n]*+(?<!\s){q}|[^{d}{q}\r\n]*+)"
-    is_regular = re.fullmatch(f"(?:{field}(?:{d}{field}){{{width - 1}}}{newline})*+", block)
-    return block.count(newline) if is_regular else 0
-
-
-def csv_records(
-    block: str, text: TextIO, delimiter: str, quote: str, number: int = 1
-) -> Iterator[tuple[list[str], list[str]]]:
-    """Returns the fields and the lines of each record that begins in a block of lines; the last may end beyond it.
-
-    `number` is that of the first line, for messages.
+class Utf8Text(io.RawIOBase):
+    """Reads text as UTF-8. A byte order mark tells the encoding; without one, it is the given one.
 
     Raises:
-        BadFileError: a quote is not closed, or not doubled, or a field is too long.
+        BadFileError: bytes that are not text in the encoding.
     """
+
+    def __init__(self, binary: io.BufferedReader, encoding: str) -> None:
+        self.binary = binary
+        start = binary.peek(3)
+        if start.startswith(codecs.BOM_UTF8):
+            binary.read(3)
+            encoding = "utf-8"
+        elif start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            encoding = "utf-16"
+        self.encoding = encoding
+        self.decoder = codecs.getincrementaldecoder(encoding)()
+        self.end = ""  # what to add as a last line
+        self.line = 1
+        self.ends_line = True
+        self.decoded = memoryview(b"")
+        self.is_complete = False
+
+    def readable(self) -> bool:
+        return True
+
+    def head(self) -> str:
+        """Returns the first MB of what is not yet read."""
+        self._decode(2**20)
+        return bytes(self.decoded).decode(errors="ignore")  # a character may be cut
+
+    def skip(self, text: str) -> None:
+        """Skips a text of the head."""
+        self.decoded = self.decoded[len(text.encode()) :]
+
+    def readinto(self, buffer: Any) -> int:
+        filled = 0
+        while filled < len(buffer):
+            self._decode(len(buffer))
+            if not self.decoded:
+                break
+            size = min(len(buffer) - filled, len(self.decoded))
+            buffer[filled : filled + size] = self.decoded[:size]
+            self.decoded = self.decoded[size:]
+            filled += size
+        return filled
+
+    def _decode(self, size: int) -> None:
+        while not (self.decoded or self.is_complete):
+            given = self.binary.read(size)
+            self.is_complete = not given
+            try:
+                text = self.decoder.decode(given, not given)
+            except UnicodeDecodeError as error:
+                line = self.line + error.object[: error.start].count(b"\n")
+                raise BadFileError(
+                    f"line {line:,}: {self.encoding!r} can't decode byte 0x{error.object[error.start]:02x} "
+                    f"({error.reason}); see --source-encoding"
+                ) from None
+            self.line += text.count("\n")
+            if text:
+                self.ends_line = text[-1] in "\r\n"
+            if self.is_complete and self.end:
+                text += self.end if self.ends_line else f"\n{self.end}"
+            # Bytes of UTF-8 are passed on as they are: encoding takes as long as decoding.
+            self.decoded = memoryview(given if given and self.encoding in ("utf-8", "ascii") else text.encode())
+
+
+@contextlib.contextmanager
+def open_landed(path: str) -> Iterator[HashedFile]:
+    """Opens a file, or a member of a zip file. Raises BadFileError."""
+    archive, member = split_member(path)
+    with contextlib.ExitStack() as stack:
+        if member:
+            opened = stack.enter_context(zipfile.ZipFile(archive))
+            try:
+                content: Any = stack.enter_context(opened.open(member))
+            except (KeyError, RuntimeError) as error:  # it is encrypted, or compressed in an unknown way
+                raise BadFileError(str(error.args[0])) from None
+        else:
+            content = stack.enter_context(open(path, "rb", buffering=0))
+        yield HashedFile(content)
+
+
+def split_member(path: str) -> tuple[str, str]:
+    """Returns the path of a zip file and the name of a member; other paths have no member."""
+    if (found := re.match(r"(.*?[.]zip)/(.+)", path, re.IGNORECASE | re.DOTALL)) and os.path.isfile(found[1]):
+        return found[1], found[2]
+    return path, ""
+
+
+def zip_members(path: str) -> list[tuple[str, int]]:
+    """Returns the names and sizes of the files in a zip file that can be read. Raises BadFileError."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [(member.filename, member.file_size) for member in archive.infolist() if not member.is_dir()]
+    except zipfile.BadZipFile as error:
+        raise BadFileError(f"it cannot be read as a zip file: {error}") from None
+    return [
+        (name, size)
+        for name, size in members
+        if not any(UNFINISHED.fullmatch(part) or part == "__MACOSX" for part in name.split("/"))
+        and FILE_FORMATS.get(LandedFile("", name, 0, 0).suffix, "parquet") != "parquet"
+    ]
+
+
+def read_header(text: Utf8Text, suffix: str, config: DataPipelineConfig) -> tuple[str, list[str]]:
+    """Reads the header of CSV; returns the delimiter and the fields. Raises BadFileError.
+
+    The delimiter is that of the settings, else of a first line `sep=;`, else the one that gives the most fields.
+    """
+    head, quote = text.head(), config.source_quote
+    if named := re.match(rf"({re.escape(quote)}?)sep=([^\r\n])\1(\r\n?|\n|$)", head):
+        text.skip(named[0])
+        head = head[len(named[0]) :]
     lines: list[str] = []
 
-    def remembered() -> Iterator[str]:
-        for line in io.StringIO(block, newline=""):
-            lines.append(line)
-            yield line
-        while lines and (line := text.readline()):  # none are left once the last record is complete
-            lines.append(line)
-            yield line
+    def record(delimiter: str, strict: bool) -> list[str]:
+        lines.clear()
+        text_lines = io.StringIO(head, newline="")
+        recorded = (lines.append(line) or line for line in text_lines)  # type: ignore[func-returns-value]
+        return next(filter(None, csv.reader(recorded, delimiter=delimiter, quotechar=quote, strict=strict)), [])
 
+    def number_of_fields(delimiter: str) -> int:
+        try:
+            return len(record(delimiter, strict=False))
+        except csv.Error:
+            return 0
+
+    candidates = "\t,;|" if suffix == ".tsv" else ",;\t|"
+    likely = max((one for one in candidates if one != quote), key=number_of_fields)
+    delimiter = config.source_delimiter or (named[2] if named else likely)
     try:
-        for record in csv.reader(remembered(), delimiter=delimiter, quotechar=quote, strict=True):
-            yield record, lines
-            number += len(lines)
-            lines.clear()
+        header = record(delimiter, strict=True)
     except csv.Error as error:
-        raise BadFileError(
-            f"line {number}: {error}; is a quote not closed, or one within a text not doubled?"
-        ) from None
+        raise BadFileError(f"its header cannot be read: {error}; is a quote not closed?") from None
+    text.skip("".join(lines))
+    text.decoded = memoryview(codecs.BOM_UTF8 + text.decoded)  # pyarrow skips one: not that of a value
+    return delimiter, header
+
+
+def open_csv(text: Utf8Text, width: int, delimiter: str, quote: str, keep: Callable[[Any], str]) -> Iterable[Any]:
+    """Returns the records of CSV in batches of Arrow; calls `keep` with each record of another number of fields."""
+    import pyarrow as pa
+    from pyarrow import csv as arrow_csv
+
+    names = [f"c{number}" for number in range(width)]
+    reader: Iterable[Any] = arrow_csv.open_csv(
+        text,
+        arrow_csv.ReadOptions(use_threads=False, block_size=BLOCK, column_names=names),
+        arrow_csv.ParseOptions(
+            delimiter=delimiter,
+            quote_char=quote,
+            newlines_in_values=True,
+            ignore_empty_lines=width > 1,  # in a single column, they are null
+            invalid_row_handler=keep,
+        ),
+        arrow_csv.ConvertOptions(
+            check_utf8=False,  # it has been decoded
+            column_types=dict.fromkeys(names, pa.string()),
+            null_values=[""],
+            strings_can_be_null=True,
+            quoted_strings_can_be_null=False,
+        ),
+    )
+    return reader
+
+
+def row_numbers(first: int, count: int, malformed: collections.deque[int]) -> tuple[Any, int]:
+    """Returns the numbers of so many valid records, and the first number after them.
+
+    The numbers of malformed records, in order, are left out; those that have been passed are removed.
+    """
+    import pyarrow as pa
+
+    runs = []
+    while malformed and (run := malformed[0] - first) < count:
+        runs.append(pa.arange(first, first + run))
+        count -= run
+        first = malformed.popleft() + 1
+    return pa.concat_arrays([*runs, pa.arange(first, first + count)]), first + count
+
+
+def cell_text(value: Any, decimal: str) -> str | None:
+    """Returns the value of an Excel cell as text, numbers with this decimal separator."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):  # Excel shows at most 15 digits
+        exact = int(value) if value.is_integer() else Decimal(f"{value:.15g}")
+        return f"{exact:f}".replace(".", decimal) if isinstance(exact, Decimal) else str(exact)
+    if isinstance(value, datetime):
+        return value.isoformat(sep=" ") if value.time() != value.min.time() else value.date().isoformat()
+    return str(value) if value != "" else None
 
 
 def scan_parquet(connection: duckdb.DuckDBPyConnection, file: LandedFile, path: str) -> tuple[tuple[str, str], ...]:
@@ -4299,7 +4405,9 @@ def parse_object(line: str, decimal: str = ".") -> dict[str, str | None]:
     parsed = json.loads(line, object_pairs_hook=unique, parse_constant=no_number, **numbers)
     if not isinstance(parsed, dict):
         raise ValueError("it is no object")
-    return {name: landed(value) for name, value in parsed.items()}
+    values = {name: landed(value) for name, value in parsed.items()}
+    "".join(text for item in values.items() for text in item if text).encode()  # half a character is an error
+    return values
 
 
 def column_names(header: Sequence[str]) -> list[str]:
@@ -4312,11 +4420,6 @@ def column_names(header: Sequence[str]) -> list[str]:
     if ours := [name for name in lower if name in reserved or name.startswith("_typed_")]:
         raise BadFileError(f"a column is called {ours[0]}, a name that the pipeline needs itself")
     return found
-
-
-def without_newline(lines: Iterable[str]) -> str:
-    """Returns the text of a record without the end of its last line."""
-    return "".join(lines).rstrip("\r\n")
 
 
 def required_columns(table: Table) -> list[str]:
@@ -4366,66 +4469,6 @@ def sql_name(column: str) -> str:
 def spark_text(text: str) -> str:
     """Returns a text as a literal of Spark SQL; what is not UTF-8 is replaced."""
     return "'{}'".format(os.fsencode(text).decode(errors="replace").replace("\\", "\\\\").replace("'", "\\'"))
-
-
-def text_columns(columns: Iterable[str]) -> str:
-    """Returns DuckDB's declaration of columns of text."""
-    return "{" + ", ".join(f"{column}: 'VARCHAR'" for column in columns) + "}"
-
-
-def read_csv(paths: Iterable[str], width: int, delimiter: str, quote: str, in_place: bool) -> str:
-    """Returns DuckDB's table of CSV files with the columns c0, c1 and so on; a copy begins with the record's number."""
-    columns = text_columns([*([] if in_place else ["_source_row"]), *(f"c{n}" for n in range(width))])
-    return (
-        f"read_csv([{', '.join(map(sql_text, paths))}], columns = {columns}, filename = true, auto_detect = false, "
-        f"header = true, delim = {sql_text(delimiter)}, quote = {sql_text(quote)}, escape = {sql_text(quote)}, "
-        f"allow_quoted_nulls = false, max_line_size = {4 * FIELD_LIMIT}, buffer_size = {8 * FIELD_LIMIT})"
-    )
-
-
-def read_objects(paths: Iterable[str], width: int) -> str:
-    """Returns DuckDB's table of files of JSON objects, one a line, with the keys c0, c1 and so on."""
-    columns = text_columns(["_source_row", *(f"c{n}" for n in range(width))])
-    return (
-        f"read_json([{', '.join(map(sql_text, paths))}], columns = {columns}, format = 'newline_delimited', "
-        f"filename = true, maximum_object_size = {4 * FIELD_LIMIT})"
-    )
-
-
-def numbered(reading: str, width: int, files: Sequence[LandedFile], in_place: bool = False) -> str:
-    """Returns the query of the records in files, with the number of each in its file: by its place, or as copied."""
-    starts = itertools.accumulate((file.rows if in_place else 0 for file in files), initial=0)
-    places = ", ".join(
-        f"({file.delivery}, {sql_text(file.path)}, {start})" for file, start in zip(files, starts, strict=False)
-    )
-    row = "row_number() OVER ()" if in_place else "CAST(_source_row AS BIGINT)"
-    columns = "".join(f"c{n}, " for n in range(width))
-    return f"""
-        SELECT {columns}number - start AS _source_row, _delivery, _source_file
-        FROM (SELECT *, {row} AS number, CAST(regexp_extract(filename, '(\\d+)[.]\\w+$', 1) AS BIGINT) AS _delivery
-            FROM {reading})
-        JOIN (VALUES {places}) AS places(_delivery, _source_file, start) USING (_delivery)"""
-
-
-def check_counts(connection: duckdb.DuckDBPyConnection, staged: str, width: int, files: Sequence[LandedFile]) -> None:
-    """Marks the files of which DuckDB has found other records, or ends of lines within them, than Python did.
-
-    Header, records, the ends of lines within them, malformed and blank lines are then all lines of a file.
-    """
-    values = f"concat_ws('|', {', '.join(f'c{n}' for n in range(width))})"
-    # Few files have any: others need not be searched for them.
-    within = f"sum(len(regexp_extract_all({values}, '\\r\\n?|\\n')))" if any(file.within for file in files) else "0"
-    query = f"""
-        SELECT _delivery, count(*) AS n, min(_source_row) AS least, max(_source_row) AS most, {within} AS within
-        FROM {sql_text(staged)} GROUP BY 1"""
-    found = {row["_delivery"]: row for row in ask_duckdb(connection, query)}
-    for file in files:
-        row = found.get(file.delivery, {"n": 0, "least": 1, "most": 0, "within": 0})
-        if row["n"] != file.rows or row["least"] < 1 or row["most"] > file.records or row["within"] != file.within:
-            found_by = f"Python finds {file.rows:,} records in it, DuckDB {row['n']:,}"
-            if row["n"] == file.rows:
-                found_by = f"Python finds {file.within:,} newlines in its values, DuckDB {row['within']:,}"
-            file.leave_out(f"{found_by}: is its quoting consistent?")
 
 
 def find_damage(parts: Iterable[Part], files: Iterable[LandedFile]) -> str | None:

@@ -145,7 +145,7 @@ def test_master_that_spark_itself_is_given(arguments: str, tmp_path: Path, monke
         ({"data_dir": "/data/{a,b}"}, "must not contain '{'"),
         ({"source_dir": "/no/such/folder"}, "there is no folder /no/such/folder"),
         ({"source_dir": "$NO_SUCH_VARIABLE"}, r"source_dir names \$NO_SUCH_VARIABLE, which does not exist"),
-        ({"source_delimiter": ",,"}, "source_delimiter must be one character, or tab"),
+        ({"source_delimiter": ",,"}, "source_delimiter must be one ASCII character, or tab"),
         ({"source_encoding": "utf-7000"}, "source_encoding must be an encoding such as utf-8"),
         ({"source_time_zone": "Mars/North"}, "source_time_zone must be a time zone such as Europe/Berlin"),
         ({"payment_methods": "paypal;visa"}, "payment_methods must be names separated by commas"),
