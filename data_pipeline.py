@@ -95,6 +95,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Protocol,
 
 if TYPE_CHECKING:
     import duckdb
+    import pyarrow as pa
     from pyspark.sql import Column, DataFrame, SparkSession
     from pyspark.sql import functions as F
 else:
@@ -3790,8 +3791,8 @@ FILE_FORMATS: Mapping[str, str] = {
 }  # fmt: skip
 UNFINISHED = re.compile(r"[._].*|.*[.](tmp|part|_COPYING_)")  # names of files that are still being written
 LANDED_COLUMNS: Mapping[str, str] = {"_delivery": "bigint", "_source_file": "string", "_source_row": "bigint"}
-BLOCK = 8 * 2**20  # bytes of text that are parsed together; no record may be longer
-PENDING = 64 * 2**20  # bytes of records that wait to be written
+BLOCK = 4 * 2**20  # bytes of text that are parsed together; no record may be longer
+PENDING = 16 * 2**20  # bytes of records that wait to be written
 BATCH = 10_000  # rows that are staged together, where they are Python's
 END = secrets.token_hex(8)  # begins a record that marks the end of CSV
 
@@ -3909,12 +3910,48 @@ class Part(NamedTuple):
     is_malformed: bool = False
 
 
-class Staged(NamedTuple):
-    """Records of the text files that have the same columns, on their way into a folder of Parquet files."""
+class Staging:
+    """Writes the records of text files into Parquet, those of files with the same columns into one folder."""
 
-    part: Part
-    deliveries: set[int]
-    pending: list[Any]  # tables of Arrow that are not yet written
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.parts: dict[Any, Part] = {}  # by table, columns, and whether the records are malformed
+        self.deliveries: dict[str, set[int]] = {}  # by folder, as `pending` is
+        self.pending: dict[str, list[pa.Table]] = {}
+        self.bytes = 0
+
+    def add(
+        self, file: LandedFile, names: Sequence[str], columns: Iterable[Any], rows: Any, is_malformed: bool = False
+    ) -> None:
+        """Adds records of a file, by columns of text; `rows` are their numbers in the file."""
+        import pyarrow as pa
+
+        key = (file.table, tuple(names), is_malformed)
+        if key not in self.parts:
+            folder = os.path.join(self.folder, f"{len(self.parts)}.staged")
+            os.mkdir(folder)
+            self.parts[key] = Part(file.table, names, folder, is_malformed=is_malformed)
+        folder = self.parts[key].staged
+        table = {f"c{number}": pa.array(texts, pa.string()) for number, texts in enumerate(columns)}
+        table["_delivery"] = pa.repeat(pa.scalar(file.delivery, pa.int64()), len(rows))
+        table["_source_file"] = pa.repeat(os.fsencode(file.path).decode(errors="replace"), len(rows))
+        table["_source_row"] = pa.array(rows, pa.int64())
+        self.pending.setdefault(folder, []).append(pa.table(table))
+        self.deliveries.setdefault(folder, set()).add(file.delivery)
+        self.bytes += self.pending[folder][-1].nbytes
+        if self.bytes > PENDING:
+            self.write()
+
+    def write(self) -> None:
+        """Writes what has been added since the last call."""
+        for folder, tables in self.pending.items():
+            import pyarrow as pa
+            from pyarrow import parquet
+
+            path = os.path.join(folder, f"{secrets.token_hex(8)}.parquet")
+            parquet.write_table(pa.concat_tables(tables), path, write_statistics=False)
+        self.pending.clear()
+        self.bytes = 0
 
 
 class FileReader:
@@ -3924,8 +3961,7 @@ class FileReader:
         self.root = root
         self.folder = folder
         self.config = config
-        self.staged: dict[Any, Staged] = {}  # by table, columns, and whether the records are malformed
-        self.pending_bytes = 0
+        self.staging = Staging(folder)
         # The keys of the objects of each table by their lower case: files may spell them differently.
         self.keys: dict[str, dict[str, str]] = {}
         self.parquet_types: dict[int, tuple[tuple[str, str], ...]] = {}
@@ -3948,7 +3984,7 @@ class FileReader:
                     if re.search(DISK_FULL, str(error)):
                         raise
                     file.leave_out(str(error) or type(error).__name__)
-        self._write_pending()
+        self.staging.write()
         readable = {file.delivery: file for file in files if not file.problem}
         in_place: dict[Any, dict[int, str]] = {}
         for number, file in readable.items():
@@ -3956,7 +3992,8 @@ class FileReader:
                 in_place.setdefault((file.table, types), {})[number] = self._link(file)
         for file in files:
             self._check_unchanged(file)
-        return [staged.part for staged in self.staged.values() if staged.deliveries & readable.keys()] + [
+        deliveries = self.staging.deliveries
+        return [part for part in self.staging.parts.values() if deliveries[part.staged] & readable.keys()] + [
             Part(table, readable[next(iter(links))].columns, landed=links) for (table, _), links in in_place.items()
         ]
 
@@ -4019,13 +4056,13 @@ class FileReader:
                 self._stage_malformed(file, malformed)
             return "skip"
 
-        self._stage(file, file.columns, [()] * len(header), ())
+        self.staging.add(file, file.columns, [()] * len(header), ())
         following = 1
         try:
             for batch in open_csv(text, len(header), delimiter, self.config.source_quote, keep):
                 valid, following = row_numbers(following, batch.num_rows, numbers)
                 file.rows += batch.num_rows
-                self._stage(file, file.columns, batch.columns, valid)
+                self.staging.add(file, file.columns, batch.columns, valid)
         except pa.ArrowInvalid:
             raise BadFileError(
                 f"record {file.records + 1:,} has more than {BLOCK // 2**20} MB: is a quote not closed?"
@@ -4083,70 +4120,23 @@ class FileReader:
         while batch := list(itertools.islice(rows, BATCH)):
             numbers = range(file.rows + 1, file.rows + len(batch) + 1)
             file.rows += len(batch)
-            self._stage(file, file.columns, list(zip(*batch, strict=True)), numbers)
+            self.staging.add(file, file.columns, list(zip(*batch, strict=True)), numbers)
         if file.columns and not file.rows:
-            self._stage(file, file.columns, [()] * len(file.columns), ())
+            self.staging.add(file, file.columns, [()] * len(file.columns), ())
 
     def _stage_objects(self, file: LandedFile, rows: list[tuple[int, dict[str, str | None]]]) -> None:
         if rows:
             keys = self.keys[file.table]
             columns = [[row.get(key) for _, row in rows] for key in keys]
-            self._stage(file, list(keys.values()), columns, [number for number, _ in rows])
+            self.staging.add(file, list(keys.values()), columns, [number for number, _ in rows])
             rows.clear()
 
     def _stage_malformed(self, file: LandedFile, rows: list[tuple[int, str]]) -> None:
         """Stages malformed records verbatim."""
         if rows:
             numbers, texts = zip(*rows, strict=True)
-            self._stage(file, ["_record"], [texts], numbers, is_malformed=True)
+            self.staging.add(file, ["_record"], [texts], numbers, is_malformed=True)
             rows.clear()
-
-    def _stage(
-        self,
-        file: LandedFile,
-        names: Sequence[str],
-        columns: Sequence[Any],
-        numbers: Any,
-        *,
-        is_malformed: bool = False,
-    ) -> None:
-        """Adds records to those of files with the same columns; `numbers` are those of the records in their file."""
-        import pyarrow as pa
-
-        key = (file.table, tuple(names), is_malformed)
-        if key not in self.staged:
-            folder = os.path.join(self.folder, f"{len(self.staged)}.staged")
-            os.mkdir(folder)
-            self.staged[key] = Staged(Part(file.table, names, folder, is_malformed=is_malformed), set(), [])
-        staged = self.staged[key]
-        staged.deliveries.add(file.delivery)
-        texts = [pa.array(values, pa.string()) if isinstance(values, list | tuple) else values for values in columns]
-        path = os.fsencode(file.path).decode(errors="replace")
-        table = pa.table(
-            {
-                **{f"c{number}": values for number, values in enumerate(texts)},
-                "_delivery": pa.repeat(pa.scalar(file.delivery, pa.int64()), len(numbers)),
-                "_source_file": pa.repeat(path, len(numbers)),
-                "_source_row": pa.array(numbers, pa.int64()),
-            }
-        )
-        staged.pending.append(table)
-        self.pending_bytes += table.nbytes
-        if self.pending_bytes > PENDING:
-            self._write_pending()
-
-    def _write_pending(self) -> None:
-        if not self.staged:
-            return
-        import pyarrow as pa
-        import pyarrow.parquet
-
-        for staged in self.staged.values():
-            if staged.pending:
-                path = os.path.join(staged.part.staged, f"{secrets.token_hex(8)}.parquet")
-                pyarrow.parquet.write_table(pa.concat_tables(staged.pending), path, write_statistics=False)
-                staged.pending.clear()
-        self.pending_bytes = 0
 
 
 class HashedFile(io.RawIOBase):
@@ -4316,20 +4306,14 @@ def open_csv(text: Utf8Text, width: int, delimiter: str, quote: str, keep: Calla
         text,
         arrow_csv.ReadOptions(use_threads=False, block_size=BLOCK, column_names=names),
         arrow_csv.ParseOptions(
-            delimiter=delimiter,
-            quote_char=quote,
-            newlines_in_values=True,
+            delimiter=delimiter, quote_char=quote, newlines_in_values=True, invalid_row_handler=keep,
             ignore_empty_lines=width > 1,  # in a single column, they are null
-            invalid_row_handler=keep,
         ),
         arrow_csv.ConvertOptions(
-            check_utf8=False,  # it has been decoded
-            column_types=dict.fromkeys(names, pa.string()),
-            null_values=[""],
-            strings_can_be_null=True,
-            quoted_strings_can_be_null=False,
+            column_types=dict.fromkeys(names, pa.string()), null_values=[""], strings_can_be_null=True,
+            quoted_strings_can_be_null=False, check_utf8=False,  # it has been decoded
         ),
-    )
+    )  # fmt: skip
     return reader
 
 

@@ -329,7 +329,7 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "unclosed quote in a large file": (
         "t.csv",
         b'id,name\n1,a\n2,"b\n' + b"3,cccccccccc\n" * 2**21,
-        "record 2 has more than 8 MB: is a quote not",
+        "record 2 has more than 4 MB: is a quote not",
     ),
     "wrong encoding of a malformed record": ("t.csv", b"id,name\n1,a\n2,\xff,3\n", "line 3: 'utf-8' can't decode"),
     "half of UTF-16": ("t.csv", "id,name\n1,a\n".encode("utf-16")[:-1], "'utf-16' can't decode"),
