@@ -754,7 +754,7 @@ def test_models_in_a_folder_of_their_own(
     models = land(tmp_path / "models", {"transactions.sql": model})
     with pytest.raises(PipelineError, match=r"transactions\.sql cannot be used"):
         delivered(spark, landed({"transactions.sql": "SELECT nothing FROM transactions"}))
-    [row] = delivered(spark, landed({}, models_dir=models))
+    [row] = delivered(spark, landed({}, models=models))
     assert (row["transaction_id"], row["product_id"]) == ("T1", "A")
 
 
@@ -834,7 +834,7 @@ def test_example_of_the_docs(small: Small, spark: SparkSession) -> None:
     assert record.quality["transactions"].superseded == 1
     page = html_report([record], record)
     assert "Quarantined rows of transactions by file" in page and "transactions/2026-02-27.jsonl" in page
-    files = f'data_pipeline_delivery_files{{data_dir="{record.data_dir}",table="transactions"}} 2.0'
+    files = f'data_pipeline_delivery_files{{data_dir="{record.data_dir}",source="transactions"}} 2.0'
     assert files in metrics([record], record)
 
 
@@ -848,7 +848,7 @@ def test_public_data_set(small: Small, spark: SparkSession, tmp_path: Path) -> N
     [wheel] = tmp_path.glob("*.whl")
     text = zipfile.Path(wheel, "lifetimes/datasets/CDNOW_master.txt").read_bytes()
     source = land(tmp_path / "cdnow", {"transactions/CDNOW_master.txt": text})
-    record = run_pipeline(small(source_dir=source, models_dir=str(DOCS / "cdnow"), settle_seconds=0), spark)
+    record = run_pipeline(small(source_dir=source, models=str(DOCS / "cdnow"), settle_seconds=0), spark)
     columns = ["customer", "day", "discs", "dollars"]
     bought = pd.read_csv(io.BytesIO(text), sep=r"\s+", header=0, names=columns, dtype={"dollars": str})
     bought["dollars"] = bought["dollars"].map(Decimal)
