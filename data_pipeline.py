@@ -1543,6 +1543,9 @@ READY_MODELS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "models"
 TEXTS_AND_COMMENTS = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|(`[^`]*`)|--[^\n]*|/\*.*?\*/""", re.DOTALL)
 AGGREGATES_OR_JOINS = r"DISTINCT|GROUP\s+BY|UNION|JOIN|LATERAL\s+VIEW|(POS)?EXPLODE(_OUTER)?|EXCEPT|MINUS|INTERSECT"
 
+# The words that end a list of tables, or stand in place of one.
+NO_TABLES = "SELECT|WITH|VALUES|WHERE|GROUP|ORDER|HAVING|LIMIT|UNION|EXCEPT|MINUS|INTERSECT|WINDOW|QUALIFY"
+
 
 @dataclass(frozen=True)
 class Model:
@@ -1635,32 +1638,28 @@ def sources_in(statement: str) -> Iterator[str]:
 
     Names that WITH defines are left out from where they are defined: `WITH a AS (SELECT … FROM a)` reads a source.
     """
-    levels, defined = [_Parenthesis()], set()
-    tokens = ["", "", *re.findall(r"`[^`]*`|\w+|[^\s\w]", statement), ""]
-    for before, previous, token, following in zip(tokens, tokens[1:], tokens[2:], tokens[3:], strict=False):
-        level, word = levels[-1], token.upper()
-        if token == "(":
+    levels, defined = [_Parenthesis()], {""}
+    words = ["", "", *re.findall(r"`[^`]*`|\w+|[^\s\w]", statement), ""]
+    for before, previous, word, following in zip(words, words[1:], words[2:], words[3:], strict=False):
+        level, keyword = levels[-1], word.upper()
+        if word == "(":
             defines = before.strip("`").lower() if previous.upper() == "AS" else ""
             levels.append(_Parenthesis(previous.upper(), defines, level.expects_table, level.expects_table))
             level.expects_table = False
-        elif token == ")":
-            defined |= {level.defines}
+        elif word == ")":
+            defined.add(level.defines)
             levels = levels[:-1] or [_Parenthesis()]
-        elif word in ("FROM", "JOIN"):
+        elif keyword in ("FROM", "JOIN"):
             # EXTRACT(YEAR FROM day) and IS DISTINCT FROM name no tables.
-            is_clause = previous.upper() != "DISTINCT" and (
-                level.function not in ("EXTRACT", "TRIM", "SUBSTRING", "SUBSTR", "OVERLAY")
-            )
-            level.in_from = level.expects_table = is_clause
-        elif token == ",":
+            is_function = level.function in ("EXTRACT", "TRIM", "SUBSTRING", "SUBSTR", "OVERLAY")
+            level.in_from = level.expects_table = not is_function and previous.upper() != "DISTINCT"
+        elif word == ",":
             level.expects_table = level.in_from
-        elif re.fullmatch(
-            "SELECT|WITH|VALUES|WHERE|GROUP|ORDER|HAVING|LIMIT|UNION|EXCEPT|MINUS|INTERSECT|WINDOW", word
-        ):
+        elif re.fullmatch(NO_TABLES, keyword):
             level.in_from = level.expects_table = False
-        elif level.expects_table and word != "LATERAL":
+        elif level.expects_table and keyword != "LATERAL":
             level.expects_table = False
-            name = token.strip("`").lower()
+            name = word.strip("`").lower()
             if name not in defined and following not in ("(", "."):
                 yield name
 
@@ -4449,34 +4448,39 @@ def frame_of(engine: Engine, part: Part, files: Sequence[LandedFile]) -> DataFra
 
 
 class KnownExport(NamedTuple):
-    """A file whose header looks like an export that ready models read."""
+    """An export of a system that has ready models: one of their sources, and the columns that they read of it."""
 
-    file: LandedFile
     system: str
     source: str
-    patterns: Sequence[str]
+    patterns: tuple[str, ...]
+    columns: frozenset[str]  # in lower case
 
-    def advice(self, models: str | None) -> str:
+    def share(self, header: Iterable[str]) -> tuple[float, int]:
+        """Returns which share of the columns a file has, and of how many."""
+        given = {name.strip().lower() for name in header}
+        return len(self.columns & given) / len(self.columns), len(self.columns)
+
+    def advice(self, file: LandedFile, models: str | None) -> str:
         """Returns what to do so that the models read the file; nothing where they do."""
         run = "" if models == self.system else f"run with --models {self.system}"
-        claims = claimed([self.file], {"": Model("", "", {self.source: tuple(self.patterns)})}, [])
-        rename = "" if claims[0].source == self.source else f"rename it to match {' or '.join(self.patterns)}"
+        [found] = claimed([file], {"": Model("", "", {self.source: self.patterns})}, [])
+        rename = "" if found.source == self.source else f"rename it to match {' or '.join(self.patterns)}"
         return ", and ".join(filter(None, (run, rename)))
 
 
-def known_exports(headers: Iterable[tuple[LandedFile, Sequence[str]]]) -> Iterator[KnownExport]:
-    """Returns the files whose headers have at least 80 % of the columns that a source of ready models has."""
+def known_exports(headers: Iterable[tuple[LandedFile, Sequence[str]]]) -> Iterator[tuple[LandedFile, KnownExport]]:
+    """Returns the files whose headers have at least 80 % of the columns of an export that ready models read."""
     known = [
-        ({column.lower() for column in columns}, system, source, model.patterns.get(source, (f"{source}.*",)))
+        KnownExport(system, source, model.patterns.get(source, (source,)), frozenset(map(str.lower, columns)))
         for system in ready_models()
         for model in read_models(os.path.join(READY_MODELS, system)).values()
         for source, columns in model.columns.items()
+        if columns
     ]
     for file, header in headers:
-        given = {name.strip().lower() for name in header}
-        shares = [(len(columns & given) / len(columns), len(columns), *export) for columns, *export in known if columns]
-        if shares and (best := max(shares, key=lambda share: share[:2]))[0] >= 0.8:
-            yield KnownExport(file, *best[2:])
+        best = max(known, key=lambda export: export.share(header), default=None)
+        if best and best.share(header)[0] >= 0.8:
+            yield file, best
 
 
 def header_of(path: str) -> list[str]:
@@ -4495,28 +4499,27 @@ def header_of(path: str) -> list[str]:
 def export_hint(source: LandedFiles) -> str:
     """Returns the end of an error when nothing is there for a table: which files look like exports that are known."""
     texts = {file.top: file for file in source.listed if file.suffix in (".csv", ".tsv", ".txt") and not file.problem}
-    found = list(known_exports((file, header_of(os.path.join(source.root, file.path))) for file in texts.values()))
-    advice = {export.advice(source.config.models) for export in found}
-    if not any(advice):
-        return ""
-    systems = list(dict.fromkeys(export.system for export in found))
-    if systems == [source.config.models]:
-        return "".join(f"; {export.file.top}: {text}" for export in found if (text := export.advice(systems[0])))
-    these = shortened([export.file.top for export in found])
-    return f"; {these} look like exports of {' and '.join(systems)}: add --models {systems[0]}"
+    headers = ((file, header_of(os.path.join(source.root, file.path))) for file in texts.values())
+    found = [(file.top, export, export.advice(file, source.config.models)) for file, export in known_exports(headers)]
+    if new := [(top, export.system) for top, export, _ in found if export.system != source.config.models]:
+        tops, systems = ([*dict.fromkeys(values)] for values in zip(*new, strict=True))
+        return f"; these look like exports of {' and '.join(systems)}: add --models {systems[0]} ({shortened(tops)})"
+    return "".join(
+        f"; {top} looks like an export of {export.system}: {advice}" for top, export, advice in found if advice
+    )
 
 
 INSPECTED_BYTES = 100 * MILLION  # of the files of each source, about, that --inspect-source reads
 # Names that others have for columns of the contract, also as the last words of a longer name.
 OTHER_NAMES: Mapping[str, str] = {
-    "transaction_id": "order_id order_no order_number order invoice invoice_no id", "quantity": "qty units pieces count",
-    "customer_id": "customer client user_id buyer id", "product_id": "sku article item product stock_code id",
-    "amount": "total value sum revenue price", "timestamp": "created_at order_date date time datetime day at",
-    "payment_method": "payment paid_by method", "status": "state", "location": "country", "city": "town",
-    "first_name": "given_name forename", "last_name": "family_name surname", "email": "mail e_mail",
-    "signup_date": "created_at registered since", "product_name": "title description name", "supplier": "vendor brand",
-    "category": "group department type", "price": "cost", "stock_quantity": "stock inventory on_hand",
-    "weight_kg": "weight", "created_date": "created_at since date", "is_active": "active enabled",
+    "transaction_id": "order_id order_no order_number order invoice invoice_no id", "status": "state",
+    "quantity": "qty units pieces count", "customer_id": "customer client user_id buyer id",
+    "product_id": "sku article item product stock_code id", "amount": "total value sum revenue price",
+    "timestamp": "created_at order_date date time datetime day at", "payment_method": "payment paid_by method",
+    "location": "country", "city": "town", "first_name": "given_name forename", "last_name": "family_name surname",
+    "email": "mail e_mail", "signup_date": "created_at registered since", "product_name": "title description name",
+    "supplier": "vendor brand", "category": "group department type", "price": "cost", "weight_kg": "weight",
+    "stock_quantity": "stock inventory on_hand", "created_date": "created_at since date", "is_active": "active enabled",
 }  # fmt: skip
 # Formats of dates and times, for Python, which finds the one that fits all values of a sample, and for Spark.
 TIME_FORMATS: Mapping[str, str] = {
@@ -4541,26 +4544,27 @@ def inspect_source(config: DataPipelineConfig) -> Iterator[str]:
     sample = list(sampled(file for file in source.listed if not file.problem))
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(engine), contextlib.ExitStack() as stack:
         engine.start(os.devnull)
-        found = list(dict.fromkeys(file.source for file in source.listed))
-        source.parts = FileReader(source.root, folder, config).read(sample, with_models=found)
-        for name in found:
-            read = [file for file in sample if file.source == name]
-            yield f"{name}: {len(read)} of {[file.source for file in source.listed].count(name)} files read"
+        source.parts = FileReader(source.root, folder, config).read(
+            sample, with_models={file.source for file in sample}
+        )
+        for origin, number in Counter(file.source for file in source.listed).items():
+            read = [file for file in sample if file.source == origin]
+            yield f"{origin}: {len(read)} of {number} files read"
             for file in read:
-                records = f"cannot be read: {file.problem}" if file.problem else f"{file.records:,} records"
+                number_read = f"cannot be read: {file.problem}" if file.problem else f"{file.records:,} records"
                 malformed = f", of which {file.malformed:,} are malformed lines" if file.malformed else ""
-                yield f"  {file.path}: {records}{malformed}"
+                yield f"  {file.path}: {number_read}{malformed}"
         exports = list(known_exports((file, file.columns) for file in sample))
-        for export in exports:
+        for file, export in exports:
             article = "an" if export.source[0] in "aeiou" else "a"
-            looks = f"{export.file.path} looks like {article} {export.source} export of {export.system}"
-            yield ": ".join(filter(None, (looks, export.advice(config.models))))
+            looks = f"{file.path} looks like {article} {export.source} export of {export.system}"
+            yield ": ".join(filter(None, (looks, export.advice(file, config.models))))
         records = source.records(engine, sample)
         source.views = {name: stack.enter_context(engine.view(rows)) for name, rows in records.items()}
         for name, inputs in source.inputs.items():
             yield from ("", f"{name}:")
             if any(file.rows for file in sample if file.source in inputs) or not inputs:
-                yield from inspect_table(engine, source, name, records.get(name))
+                yield from inspect_table(engine, source, name, records)
             else:
                 yield "  there is no record to look at"
             if name not in source.models and not exports:
@@ -4576,12 +4580,11 @@ def sampled(files: Iterable[LandedFile]) -> Iterator[LandedFile]:
             yield file
 
 
-def inspect_table(engine: Engine, source: LandedFiles, name: str, landed: DataFrame | None) -> Iterator[str]:
+def inspect_table(engine: Engine, source: LandedFiles, name: str, records: Mapping[str, DataFrame]) -> Iterator[str]:
     """Returns how each column of a table is filled, and which rules the sample violates."""
     table = TABLES[name]
     try:
-        rows = apply_model(engine.spark, source.models[name], source.views) if name in source.models else landed
-        assert rows is not None
+        rows = apply_model(engine.spark, source.models[name], source.views) if name in source.models else records[name]
         given = {column.strip().lower(): (column, kind) for column, kind in rows.dtypes}
         by = f"by {name}.sql" if name in source.models else "by its name"
         required = required_columns(table)
