@@ -305,7 +305,7 @@ def test_only_finished_files_of_known_formats_are_listed_in_natural_order(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     wanted = ["Orders Export (2).CSV.gz", "all.zip/a.csv", "all.zip/b/c.txt", "customers.csv.gz", "orders/1.csv",
-              "transactions/a=7/2.json", "transactions/a=7/10.JSONL", "transactions/a.xlsx",
+              "transactions/a.xlsx", "transactions/a=7/2.json", "transactions/a=7/10.JSONL",
               "transactions/x [1].csv"]  # fmt: skip
     others = ["customers.csv.tmp", "transactions/.a.csv", "transactions/_a.csv", "transactions/a.csv.part",
               "transactions/a.csv._COPYING_", "transactions/_old/a.csv", "transactions.sql", "controls.csv", ".a/b.csv",
@@ -752,7 +752,7 @@ def test_semicolons_and_comments_at_the_end_of_a_model(model: str, statement: st
         ("WITH t AS (SELECT * FROM t), u AS (SELECT * FROM t, v) SELECT * FROM u JOIN t", "t,v"),
         ("SELECT 'FROM a', \"JOIN b\" -- FROM c\n/* FROM d */ FROM e UNION ALL SELECT * FROM e", "e,e"),
         ("SELECT extract(YEAR FROM day), trim(BOTH 'x' FROM y) FROM a WHERE p IS DISTINCT FROM q", "a"),
-        ("SELECT * FROM range(9), VALUES (1) AS t, schema.name, LATERAL (SELECT 1), a LATERAL VIEW explode(x) y", "a"),
+        ("SELECT * FROM range(9), schema.name, LATERAL (SELECT 1), a LATERAL VIEW explode(x) y, VALUES (1), (b)", "a"),
         ("SELECT 1", ""),
     ],
 )  # fmt: skip
@@ -785,17 +785,15 @@ def test_head_of_a_model_names_files_and_columns(tmp_path: Path) -> None:
         FROM orders JOIN items""")  # fmt: skip
     assert model.patterns == {"orders": ("orders_export*", "Bestellungen", "all/*")}
     assert model.columns == {"orders": ("Name", "Lineitem price (net)")}
-    paths = ["Orders_Export_1.csv", "bestellungen.csv.gz", "Bestellungen/1.csv", "orders.csv", "x.zip/orders_export.csv",
-             "x.zip/items.csv", "items.zip/a.csv", "Items 2.csv"]  # fmt: skip
+    paths = ["Orders_Export_1.csv", "bestellungen.csv.gz", "Bestellungen/1.csv", "orders.csv",
+             "x.zip/orders_export.csv", "x.zip/items.csv", "items.zip/a.csv", "Items 2.csv"]  # fmt: skip
     files = [LandedFile(data_pipeline.source_name(path.partition("/")[0]), path, 0, 0) for path in paths]
     found = claimed(files, {"transactions": model}, ["orders", "items"])
     assert [file.source for file in found] == [
         "orders", "orders", "orders", "orders.csv", "orders", "items", "items", "items_2",
     ]  # fmt: skip
     other = parse_model("products", "-- source sales: *export_1*\nSELECT * FROM sales")
-    with pytest.raises(
-        ConfigurationError, match=r"^Orders_Export_1\.csv is the source orders of transactions\.sql and "
-    ):
+    with pytest.raises(ConfigurationError, match=r"^Orders_Export_1\.csv is the source orders of tran.*sales of prod"):
         claimed(files, {"transactions": model, "products": other}, [])
     assert claimed(files, {"transactions": model, "customers": model}, [])
 
@@ -1027,7 +1025,7 @@ def test_known_exports_are_recognized(ready: Path, landed: Callable[..., DataPip
     assert not any("stock.csv looks like" in line or "model to start from" in line for line in shown)
     with pytest.raises(
         ConfigurationError,
-        match=r"for the table transactions .*; these look like exports of one: add --models one \(orders_export_1\.csv, ",
+        match=r"table transactions .*; these look like exports of one: add --models one \(orders_export_1\.csv, ",
     ):
         open_source(config)
     Path(config.source_dir or "", "orders_export_1.csv").unlink()
