@@ -4568,7 +4568,7 @@ def inspect_source(config: DataPipelineConfig) -> Iterator[str]:
             else:
                 yield "  there is no record to look at"
             if name not in source.models and not exports:
-                yield from proposed_model(name, records, config.source_decimal)
+                yield from proposed_model(name, records)
 
 
 def sampled(files: Iterable[LandedFile]) -> Iterator[LandedFile]:
@@ -4607,53 +4607,42 @@ def inspect_table(engine: Engine, source: LandedFiles, name: str, records: Mappi
         yield f"  {explanation}"
 
 
-def proposed_model(name: str, records: Mapping[str, DataFrame], decimal: str = ".") -> Iterator[str]:
+def proposed_model(name: str, records: Mapping[str, DataFrame]) -> Iterator[str]:
     """Returns a staging model to start from: over the source of its name, else over the one that looks most like it."""
-    table = TABLES[name]
-    contract, required = dict(table.columns()), {*required_columns(table), *table.key}
-    landed = {
-        source: [column for column in rows.columns if column not in LANDED_COLUMNS] for source, rows in records.items()
-    }
-    found: dict[str, dict[str, str]] = {}  # by source: the column that fills each one of the contract
-    for source, columns in landed.items():
-        found[source] = {}
-        for column in sorted(contract, key=lambda column: column not in required):
-            # A column is not taken for another one that has its name.
-            others = contract.keys() - {column}
-            free = [c for c in columns if c not in found[source].values() and c.strip().lower() not in others]
-            if nearest := nearest_column(column, free):
-                found[source][column] = nearest
-    over = name if landed.get(name) else max(found, key=lambda source: len(required & found[source].keys()), default="")
-    if not found.get(over) or contract.keys() <= {column.lower() for column in landed[over]}:
+    table, found = TABLES[name], {source: matched_columns(name, rows.columns) for source, rows in records.items()}
+    required = {*required_columns(table), *table.key}
+    over = name if found.get(name) else max(found, key=lambda source: len(required & found[source].keys()), default="")
+    if not found.get(over) or dict(table.columns()).keys() <= {column.lower() for column in records[over].columns}:
         return
     sample = records[over].select(*map(quoted, found[over].values())).limit(1_000).collect()
-    lines = []
-    for column, kind in ((column, kind) for column, kind in contract.items() if column in found[over]):
-        values = [str(row[found[over][column]]) for row in sample if row[found[over][column]] is not None]
-        others = {value.strip().lower() for value in values} - {*STATUSES} if column == "status" else set()
-        remark = f"  -- map by CASE: {', '.join(sorted(others))}" if others else ""
+    columns, remarks = [], [f"{column}: nothing looks like it" for column in sorted(required - found[over].keys())]
+    for number, (column, landed) in enumerate(found[over].items()):
+        values = [str(row[number]).strip() for row in sample if row[number] is not None]
+        kind = dict(table.columns())[column]
         if kind in ("date", "timestamp") and (also := fitting_formats(values)[1:]):
-            remark = f"  -- {' and '.join(map(repr, also))} would fit too: choose the right one"
-        lines.append((f"{expression(found[over][column], column, kind, values, decimal)} AS {column}", remark))
+            remarks.append(f"{column}: {' and '.join(map(repr, also))} would fit too: choose the right one")
+        if column == "status" and (others := {value.lower() for value in values} - {*STATUSES}):
+            remarks.append(f"{column}: map by CASE: {', '.join(sorted(others))}")
+        columns.append(f"{expression(landed, column, kind, values)} AS {column}")
     is_derived = over != name and name != "transactions"
-    lines += [] if is_derived else [(column, "") for column in LANDED_COLUMNS]
-    yield from (f"  a model to start from, {name}.sql:", "")
-    yield from (
-        f"    -- {column}: nothing looks like it" for column in contract if column in required - found[over].keys()
-    )
-    yield f"    SELECT {'DISTINCT' if is_derived else ''}".rstrip()
-    for number, (text, remark) in enumerate(lines, start=1):
-        yield f"        {text}{',' if number < len(lines) else ''}{remark}"
-    yield from (f"    FROM {over}", "")
+    columns += [] if is_derived else [", ".join(LANDED_COLUMNS)]
+    yield from (f"  a model to start from, {name}.sql:", "", *(f"    -- {remark}" for remark in remarks))
+    yield "    SELECT DISTINCT" if is_derived else "    SELECT"
+    yield from ("        " + ",\n        ".join(columns), f"    FROM {over}", "")
 
 
-def nearest_column(wanted: str, columns: Iterable[str]) -> str | None:
-    """Returns the column that most likely holds what the contract calls `wanted`: by its name or its last words."""
-    plain = {re.sub(r"\W+", "_", column.strip().lower()): column for column in columns}
-    candidates = [wanted, *OTHER_NAMES.get(wanted, "").split()]
-    endings = (name for other in candidates if other != "id" for name in plain if name.endswith(f"_{other}"))
-    near = difflib.get_close_matches(wanted, plain, n=1, cutoff=0.8)
-    return next((plain[name] for name in (*candidates, *endings, *near) if name in plain), None)
+def matched_columns(name: str, landed: Iterable[str]) -> dict[str, str]:
+    """Returns the landed column for each column of a table: by its name, by other names, or by their last words."""
+    contract = [column for column, _ in TABLES[name].columns()]
+    free = {re.sub(r"\W+", "_", column.strip().lower()): column for column in landed if column not in LANDED_COLUMNS}
+    found = {column: free.pop(column) for column in contract if column in free}
+    for column in sorted({*contract} - found.keys(), key=lambda column: column not in required_columns(TABLES[name])):
+        others = [column, *OTHER_NAMES.get(column, "").split()]
+        endings = (plain for other in others if other != "id" for plain in free if plain.endswith(f"_{other}"))
+        near = difflib.get_close_matches(column, free, n=1, cutoff=0.8)
+        if match := next((plain for plain in (*others, *endings, *near) if plain in free), None):
+            found[column] = free.pop(match)
+    return {column: found[column] for column in contract if column in found}
 
 
 def fitting_formats(values: Sequence[str]) -> list[str]:
@@ -4661,33 +4650,20 @@ def fitting_formats(values: Sequence[str]) -> list[str]:
     found = []
     for format, spark_format in TIME_FORMATS.items():
         with contextlib.suppress(ValueError):
-            if values and all(datetime.strptime(value.strip(), format) for value in values):
+            if values and all(datetime.strptime(value, format) for value in values):
                 found.append(spark_format)
     return found
 
 
-def expression(column: str, wanted: str, kind: str, values: Sequence[str], decimal: str) -> str:
+def expression(landed: str, column: str, kind: str, values: Sequence[str]) -> str:
     """Returns Spark SQL that makes a column of the contract from a landed one, by what its values look like."""
-    name = column if re.fullmatch(r"[A-Za-z]\w*", column) else quoted(column)
-
-    def all_like(pattern: str) -> bool:
-        return bool(values) and all(re.fullmatch(pattern, value.strip()) for value in values)
-
-    if kind in ("date", "timestamp"):
-        if kind == "date" and all_like(r"\d{4}-\d\d-\d\d[ T].+"):
-            return f"substring(trim({name}), 1, 10)"
-        for spark_format in fitting_formats(values):
-            # Without a zone, so that the time zone of the settings applies.
-            return f"to_{'timestamp_ntz' if kind == 'timestamp' else kind}({name}, '{spark_format}')"
-    if kind == "bigint" and values and not all_like(TEXT_PATTERNS["bigint"]):
-        return f"xxhash64({name})"
-    if kind.startswith("decimal") and not all_like(TEXT_PATTERNS["decimal"].replace("[.]", f"[{decimal}]")):
-        for point, group in ((".", ","), (",", ".")):
-            # No parentheses: in them, an amount is one to subtract.
-            if all_like(rf"[^\d.,(]*\d{{1,3}}([{group}'\s]?\d{{3}})*([{point}]\d{{1,2}})?[^\d.,(]*"):
-                digits = f"regexp_replace({name}, '[^0-9{point}-]', '')"
-                return digits if point == decimal else f"translate({digits}, '{point}', '{decimal}')"
-    return f"lower(trim({name}))" if wanted == "status" else name
+    name = landed if re.fullmatch(r"[A-Za-z]\w*", landed) else quoted(landed)
+    if kind in ("date", "timestamp") and (formats := fitting_formats(values)):
+        # Without a zone, so that the time zone of the settings applies.
+        return f"to_{'timestamp_ntz' if kind == 'timestamp' else kind}({name}, '{formats[0]}')"
+    if kind == "bigint" and not all(re.fullmatch(TEXT_PATTERNS[kind], value) for value in values):
+        return f"xxhash64(lower(trim({name})))"
+    return f"lower(trim({name}))" if column == "status" else name
 
 
 # ── Inspection ───────────────────────────────────────────────────────────────────────────────────────────────────

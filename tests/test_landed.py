@@ -52,7 +52,6 @@ from data_pipeline import (
     choose_engine,
     claimed,
     conformed,
-    expression,
     fitting_formats,
     html_report,
     ingest_bronze,
@@ -983,7 +982,7 @@ def test_proposed_model_names_the_required_columns_that_nothing_looks_like(spark
     records = {"sheet": spark.createDataFrame([("1", "x")], "`Lineitem quantity` STRING, colour STRING")}
     lines = list(proposed_model("transactions", records))
     assert "    -- transaction_id: nothing looks like it" in lines
-    assert [line for line in lines if " AS " in line] == ["        `Lineitem quantity` AS quantity,"]
+    assert re.findall(r"(.*) AS (\w+)", "\n".join(lines)) == [("        `Lineitem quantity`", "quantity")]
 
 
 @pytest.fixture
@@ -1048,9 +1047,9 @@ def test_formats_of_dates_that_fit_all_values(days: list[str], formats: list[str
 
 def test_proposed_model_says_that_two_formats_of_dates_fit(spark: SparkSession) -> None:
     records = {"transactions": spark.createDataFrame([("03/04/2026",)], "day STRING")}
-    assert [line for line in proposed_model("transactions", records) if "timestamp" in line] == [
-        "        to_timestamp_ntz(day, 'M/d/yyyy') AS timestamp,  -- 'd/M/yyyy' would fit too: choose the right one"
-    ]
+    lines = list(proposed_model("transactions", records))
+    assert "    -- timestamp: 'd/M/yyyy' would fit too: choose the right one" in lines
+    assert "    SELECT\n        to_timestamp_ntz(day, 'M/d/yyyy') AS timestamp,\n" in "\n".join(lines)
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -1064,31 +1063,6 @@ ROW = st.fixed_dictionaries({
     "payment_method": st.none() | TEXT,
     "status": st.none() | TEXT,
 })  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("amounts", "decimal", "read"),
-    [
-        (["1,003.50 $", "-7 $", "12345.6 $"], ".", ["1003.50", "-7", "12345.6"]),
-        (["1.003,50 €", "EUR 7", "2 000,5"], ".", ["1003.50", "7", "2000.5"]),
-        (["1.003,50 €", "7 €"], ",", ["1003,50", "7"]),
-        (["9.99", "5.000"], ".", ["9.99", "5.000"]),
-        (["9,99", "5"], ",", ["9,99", "5"]),
-        (["(5.00)", "7.00 $"], ".", ["(5.00)", "7.00 $"]),
-    ],
-)
-def test_amounts_are_made_numbers_with_the_separator_of_the_settings(
-    spark: SparkSession, amounts: list[str], decimal: str, read: list[str]
-) -> None:
-    sql = expression("amount", "amount", "decimal(12,2)", amounts, decimal)
-    values = ", ".join(f"('{amount}')" for amount in amounts)
-    rows = spark.sql(f"SELECT {sql} AS amount FROM VALUES {values} AS amounts(amount)").collect()
-    assert [row["amount"] for row in rows] == read
-
-
-def test_date_is_proposed_from_texts_that_have_a_time() -> None:
-    assert expression("since", "signup_date", "date", ["2026-01-01 10:00"], ".") == "substring(trim(since), 1, 10)"
-    assert expression("since", "signup_date", "date", ["2026-01-01"], ".") == "since"
 
 
 def as_csv(rows: list[dict[str, Any]]) -> str:
