@@ -3757,14 +3757,27 @@ def zip_members(path: str) -> list[tuple[str, int]]:
     """Returns name and size of the text files in a .zip. Raises zipfile.BadZipFile."""
     with zipfile.ZipFile(path) as archive:
         members = [(member.filename, member.file_size) for member in archive.infolist() if not member.is_dir()]
-    is_finished = (not any(map(UNFINISHED.fullmatch, name.split("/"))) for name, _ in members)
-    suffixes = (os.path.splitext(name)[1].lower() for name, _ in members)
     texts = {*FILE_FORMATS} - {".parquet"}
     return [
-        member
-        for member, finished, suffix in zip(members, is_finished, suffixes, strict=True)
-        if finished and suffix in texts
+        (name, size)
+        for name, size in members
+        if os.path.splitext(name)[1].lower() in texts and not any(map(UNFINISHED.fullmatch, name.split("/")))
     ]
+
+
+def finished_files(root: str, data_root: str, onerror: Callable[[OSError], None]) -> Iterator[str]:
+    """Returns the paths of files that may be sources; links to folders are followed once."""
+    seen: set[str] = set()
+    for folder, folders, files in os.walk(root, onerror=onerror, followlinks=True):
+        wanted = (os.path.join(folder, name) for name in folders if not UNFINISHED.fullmatch(name))
+        # A link may lead back to a folder above it.
+        kept = [path for path in wanted if path != data_root and os.path.realpath(path) not in seen]
+        folders[:] = map(os.path.basename, kept)
+        seen.update(map(os.path.realpath, kept))
+        for name in files:
+            is_own = name.endswith(".sql") or (folder == root and name == "controls.csv")
+            if not is_own and not UNFINISHED.fullmatch(name):
+                yield os.path.join(folder, name)
 
 
 def list_files(root: str, data_root: str = "") -> list[LandedFile]:
@@ -3775,42 +3788,31 @@ def list_files(root: str, data_root: str = "") -> list[LandedFile]:
     """
     found: list[LandedFile] = []
     skipped: list[str] = []
-    seen: set[str] = set()
+
+    def file_at(path: str, problem: str = "") -> LandedFile:
+        relative = os.path.relpath(path, root)
+        return LandedFile(source_name(relative.partition(os.sep)[0]), relative, 0, 0, problem=problem)
 
     def add_problem(error: OSError) -> None:
-        path = os.path.relpath(error.filename, root)
-        if path == ".":
-            raise ConfigurationError(f"cannot read {root}: {error.strerror}; correct it, or move it away")
-        found.append(LandedFile(source_name(path.partition(os.sep)[0]), path, 0, 0, problem=str(error.strerror)))
+        if error.filename == root:
+            raise ConfigurationError(f"cannot read {root}: {error.strerror}; correct it, or name another folder")
+        found.append(file_at(error.filename, str(error.strerror)))
 
-    for folder, folders, files in os.walk(root, onerror=add_problem, followlinks=True):
-        wanted = (
-            name for name in folders if not UNFINISHED.fullmatch(name) and os.path.join(folder, name) != data_root
-        )
-        # A link may lead back to a folder above it.
-        folders[:] = [name for name in wanted if os.path.realpath(os.path.join(folder, name)) not in seen]
-        seen.update(os.path.realpath(os.path.join(folder, name)) for name in folders)
-        for name in files:
-            if UNFINISHED.fullmatch(name) or name.endswith(".sql") or (folder == root and name == "controls.csv"):
-                continue
-            path = os.path.join(folder, name)
-            relative = os.path.relpath(path, root)
-            try:
-                state = os.stat(path)
-                file = LandedFile(
-                    source_name(relative.partition(os.sep)[0]), relative, state.st_size, state.st_mtime_ns
-                )
-                if not stat.S_ISREG(state.st_mode) or file.suffix not in {*FILE_FORMATS, ".xlsx", ".zip"}:
-                    skipped.append(relative)  # reading a pipe might never end
-                elif file.suffix == ".zip":
-                    members = zip_members(path)
-                    found += [dataclasses.replace(file, path=f"{relative}/{name}", size=size) for name, size in members]
-                else:
-                    found.append(file)
-            except OSError as error:
-                add_problem(error)
-            except zipfile.BadZipFile as error:
-                found.append(dataclasses.replace(file, problem=str(error)))
+    for path in finished_files(root, data_root, add_problem):
+        try:
+            state = os.stat(path)
+            file = dataclasses.replace(file_at(path), size=state.st_size, mtime_ns=state.st_mtime_ns)
+            if not stat.S_ISREG(state.st_mode) or file.suffix not in {*FILE_FORMATS, ".xlsx", ".zip"}:
+                skipped.append(file.path)  # reading a pipe might never end
+            elif file.suffix == ".zip":
+                members = zip_members(path)
+                found += [dataclasses.replace(file, path=f"{file.path}/{name}", size=size) for name, size in members]
+            else:
+                found.append(file)
+        except OSError as error:
+            add_problem(error)
+        except zipfile.BadZipFile as error:
+            found.append(file_at(path, str(error)))
     if skipped:
         logger.warning("skipped, as their names have no known ending or they are no files: %s", shortened(skipped))
     found.sort(key=lambda file: natural_order(file.path))
@@ -3826,20 +3828,18 @@ def claimed(files: Iterable[LandedFile], models: Mapping[str, Model], used: Coll
         ConfigurationError: a file is claimed under two names.
     """
     patterns = [
-        (source, model.name, pattern.lower())
+        (source, model.name, re.compile("|".join(map(fnmatch.translate, listed)), re.IGNORECASE))
         for model in models.values()
         for source, listed in model.patterns.items()
-        for pattern in listed
+        if listed
     ]
     named_by_pattern = {source for source, _, _ in patterns}
     found = []
     for file in files:
         in_archive = file.top.lower().endswith(".zip")
         own = os.path.basename(file.path) if in_archive else file.top
-        given = {name.lower() for top in (own, file.top) for name in (top, ENDINGS.sub("", top, count=1))}
-        claims = {
-            source: model for source, model, pattern in patterns if any(fnmatch.fnmatchcase(g, pattern) for g in given)
-        }
+        given = {name for top in (own, file.top) for name in (top, ENDINGS.sub("", top, count=1))}
+        claims = {source: model for source, model, pattern in patterns if any(map(pattern.match, given))}
         if len(claims) > 1:
             (one, its_model), (other, other_model) = list(claims.items())[:2]
             raise ConfigurationError(
@@ -3848,7 +3848,7 @@ def claimed(files: Iterable[LandedFile], models: Mapping[str, Model], used: Coll
             )
         source = next(iter(claims), source_name(own) if in_archive and file.source not in used else file.source)
         if source in named_by_pattern and not claims:
-            source = file.top  # a name of its own: only the patterns say what belongs to the source
+            source = f"./{file.top}"  # only the patterns say what belongs to the source
         found.append(dataclasses.replace(file, source=source))
     return found
 

@@ -789,7 +789,7 @@ def test_head_of_a_model_names_files_and_columns(tmp_path: Path) -> None:
     files = [LandedFile(data_pipeline.source_name(path.partition("/")[0]), path, 0, 0) for path in paths]
     found = claimed(files, {"transactions": model}, ["orders", "items"])
     assert [file.source for file in found] == [
-        "orders", "orders", "orders", "orders.csv", "orders", "items", "items", "items_2",
+        "orders", "orders", "orders", "./orders.csv", "orders", "items", "items", "items_2",
     ]  # fmt: skip
     other = parse_model("products", "-- source sales: *export_1*\nSELECT * FROM sales")
     with pytest.raises(ConfigurationError, match=r"^Orders_Export_1\.csv is the source orders of tran.*sales of prod"):
