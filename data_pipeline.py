@@ -52,6 +52,7 @@ import csv
 import dataclasses
 import difflib
 import fcntl
+import fnmatch
 import functools
 import glob
 import gzip
@@ -86,7 +87,8 @@ import zipfile
 import zlib
 import zoneinfo
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
@@ -309,7 +311,9 @@ class DataPipelineConfig:
         lambda: _now().date(), "last day of the data, in UTC (default: today)", min=date(2000, 1, 1)
     )
     source_dir: str | None = _option(None, "folder of landed files to read, instead of generating records")
-    models_dir: str | None = _option(None, "folder of staging models, <table>.sql (default: the source folder)")
+    models: str | None = _option(
+        None, "folder of staging models, <table>.sql, or the name of ready ones (default: the source folder)"
+    )
     source_delimiter: Character | None = _option(
         None, "what separates the fields of CSV (default: found in each file, of , ; tab and |)"
     )
@@ -585,8 +589,11 @@ def ingest_bronze(run: Run, source: Source) -> dict[str, Received]:
         if counts["rows"] != (delivered := source.delivered_rows.get(name, counts["rows"])):
             raise PipelineError(
                 f"{counts['rows']:,} rows came of {delivered:,} records of {name}: a model makes one row of each "
-                f"record of its table; see WHERE, DISTINCT and JOIN in {name}.sql, and let the rules reject rows"
+                f"record of a source that it reads alone; see WHERE in {name}.sql, and let the rules reject rows"
             )
+        if joined := source.joined_rows.get(name):
+            records = ", ".join(f"{joined_source} {number:,} records" for joined_source, number in joined.items())
+            logger.info("%s: %s rows from %s", name, f"{counts['rows']:,}", records)
         return Received(
             run.read(BRONZE, table), {rule: counts[rule] for rule in violations}, {part: counts[part] for part in sound}
         )
@@ -1535,7 +1542,11 @@ class Source(Protocol):
 
     @property
     def delivered_rows(self) -> Mapping[str, int]:
-        """Returns how many rows each table has, once they are received; not of tables that models derive."""
+        """Returns how many rows each table has, once they are received; not where a model joins or aggregates."""
+
+    @property
+    def joined_rows(self) -> Mapping[str, Mapping[str, int]]:
+        """Returns the records of each source that a table is joined or aggregated from."""
 
     @property
     def controls(self) -> Sequence[Control]:
@@ -1574,6 +1585,7 @@ class Generated:
         self.config = config
         self.controls: Sequence[Control] = ()
         self.delivered_rows: Mapping[str, int] = {}  # the gate and the audit judge them
+        self.joined_rows: Mapping[str, Mapping[str, int]] = {}
         self.expected_rows = {
             "customers": config.num_customers,
             "products": config.num_products,
@@ -1615,52 +1627,58 @@ class Generated:
 class LandedFiles:
     """Reads the files that others land in a folder, by staging models where there are any.
 
-    A table is a file or a folder of its name. A staging model, `<table>.sql`, is a SELECT in Spark SQL over the files
-    of its table, whose rows it all keeps, or over those of other tables, from which it derives its own.
+    Each file or folder in it belongs to a source. A table without a model is the source of its own name. A staging
+    model, `<table>.sql`, is a SELECT in Spark SQL over any sources.
 
     Raises:
-        ConfigurationError: a folder that does not exist.
+        ConfigurationError: a folder that does not exist, or a model that cannot be read.
     """
 
     def __init__(self, config: DataPipelineConfig) -> None:
         self.config = config
         self.root = expanded("source_dir", config.source_dir or "")
-        models_dir = expanded("models_dir", config.models_dir) if config.models_dir else self.root
-        for folder in (self.root, models_dir):
-            if not os.path.isdir(folder):
-                raise ConfigurationError(
-                    f"there is no folder {folder} on this machine: correct source_dir or models_dir"
-                )
-        if any(f"{config.root}/".startswith(f"{os.path.join(self.root, name)}/") for name in names(BRONZE)):
-            raise ConfigurationError(f"data_dir {config.root} lies within a table of source_dir: choose another")
+        if not os.path.isdir(self.root):
+            raise ConfigurationError(f"there is no folder {self.root} on this machine: correct source_dir")
         self.controls = read_controls(os.path.join(self.root, CONTROLS), config.source_decimal)
-        self.files = list_files(self.root)
-        self.models = read_models(models_dir)
-        self.derived = frozenset(self.models) - {file.table for file in self.files}
+        self.models = read_models(models_folder(config.models, self.root))
+        self.inputs = {name: self.models[name].inputs if name in self.models else [name] for name in names(BRONZE)}
+        self.used = list(dict.fromkeys(source for inputs in self.inputs.values() for source in inputs))
+        self.listed = claimed(list_files(self.root, config.root), self.models, self.used)
+        self.files = [file for file in self.listed if file.source in self.used]
+        for file in self.files:
+            if f"{config.root}/".startswith(f"{os.path.join(self.root, file.top)}/"):
+                raise ConfigurationError(f"data_dir {config.root} lies within a source of source_dir: choose another")
+            if file.problem:
+                raise ConfigurationError(f"cannot read {file.path}: {file.problem}; correct it, or move it away")
         self.expected_rows = {
-            name: sum(file.estimated_rows for file in self.files if name in self.derived or file.table == name)
-            for name in names(BRONZE)
+            name: sum(file.estimated_rows for file in self.files if file.source in inputs) or 1
+            for name, inputs in self.inputs.items()
         }
         self.delivered_rows: dict[str, int] = {}
+        self.joined_rows: dict[str, dict[str, int]] = {}
         self.parts: Sequence[Part] = ()
-        self.views: dict[str, str] = {}  # names of the records, for the models
+        self.views: dict[str, str] = {}  # names of the records of each source, for the models
         self._records: dict[str, DataFrame] = {}
         self._malformed: dict[str, DataFrame] = {}
 
     def check(self) -> None:
-        """Checks that there is something for each table. Raises ConfigurationError."""
-        for name in names(BRONZE):
-            has_files = any(file.table == name for file in self.files)
-            reads_own = name in tables_in(self.models.get(name, ""))
-            if not has_files and (name not in self.models or reads_own):
-                raise ConfigurationError(
-                    f"nothing is there for the table {name} in {self.root}: land a file such as {name}.csv or a folder "
-                    f"{name} of files, or write a model {name}.sql that makes it from another table"
-                )
-            if has_files and name in self.models and not reads_own:
-                raise ConfigurationError(
-                    f"the model {name}.sql does not read the files of {name}: SELECT … FROM {name}"
-                )
+        """Checks that each table has something to read, and warns of unused files. Raises ConfigurationError."""
+        landed = {file.source for file in self.files}
+        for name, inputs in self.inputs.items():
+            model = self.models.get(name)
+            missing = [source for source in inputs if source not in landed]
+            if not missing or (model and landed & {*inputs} and model.columns.keys() >= {*missing}):
+                continue
+            if model:
+                patterns = model.patterns.get(missing[0], (f"{missing[0]}.csv", f"a folder {missing[0]}"))
+                advice = f"the model {name}.sql reads {missing[0]}; land {' or '.join(patterns)}"
+            else:
+                advice = f"land a file such as {name}.csv or a folder {name} of files, or write a model {name}.sql"
+            text = f"nothing is there for the table {name} in {self.root}: {advice}"
+            raise ConfigurationError(text + export_hint(self))
+        if unused := list(dict.fromkeys(file.top for file in self.listed if file.source not in self.used)):
+            nearest = next(filter(None, (_nearest(source_name(top), names(BRONZE)) for top in unused)), "")
+            logger.warning("no model and no table uses %s%s", shortened(unused), nearest)
 
     def prepare(self) -> None:
         """Waits until the files have settled."""
@@ -1673,7 +1691,8 @@ class LandedFiles:
             NotPublishedError: a file cannot be read, or lacks a column that the contract requires.
         """
         reader = FileReader(self.root, run.temporary_folder(".staged"), self.config)
-        self.parts = reader.read(self.files, with_models=self.models)
+        by_name = {*names(BRONZE)} - self.models.keys()
+        self.parts = reader.read(self.files, with_models={*self.used} - by_name)
         report_delivery(self.files, run.record)
         if self.config.on_bad_file == "refuse" and (bad := [file for file in self.files if file.is_bad]):
             more = f"; so are {len(bad) - 1} more" if bad[1:] else ""
@@ -1682,34 +1701,69 @@ class LandedFiles:
                 "without it by --on-bad-file quarantine"
             )
         run.snapshot.save_files(self.files)
-        self._records = records_by_table(run.engine, self.parts, self.files)
-        self.views = {name: run.temporary_view(rows) for name, rows in self._records.items()}
+        self._records = self.records(run.engine, self.files)
+        self.views = {source: run.temporary_view(rows) for source, rows in self._records.items()}
         malformed = [part for part in self.parts if part.is_malformed]
-        self._malformed = {part.table: records_of(run.engine, [part], self.files) for part in malformed}
-        for name in set(names(BRONZE)) - self.derived:
-            read = [file for file in self.files if file.table == name and not file.problem]
-            self.delivered_rows[name] = sum(file.records for file in read)
+        self._malformed = {part.source: records_of(run.engine, [part], self.files) for part in malformed}
+        self._count_records()
+
+    def records(self, engine: Engine, files: Sequence[LandedFile]) -> dict[str, DataFrame]:
+        """Returns the records of each source, with all columns that the models declare for it."""
+        declared: dict[str, list[str]] = {source: [] for source in [*self.used, *(file.source for file in files)]}
+        for model in self.models.values():
+            for source, columns in model.columns.items():
+                declared.setdefault(source, []).extend(columns)
+        parts = {source: [part for part in self.parts if part.source == source] for source in declared}
+        return {
+            source: records_of(engine, [part for part in found if not part.is_malformed], files, declared[source])
+            for source, found in parts.items()
+        }
+
+    def _count_records(self) -> None:
+        """Counts the records that each table is made from."""
+        for name, inputs in self.inputs.items():
+            read = [file for file in self.files if file.source in inputs and not file.problem]
+            number = Counter(dict.fromkeys(inputs, 0))
+            for file in read:
+                number[file.source] += file.records if self.table_of(file.source) == name else file.rows
+            if name not in self.models or self.models[name].keeps_records:
+                self.delivered_rows[name] = number.total()
+            elif inputs:
+                self.joined_rows[name] = dict(number)
+
+    def table_of(self, source: str) -> str:
+        """Returns the table that receives the malformed lines of a source: of several that read it, only one does."""
+
+        def order(name: str) -> tuple[bool, bool, int]:
+            keeps_records = name not in self.models or self.models[name].keeps_records
+            return name != source, not keeps_records, -names(BRONZE).index(name)
+
+        return min((name for name, inputs in self.inputs.items() if source in inputs), key=order)
 
     def delivery(self, spark: SparkSession, name: str) -> DataFrame:
-        """Returns the records of a bronze table, typed, and the lines that are no record."""
-        table = TABLES[name]
-        records = self._records[name]
-        inputs = tables_in(self.models.get(name, ""))
-        # Of files without any record the columns are unknown: a model would fail, where the gate finds no rows.
-        is_empty = inputs and not inputs & {part.table for part in self.parts if not part.is_malformed}
-        if name in self.models and not is_empty:
-            records = apply_model(spark, name, self.models[name], self.views)
+        """Returns the records of a bronze table, typed, and malformed lines as they are."""
+        table, inputs = TABLES[name], self.inputs[name]
+        if name not in self.models:
+            records = self._records[name]
+        # The columns of files without records are unknown: a model would fail, where the gate finds no rows.
+        elif inputs and not {*inputs} & {part.source for part in self.parts if not part.is_malformed}:
+            records = self._records[inputs[0]].select(*LANDED_COLUMNS)
+        else:
+            records = apply_model(spark, self.models[name], self.views)
         rows = conformed(records, table, self.config)
-        return rows.unionByName(malformed_rows(self._malformed[name], table)) if name in self._malformed else rows
+        for source in inputs:
+            if source in self._malformed and self.table_of(source) == name:
+                rows = rows.unionByName(malformed_rows(self._malformed[source], table))
+        return rows
 
     def explain(self, error: Exception, engine: Engine, name: str) -> PipelineError | None:
-        """Returns which Parquet file of a table is damaged, or why its model fails; None for other errors."""
+        """Explains an error by a damaged Parquet file or a failing model, if one caused it."""
         if isinstance(error, PipelineError) or engine.is_infrastructure_failure(error):
             return None
-        read = {name, *tables_in(self.models.get(name, ""))} if name in TABLES else names(BRONZE)
-        if damage := find_damage((part for part in self.parts if part.table in read), self.files):
+        read = self.inputs.get(name, self.used)
+        if damage := find_damage((part for part in self.parts if part.source in read), self.files):
             return NotPublishedError(f"{damage}; nothing is published: land the file again, or move it away")
-        if name in self.models and (problem := model_problem(engine, name, self.models[name], self.views)):
+        if name in self.models and (problem := model_problem(engine, self.models[name], self.views)):
             return PipelineError(
                 f"the model {name}.sql fails on these records: {problem}; correct it: where it gives null for a value "
                 "that does not fit, by CASE or try_cast for example, a rule rejects the row"
@@ -1717,44 +1771,146 @@ class LandedFiles:
         return None
 
 
-def read_models(folder: str) -> dict[str, str]:
+READY_MODELS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "models")
+TEXTS_AND_COMMENTS = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|(`[^`]*`)|--[^\n]*|/\*.*?\*/""", re.DOTALL)
+AGGREGATES_OR_JOINS = r"DISTINCT|GROUP\s+BY|UNION|JOIN|LATERAL\s+VIEW|(POS)?EXPLODE(_OUTER)?|EXCEPT|MINUS|INTERSECT"
+
+# The words that end a list of tables, or stand in place of one.
+NO_TABLES = "SELECT|WITH|VALUES|WHERE|GROUP|ORDER|HAVING|LIMIT|UNION|EXCEPT|MINUS|INTERSECT|WINDOW|QUALIFY"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A staging model: a SELECT in Spark SQL, and the sources and columns that comments at its head declare."""
+
+    name: str  # of its table
+    sql: str
+    patterns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of names of files, by source
+    columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # that may be missing, by source
+    reads: tuple[str, ...] = ()  # the sources, each as often as it is read
+    keeps_records: bool = False  # whether each record of the only source that it reads is one row
+
+    @property
+    def inputs(self) -> list[str]:
+        """Returns the names of the sources that the model reads."""
+        return list(dict.fromkeys(self.reads))
+
+
+def parse_model(name: str, text: str) -> Model:
+    """Returns the model of a table from the text of its file."""
+    sql = without_semicolon(text)
+    plain = without_comments(sql, keep_texts=False)
+    declared: dict[str, dict[str, tuple[str, ...]]] = {"source": {}, "columns": {}}
+    head = sql[: len(plain) - len(plain.lstrip())]
+    for kind, source, values in re.findall(r"^\s*--\s*(source|columns)\s+(\w+)\s*:(.*)$", head, re.MULTILINE):
+        listed = tuple(value.strip() for value in values.split(",") if value.strip())
+        declared[kind][source.lower()] = declared[kind].get(source.lower(), ()) + listed
+    reads = tuple(sources_in(plain))
+    clauses = re.sub(r"`[^`]*`|\bIS\s+(NOT\s+)?DISTINCT\b", " ", plain, flags=re.IGNORECASE)
+    changes_rows = re.search(rf"\b({AGGREGATES_OR_JOINS})\b", clauses, re.IGNORECASE)
+    return Model(name, sql, declared["source"], declared["columns"], reads, len(reads) == 1 and not changes_rows)
+
+
+def models_folder(models: str | None, root: str) -> str:
+    """Returns the folder of the staging models, by default the source folder. Raises ConfigurationError."""
+    if not models:
+        return root
+    ready = ready_models()
+    if models in ready:
+        return os.path.join(READY_MODELS, models)
+    if os.path.isdir(folder := expanded("models", models)):
+        return folder
+    known = f", or one of {', '.join(ready)}" if ready else ""
+    raise ConfigurationError(f"there are no models {models}: name a folder of models{known}{_nearest(models, ready)}")
+
+
+def ready_models() -> list[str]:
+    """Returns the names of the systems that have ready models."""
+    return sorted(os.path.basename(os.path.dirname(path)) for path in glob.glob(f"{glob.escape(READY_MODELS)}/*/"))
+
+
+def read_models(folder: str) -> dict[str, Model]:
     """Returns the staging models in a folder, by the name of their table. Raises ConfigurationError."""
     models = {}
     for name in names(BRONZE):
         if os.path.lexists(path := os.path.join(folder, f"{name}.sql")):
             try:
-                models[name] = without_semicolon(Path(path).read_text(encoding="utf-8-sig"))
+                models[name] = parse_model(name, Path(path).read_text(encoding="utf-8-sig"))
             except (OSError, UnicodeError) as error:
                 raise ConfigurationError(f"cannot read the model {path}: {error}") from None
     return models
 
 
+def without_comments(statement: str, *, keep_texts: bool = True) -> str:
+    """Returns a SQL statement of the same length with blanks in place of comments, and of texts unless kept."""
+
+    def kept(found: re.Match[str]) -> str:
+        return found[0] if found[2] or (found[1] and keep_texts) else " " * len(found[0])
+
+    return TEXTS_AND_COMMENTS.sub(kept, statement)
+
+
 def without_semicolon(statement: str) -> str:
     """Returns a SQL statement without the semicolons and comments at its end."""
-    texts_and_comments = r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|`[^`]*`)|--[^\n]*|/\*.*?\*/"""
-    plain = re.sub(texts_and_comments, lambda found: found[1] or " " * len(found[0]), statement, flags=re.DOTALL)
-    return statement[: len(plain.rstrip(string.whitespace + ";"))]
+    return statement[: len(without_comments(statement).rstrip(string.whitespace + ";"))]
 
 
-def tables_in(model: str) -> set[str]:
-    """Returns the bronze tables whose files a staging model reads."""
-    return {name.lower() for name in re.findall(r"\b(?:FROM|JOIN)\s+`?(\w+)", model, re.IGNORECASE)} & set(
-        names(BRONZE)
-    )
+@dataclass
+class _Parenthesis:
+    """A level of parentheses in a SQL statement, while its sources are looked for."""
+
+    function: str = ""  # the word before it
+    defines: str = ""  # the name that WITH gives to the query in it
+    in_from: bool = False
+    expects_table: bool = False
 
 
-def apply_model(spark: SparkSession, name: str, model: str, views: Mapping[str, str]) -> DataFrame:
-    """Returns the rows of a staging model. `views` are the names of the records of each table in the session.
+def sources_in(statement: str) -> Iterator[str]:
+    """Returns the tables after FROM, JOIN and commas in a SQL statement without comments and texts.
+
+    Names that WITH defines are left out from where they are defined: `WITH a AS (SELECT … FROM a)` reads a source.
+    """
+    levels, defined = [_Parenthesis()], {""}
+    words = ["", "", *re.findall(r"`[^`]*`|\w+|[^\s\w]", statement), ""]
+    for before, previous, word, following in zip(words, words[1:], words[2:], words[3:], strict=False):
+        level, keyword = levels[-1], word.upper()
+        if word == "(":
+            defines = before.strip("`").lower() if previous.upper() == "AS" else ""
+            levels.append(_Parenthesis(previous.upper(), defines, level.expects_table, level.expects_table))
+            level.expects_table = False
+        elif word == ")":
+            defined.add(level.defines)
+            levels = levels[:-1] or [_Parenthesis()]
+        elif keyword in ("FROM", "JOIN"):
+            # EXTRACT(YEAR FROM day) and IS DISTINCT FROM name no tables.
+            is_function = level.function in ("EXTRACT", "TRIM", "SUBSTRING", "SUBSTR", "OVERLAY")
+            level.in_from = level.expects_table = not is_function and previous.upper() != "DISTINCT"
+        elif word == ",":
+            level.expects_table = level.in_from
+        elif re.fullmatch(NO_TABLES, keyword):
+            level.in_from = level.expects_table = False
+        elif level.expects_table and keyword != "LATERAL":
+            level.expects_table = False
+            name = word.strip("`").lower()
+            if name not in defined and following not in ("(", "."):
+                yield name
+
+
+def apply_model(spark: SparkSession, model: Model, views: Mapping[str, str]) -> DataFrame:
+    """Returns the rows of a staging model. `views` are the names of the records of each source in the session.
 
     Raises:
         PipelineError: the model is no query that can be understood.
     """
     from pyspark.errors import PySparkException
 
-    # In the model each table has its own name, which is given by a WITH: the session may use that name otherwise.
-    inputs = ", ".join(f"{table} AS (SELECT * FROM {views[table]})" for table in names(BRONZE))
+    # In the model each source has its own name, which is given by a WITH: the session may use that name otherwise.
+    name, inputs = (
+        model.name,
+        ", ".join(f"{quoted(source)} AS (SELECT * FROM {view})" for source, view in views.items()),
+    )
     try:
-        rows = spark.sql(f"WITH {inputs} SELECT * FROM (\n{model}\n)")
+        rows = spark.sql(f"WITH {inputs} SELECT * FROM (\n{model.sql}\n)")
         rows.dtypes  # noqa: B018 - by which Connect and Sail analyse the query
     except PySparkException as error:
         message = str(error).strip().partition("\n")[0]
@@ -1764,15 +1920,15 @@ def apply_model(spark: SparkSession, name: str, model: str, views: Mapping[str, 
         raise PipelineError(f"the model {name}.sql returns two columns {repeated[0]}: list the columns instead of *")
     if missing := [column for column in required_columns(TABLES[name]) if column not in given]:
         raise PipelineError(f"the model {name}.sql returns no {', '.join(missing)}: name each, with AS, in its SELECT")
-    if "_source_row" not in given and name in tables_in(model):
+    if "_source_row" not in given and model.keeps_records:
         logger.warning("%s.sql drops _source_file and _source_row: quarantine will not say where a row was", name)
     return rows
 
 
-def model_problem(engine: Engine, name: str, model: str, views: Mapping[str, str]) -> str | None:
+def model_problem(engine: Engine, model: Model, views: Mapping[str, str]) -> str | None:
     """Returns why a staging model fails when it runs alone; None where it does not, or where nothing runs."""
     try:
-        rows = apply_model(engine.spark, name, model, views)
+        rows = apply_model(engine.spark, model, views)
         # Its greatest values cannot be known without every row.
         rows.agg(*(F.max(F.col(quoted(column)).cast("string")) for column in rows.columns)).collect()
     except Exception as error:
@@ -3805,7 +3961,7 @@ class BadFileError(Exception):
 class LandedFile:
     """A file of a delivery, and what was found in it; the list of them is kept with the snapshot."""
 
-    table: str
+    source: str
     path: str  # in the source folder
     size: int
     mtime_ns: int
@@ -3825,6 +3981,11 @@ class LandedFile:
     def leave_out(self, problem: str, *, is_bad: bool = True) -> None:
         """Sets why the file is left out."""
         self.problem, self.is_bad = problem, is_bad
+
+    @property
+    def top(self) -> str:
+        """Returns the name in the source folder of the file, or of the folder or archive that it is in."""
+        return self.path.partition(os.sep)[0]
 
     @property
     def is_compressed(self) -> bool:
@@ -3847,49 +4008,105 @@ def natural_order(path: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", path) if part]
 
 
-def _refuse_folder(error: OSError) -> NoReturn:
-    raise ConfigurationError(f"cannot read {error.filename}: {error.strerror}; correct it, or move it away") from None
+ENDINGS = re.compile(rf"([.]({'|'.join(ending[1:] for ending in FILE_FORMATS)}|zip))?([.]gz)?$", re.IGNORECASE)
 
 
-def list_files(root: str) -> list[LandedFile]:
-    """Returns the files of the bronze tables in a folder, in natural order: the list is made once for a run."""
-    bronze = names(BRONZE)
-    found: list[LandedFile] = []
-    unknown: list[LandedFile] = []
+def source_name(name: str) -> str:
+    """Returns the source that a file or folder belongs to: its name in lower case, without endings."""
+    return re.sub(r"\W", "_", ENDINGS.sub("", name, count=1).lower())
+
+
+def shortened(listed: Sequence[str]) -> str:
+    """Returns the first names of a list, with how many more there are."""
+    return ", ".join(listed[:10]) + (f" and {len(listed) - 10} more" if listed[10:] else "")
+
+
+def finished_files(root: str, data_root: str, onerror: Callable[[OSError], None]) -> Iterator[str]:
+    """Returns the paths of files that may be sources; links to folders are followed once."""
     seen: set[str] = set()
-    for folder, folders, files in os.walk(root, onerror=_refuse_folder, followlinks=True):
-        is_root = folder == root
-        if is_root:
-            others = (name for name in sorted(folders) if name not in bronze and not UNFINISHED.fullmatch(name))
-            unknown += [LandedFile("", f"{name}/", 0, 0) for name in others]
-        wanted = (name for name in folders if (name in bronze if is_root else not UNFINISHED.fullmatch(name)))
+    for folder, folders, files in os.walk(root, onerror=onerror, followlinks=True):
+        wanted = (os.path.join(folder, name) for name in folders if not UNFINISHED.fullmatch(name))
         # A link may lead back to a folder above it.
-        folders[:] = [name for name in wanted if os.path.realpath(os.path.join(folder, name)) not in seen]
-        seen.update(os.path.realpath(os.path.join(folder, name)) for name in folders)
+        kept = [path for path in wanted if path != data_root and os.path.realpath(path) not in seen]
+        folders[:] = map(os.path.basename, kept)
+        seen.update(map(os.path.realpath, kept))
         for name in files:
-            if UNFINISHED.fullmatch(name) or name.endswith(".sql"):
-                continue
-            path = os.path.join(folder, name)
-            relative = os.path.relpath(path, root)
-            table = name.partition(".")[0] if is_root else relative.partition(os.sep)[0]
-            file = LandedFile(table, relative, 0, 0)
-            if file.suffix not in FILE_FORMATS or table not in bronze:
-                unknown.append(file)
-                continue
-            try:
-                state = os.stat(path)
-            except OSError as error:
-                _refuse_folder(error)
-            if stat.S_ISREG(state.st_mode):
-                found.append(dataclasses.replace(file, size=state.st_size, mtime_ns=state.st_mtime_ns))
-            else:  # reading a pipe might never end
-                unknown.append(file)
-    if unknown:
-        text = "%d files or folders are skipped, whose names are of no table or have no known ending: %s …%s"
-        nearest = _nearest(unknown[0].path.partition(".")[0].strip("/").lower(), bronze)
-        logger.warning(text, len(unknown), unknown[0].path, nearest)
-    found.sort(key=lambda file: (bronze.index(file.table), natural_order(file.path)))
+            is_own = name.endswith(".sql") or (folder == root and name == CONTROLS)
+            if not is_own and not UNFINISHED.fullmatch(name):
+                yield os.path.join(folder, name)
+
+
+def list_files(root: str, data_root: str = "") -> list[LandedFile]:
+    """Returns the files in a folder, in natural order: the list is made once for a run.
+
+    Each has the source that its name, or that of its folder in `root`, stands for. The data folder is left out. A file
+    that cannot be read has a `problem`, which only matters where its source is used.
+    """
+    found: list[LandedFile] = []
+    skipped: list[str] = []
+
+    def file_at(path: str, problem: str = "") -> LandedFile:
+        relative = os.path.relpath(path, root)
+        return LandedFile(source_name(relative.partition(os.sep)[0]), relative, 0, 0, problem=problem)
+
+    def add_problem(error: OSError) -> None:
+        if error.filename == root:
+            raise ConfigurationError(f"cannot read {root}: {error.strerror}; correct it, or name another folder")
+        found.append(file_at(error.filename, str(error.strerror)))
+
+    for path in finished_files(root, data_root, add_problem):
+        try:
+            state = os.stat(path)
+            file = dataclasses.replace(file_at(path), size=state.st_size, mtime_ns=state.st_mtime_ns)
+            if not stat.S_ISREG(state.st_mode) or file.suffix not in {*FILE_FORMATS, ".zip"}:
+                skipped.append(file.path)  # reading a pipe might never end
+            elif file.suffix == ".zip":
+                members = zip_members(path)
+                found += [dataclasses.replace(file, path=f"{file.path}/{name}", size=size) for name, size in members]
+            else:
+                found.append(file)
+        except OSError as error:
+            add_problem(error)
+        except BadFileError as error:
+            found.append(file_at(path, str(error)))
+    if skipped:
+        logger.warning("skipped, as their names have no known ending or they are no files: %s", shortened(skipped))
+    found.sort(key=lambda file: natural_order(file.path))
     return [dataclasses.replace(file, delivery=number) for number, file in enumerate(found, start=1)]
+
+
+def claimed(files: Iterable[LandedFile], models: Mapping[str, Model], used: Collection[str]) -> list[LandedFile]:
+    """Returns the files, those that a pattern of a model matches under the name of its source.
+
+    A file in an archive has the archive's name where a model or table uses that, and its own name elsewhere.
+
+    Raises:
+        ConfigurationError: a file is claimed under two names.
+    """
+    patterns = [
+        (source, model.name, re.compile("|".join(map(fnmatch.translate, listed)), re.IGNORECASE))
+        for model in models.values()
+        for source, listed in model.patterns.items()
+        if listed
+    ]
+    named_by_pattern = {source for source, _, _ in patterns}
+    found = []
+    for file in files:
+        in_archive = file.top.lower().endswith(".zip")
+        own = os.path.basename(file.path) if in_archive else file.top
+        given = {name for top in (own, file.top) for name in (top, ENDINGS.sub("", top, count=1))}
+        claims = {source: model for source, model, pattern in patterns if any(map(pattern.match, given))}
+        if len(claims) > 1:
+            (one, its_model), (other, other_model) = list(claims.items())[:2]
+            raise ConfigurationError(
+                f"{file.top} is the source {one} of {its_model}.sql and the source {other} of {other_model}.sql: "
+                "change the patterns after `-- source`, or rename the file"
+            )
+        source = next(iter(claims), source_name(own) if in_archive and file.source not in used else file.source)
+        if source in named_by_pattern and not claims:
+            source = f"./{file.top}"  # only the patterns say what belongs to the source
+        found.append(dataclasses.replace(file, source=source))
+    return found
 
 
 def wait_until_settled(files: Iterable[LandedFile], settle_seconds: float) -> None:
@@ -3901,9 +4118,9 @@ def wait_until_settled(files: Iterable[LandedFile], settle_seconds: float) -> No
 
 
 class Part(NamedTuple):
-    """Records of one table in Parquet: staged files with the columns c0, c1 …, or landed files."""
+    """Records of one source in Parquet: staged files with the columns c0, c1 …, or landed files."""
 
-    table: str
+    source: str
     columns: Sequence[str]  # as they were landed
     staged: str = ""  # a folder
     landed: Mapping[int, str] = {}  # paths by delivery
@@ -3926,11 +4143,11 @@ class Staging:
         """Adds records of a file, by columns of text; `rows` are their numbers in the file."""
         import pyarrow as pa
 
-        key = (file.table, tuple(names), is_malformed)
+        key = (file.source, tuple(names), is_malformed)
         if key not in self.parts:
             folder = os.path.join(self.folder, f"{len(self.parts)}.staged")
             os.mkdir(folder)
-            self.parts[key] = Part(file.table, names, folder, is_malformed=is_malformed)
+            self.parts[key] = Part(file.source, names, folder, is_malformed=is_malformed)
         folder = self.parts[key].staged
         table = {f"c{number}": pa.array(texts, pa.string()) for number, texts in enumerate(columns)}
         table["_delivery"] = pa.repeat(pa.scalar(file.delivery, pa.int64()), len(rows))
@@ -3976,7 +4193,7 @@ class FileReader:
             for file in files:
                 try:
                     self._scan(connection, file)
-                    if file.table not in with_models:
+                    if file.source not in with_models:
                         check_columns(file)
                         if connection and (types := self.parquet_types.get(file.delivery)):
                             check_binary(connection, file, self._link(file), types)
@@ -3989,7 +4206,7 @@ class FileReader:
         in_place: dict[Any, dict[int, str]] = {}
         for number, file in readable.items():
             if types := self.parquet_types.get(number):
-                in_place.setdefault((file.table, types), {})[number] = self._link(file)
+                in_place.setdefault((file.source, types), {})[number] = self._link(file)
         for file in files:
             self._check_unchanged(file)
         deliveries = self.staging.deliveries
@@ -4074,7 +4291,7 @@ class FileReader:
 
     def _scan_lines(self, file: LandedFile, text: Utf8Text) -> None:
         """Stages the records of a file that has one a line: a JSON object, or a text."""
-        keys = self.keys.setdefault(file.table, {})
+        keys = self.keys.setdefault(file.source, {})
         rows: list[tuple[int, dict[str, str | None]]] = []
         malformed: list[tuple[int, str]] = []
         found: dict[str, None] = {}
@@ -4126,7 +4343,7 @@ class FileReader:
 
     def _stage_objects(self, file: LandedFile, rows: list[tuple[int, dict[str, str | None]]]) -> None:
         if rows:
-            keys = self.keys[file.table]
+            keys = self.keys[file.source]
             columns = [[row.get(key) for _, row in rows] for key in keys]
             self.staging.add(file, list(keys.values()), columns, [number for number, _ in rows])
             rows.clear()
@@ -4414,13 +4631,13 @@ def required_columns(table: Table) -> list[str]:
 def check_columns(file: LandedFile) -> None:
     """Checks that a file has the columns that its table requires. Raises BadFileError."""
     given = {name.lower() for name in file.columns}
-    missing = [name for name in required_columns(TABLES[file.table]) if name not in given]
+    missing = [name for name in required_columns(TABLES[file.source]) if name not in given]
     if missing and len(file.columns) == 1 and (found := re.search(r"[;,|\t]", file.columns[0])):
         raise BadFileError(f"its only column is {file.columns[0]}: is {found[0]!r} the delimiter (--source-delimiter)?")
     if missing and (file.columns or file.rows or file.malformed):
         raise BadFileError(
             f"it has no {', '.join(missing)}, but {', '.join(file.columns) or 'nothing'}: write a "
-            f"model {file.table}.sql that makes them (--inspect-source proposes one)"
+            f"model {file.source}.sql that makes them (--inspect-source proposes one)"
         )
 
 
@@ -4435,7 +4652,7 @@ def check_binary(
             ask_duckdb(connection, f"SELECT count(decode({sql_name(name)})) FROM read_parquet({sql_text(path)})")
         except duckdb.Error:
             raise BadFileError(
-                f"its column {name} is binary and no text in UTF-8: leave it out, or write a model {file.table}.sql "
+                f"its column {name} is binary and no text in UTF-8: leave it out, or write a model {file.source}.sql "
                 "that takes the columns it needs"
             ) from None
 
@@ -4470,10 +4687,10 @@ def find_damage(parts: Iterable[Part], files: Iterable[LandedFile]) -> str | Non
 
 
 def report_delivery(files: Sequence[LandedFile], record: RunRecord) -> None:
-    """Logs and records what was read of each table, and which files are left out."""
+    """Logs and records what was read of each source, and which files are left out."""
     seen: dict[tuple[str, str], LandedFile] = {}
     for file in files:
-        delivery = record.delivery.setdefault(file.table, {"files": 0, "bytes": 0, "rows": 0, "left_out": {}})
+        delivery = record.delivery.setdefault(file.source, {"files": 0, "bytes": 0, "rows": 0, "left_out": {}})
         if file.problem:
             delivery["left_out"][file.path] = file.problem
             record.anomalies.append(f"{file.path} is left out: {file.problem}")
@@ -4482,27 +4699,22 @@ def report_delivery(files: Sequence[LandedFile], record: RunRecord) -> None:
         delivery["files"] += 1
         delivery["bytes"] += file.size
         delivery["rows"] += file.records
-        same = seen.setdefault((file.table, file.sha256), file)
+        same = seen.setdefault((file.source, file.sha256), file)
         if same is not file:
             logger.warning("%s has the same content as %s; both are read", file.path, same.path)
         if not file.records:
             logger.warning("%s holds no record", file.path)
-    for table, delivery in record.delivery.items():
-        logger.info("%s: {files:,} files, {rows:,} records, {bytes:,} bytes".format(**delivery), table)
+    for source, delivery in record.delivery.items():
+        logger.info("%s: {files:,} files, {rows:,} records, {bytes:,} bytes".format(**delivery), source)
 
 
-def records_by_table(engine: Engine, parts: Sequence[Part], files: Sequence[LandedFile]) -> dict[str, DataFrame]:
-    """Returns the records of each bronze table; of a table without files, none."""
-    return {
-        name: records_of(engine, [part for part in parts if part.table == name and not part.is_malformed], files)
-        for name in names(BRONZE)
-    }
-
-
-def records_of(engine: Engine, parts: Sequence[Part], files: Sequence[LandedFile]) -> DataFrame:
+def records_of(
+    engine: Engine, parts: Sequence[Part], files: Sequence[LandedFile], declared: Iterable[str] = ()
+) -> DataFrame:
     """Returns the records of the parts, with all columns that one of them has, but for files that are left out.
 
-    A column that is text in one part, or of different types, is text in all.
+    A column that is text in one part, or of different types, is text in all. Declared columns that no part has are
+    null texts.
     """
     frames = [frame_of(engine, part, files) for part in parts]
     nothing = ", ".join(f"CAST(NULL AS {kind}) AS {name}" for name, kind in LANDED_COLUMNS.items())
@@ -4510,10 +4722,11 @@ def records_of(engine: Engine, parts: Sequence[Part], files: Sequence[LandedFile
     # Asked once: each time is a call to the server of Connect and Sail.
     columns_of = [{name.lower(): (name, kind) for name, kind in frame.dtypes} for frame in frames]
     spellings: dict[str, str] = {}
-    kinds: dict[str, set[str]] = {}
+    kinds: dict[str, set[str]] = {name.lower(): {"string"} for name in declared}
     for key, (name, kind) in (column for given in columns_of for column in given.items()):
         spellings.setdefault(key, name)
         kinds.setdefault(key, set()).add(kind)
+    spellings |= {name.lower(): name for name in declared if name.lower() not in spellings}
 
     def aligned(frame: DataFrame, given: Mapping[str, tuple[str, str]]) -> DataFrame:
         columns = []
@@ -4559,36 +4772,79 @@ def frame_of(engine: Engine, part: Part, files: Sequence[LandedFile]) -> DataFra
     )
 
 
-INSPECTED_BYTES = 100 * MILLION  # of the files of each table, about, that --inspect-source reads
-# Names that others have for the columns of the contract; and values to begin with where there is nothing like them.
+class KnownExport(NamedTuple):
+    """An export of a system that has ready models: one of their sources, and the columns that they read of it."""
+
+    system: str
+    source: str
+    patterns: tuple[str, ...]
+    columns: frozenset[str]  # in lower case
+
+    def share(self, header: Iterable[str]) -> tuple[float, int]:
+        """Returns which share of the columns a file has, and of how many."""
+        given = {name.strip().lower() for name in header}
+        return len(self.columns & given) / len(self.columns), len(self.columns)
+
+    def advice(self, file: LandedFile, models: str | None) -> str:
+        """Returns what to do so that the models read the file; nothing where they do."""
+        run = "" if models == self.system else f"run with --models {self.system}"
+        [found] = claimed([file], {"": Model("", "", {self.source: self.patterns})}, [])
+        rename = "" if found.source == self.source else f"rename it to match {' or '.join(self.patterns)}"
+        return ", and ".join(filter(None, (run, rename)))
+
+
+def known_exports(headers: Iterable[tuple[LandedFile, Sequence[str]]]) -> Iterator[tuple[LandedFile, KnownExport]]:
+    """Returns the files whose headers have at least 80 % of the columns of an export that ready models read."""
+    known = [
+        KnownExport(system, source, model.patterns.get(source, (source,)), frozenset(map(str.lower, columns)))
+        for system in ready_models()
+        for model in read_models(os.path.join(READY_MODELS, system)).values()
+        for source, columns in model.columns.items()
+        if columns
+    ]
+    for file, header in headers:
+        best = max(known, key=lambda export: export.share(header), default=None)
+        if best and best.share(header)[0] >= 0.8:
+            yield file, best
+
+
+def header_of(path: str) -> list[str]:
+    """Returns the fields of the first line of a text file; none where that cannot be read."""
+    opened: Any = gzip.open if path.endswith(".gz") else open
+    try:
+        with opened(path, "rb") as file:
+            line = file.read(2**16)
+        encoding = "utf-16" if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+        first = re.sub(r"\Asep=.*\s+", "", line.decode(encoding, errors="replace")).partition("\n")[0]
+        return max((next(csv.reader([first], delimiter=delimiter), []) for delimiter in ",;\t|"), key=len)
+    except (OSError, EOFError, zlib.error, csv.Error):
+        return []
+
+
+def export_hint(source: LandedFiles) -> str:
+    """Returns the end of an error when nothing is there for a table: which files look like exports that are known."""
+    texts = {file.top: file for file in source.listed if file.suffix in (".csv", ".tsv", ".txt") and not file.problem}
+    headers = ((file, header_of(os.path.join(source.root, file.path))) for file in texts.values())
+    found = [(file.top, export, export.advice(file, source.config.models)) for file, export in known_exports(headers)]
+    if new := [(top, export.system) for top, export, _ in found if export.system != source.config.models]:
+        tops, systems = ([*dict.fromkeys(values)] for values in zip(*new, strict=True))
+        return f"; these look like exports of {' and '.join(systems)}: add --models {systems[0]} ({shortened(tops)})"
+    return "".join(
+        f"; {top} looks like an export of {export.system}: {advice}" for top, export, advice in found if advice
+    )
+
+
+INSPECTED_BYTES = 100 * MILLION  # of the files of each source, about, that --inspect-source reads
+# Names that others have for columns of the contract, also as the last words of a longer name.
 OTHER_NAMES: Mapping[str, str] = {
-    "transaction_id": "order_id order_no order_number order invoice invoice_no id",
-    "customer_id": "customer client user_id buyer id",
-    "product_id": "sku article item product stock_code id",
-    "quantity": "qty units pieces count",
-    "amount": "total price value sum revenue",
-    "timestamp": "created_at order_date date time datetime day at",
-    "payment_method": "payment paid_by method",
-    "status": "state order_status",
-    "location": "city country",
-    "first_name": "given_name forename name",
-    "last_name": "family_name surname name",
-    "email": "mail e_mail",
-    "city": "town location",
-    "signup_date": "created_at registered since",
-    "product_name": "name title description",
-    "category": "group department type",
-    "price": "unit_price cost amount",
-    "stock_quantity": "stock inventory on_hand",
-    "supplier": "vendor brand manufacturer",
-    "weight_kg": "weight",
-    "created_date": "created_at since date",
-    "is_active": "active enabled",
-}
-FIRST_VALUES: Mapping[str, str] = {
-    "quantity": "1", "status": "'completed'", "payment_method": "'credit_card'", "is_active": "true",
-    "stock_quantity": "1", "category": "'Unknown'", "supplier": "'Unknown'", "first_name": "'Unknown'",
-    "last_name": "'Unknown'", "product_name": "'Unknown'", "price": "1.00", "created_date": "DATE'2000-01-01'",
+    "transaction_id": "order_id order_no order_number order invoice invoice_no id", "status": "state",
+    "quantity": "qty units pieces count", "customer_id": "customer client user_id buyer id",
+    "product_id": "sku article item product stock_code id", "amount": "total value sum revenue price",
+    "timestamp": "created_at order_date date time datetime day at", "payment_method": "payment paid_by method",
+    "location": "country", "city": "town", "first_name": "given_name forename", "last_name": "family_name surname",
+    "email": "mail e_mail", "signup_date": "created_at registered since", "product_name": "title description name",
+    "supplier": "vendor brand", "category": "group department type", "price": "cost", "weight_kg": "weight",
+    "stock_quantity": "stock inventory on_hand", "created_date": "created_at since date", "is_active": "active enabled",
 }  # fmt: skip
 # Formats of dates and times, for Python, which finds the one that fits all values of a sample, and for Spark.
 TIME_FORMATS: Mapping[str, str] = {
@@ -4602,7 +4858,7 @@ TIME_FORMATS: Mapping[str, str] = {
 
 
 def inspect_source(config: DataPipelineConfig) -> Iterator[str]:
-    """Returns lines on what lies in the source folder, and what would become of it.
+    """Reports the sources found and how each contract column would be filled.
 
     Raises:
         PipelineError: the folder or the engine cannot be used.
@@ -4610,45 +4866,50 @@ def inspect_source(config: DataPipelineConfig) -> Iterator[str]:
     source = LandedFiles(config)
     engine = choose_engine(config, source)
     engine.check()
-    sample = list(sampled(source.files))
+    sample = list(sampled(file for file in source.listed if not file.problem))
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(engine), contextlib.ExitStack() as stack:
         engine.start(os.devnull)
-        source.parts = FileReader(source.root, folder, config).read(sample, with_models=names(BRONZE))
-        records = records_by_table(engine, source.parts, sample)
-        source.views = {name: stack.enter_context(engine.view(rows)) for name, rows in records.items()}
-        for name in names(BRONZE):
-            landed, read = ([file for file in files if file.table == name] for files in (source.files, sample))
-            yield from ("", f"{name}: {len(read)} of {len(landed)} files read")
+        source.parts = FileReader(source.root, folder, config).read(
+            sample, with_models={file.source for file in sample}
+        )
+        for origin, number in Counter(file.source for file in source.listed).items():
+            read = [file for file in sample if file.source == origin]
+            yield f"{origin}: {len(read)} of {number} files read"
             for file in read:
-                found = f"cannot be read: {file.problem}" if file.problem else f"{file.records:,} records"
+                number_read = f"cannot be read: {file.problem}" if file.problem else f"{file.records:,} records"
                 malformed = f", of which {file.malformed:,} are malformed lines" if file.malformed else ""
-                yield f"  {file.path}: {found}{malformed}"
-            if landed and not any(file.rows for file in read):
+                yield f"  {file.path}: {number_read}{malformed}"
+        exports = list(known_exports((file, file.columns) for file in sample))
+        for file, export in exports:
+            article = "an" if export.source[0] in "aeiou" else "a"
+            looks = f"{file.path} looks like {article} {export.source} export of {export.system}"
+            yield ": ".join(filter(None, (looks, export.advice(file, config.models))))
+        records = source.records(engine, sample)
+        source.views = {name: stack.enter_context(engine.view(rows)) for name, rows in records.items()}
+        for name, inputs in source.inputs.items():
+            yield from ("", f"{name}:")
+            if any(file.rows for file in sample if file.source in inputs) or not inputs:
+                yield from inspect_table(engine, source, name, records)
+            else:
                 yield "  there is no record to look at"
-            elif name in source.models or landed:
-                yield from inspect_table(engine, source, name, records[name])
-            if name not in source.models:
-                yield from proposed_model(name, records, config.source_decimal)
+            if name not in source.models and not exports:
+                yield from proposed_model(name, records)
 
 
-def sampled(files: Sequence[LandedFile]) -> Iterator[LandedFile]:
-    """Returns the first files of each table, at least one, up to INSPECTED_BYTES."""
-    for _, group in itertools.groupby(files, key=lambda file: file.table):
-        total = 0
-        for file in group:
-            if total and total + file.size > INSPECTED_BYTES:
-                break
-            total += file.size
+def sampled(files: Iterable[LandedFile]) -> Iterator[LandedFile]:
+    """Returns the first files of each source, at least one, up to INSPECTED_BYTES."""
+    totals: Counter[str] = Counter()
+    for file in files:
+        if file.source not in totals or totals[file.source] + file.size <= INSPECTED_BYTES:
+            totals[file.source] += file.size
             yield file
 
 
-def inspect_table(engine: Engine, source: LandedFiles, name: str, rows: DataFrame) -> Iterator[str]:
+def inspect_table(engine: Engine, source: LandedFiles, name: str, records: Mapping[str, DataFrame]) -> Iterator[str]:
     """Returns how each column of a table is filled, and which rules the sample violates."""
     table = TABLES[name]
     try:
-        if name in source.models:
-            rows = apply_model(engine.spark, name, source.models[name], source.views)
-        typed = conformed(rows, table, source.config)
+        rows = apply_model(engine.spark, source.models[name], source.views) if name in source.models else records[name]
         given = {column.strip().lower(): (column, kind) for column, kind in rows.dtypes}
         by = f"by {name}.sql" if name in source.models else "by its name"
         required = required_columns(table)
@@ -4659,12 +4920,10 @@ def inspect_table(engine: Engine, source: LandedFiles, name: str, rows: DataFram
         unknown = [column for column in given if column not in dict(table.columns()) and column not in LANDED_COLUMNS]
         yield f"  unknown columns, which go to _rescued_data: {', '.join(unknown) or 'none'}"
         counts = {"records": "count(1)", **violation_counts(table.rules, source.config)}
-        found = aggregate(typed, counts)
+        found = aggregate(conformed(rows, table, source.config), counts)
         total = found.pop("records")
         severities = {rule.name: rule.severity for rule in table.rules}
-        for rule, count in found.items():
-            if count:
-                yield f"  {rule}: {count:,} of {total:,} records ({severities[rule]})"
+        yield from (f"  {rule}: {n:,} of {total:,} records ({severities[rule]})" for rule, n in found.items() if n)
         yield "  repeated keys and keys without a parent are not looked for here"
     except Exception as error:
         explanation = error if isinstance(error, PipelineError) else source.explain(error, engine, name)
@@ -4673,51 +4932,42 @@ def inspect_table(engine: Engine, source: LandedFiles, name: str, rows: DataFram
         yield f"  {explanation}"
 
 
-def proposed_model(name: str, records: Mapping[str, DataFrame], decimal: str = ".") -> Iterator[str]:
-    """Returns a staging model to start from: over the table's own files, else over those of the transactions."""
-    table = TABLES[name]
-    is_derived = not set(records[name].columns) - set(LANDED_COLUMNS)
-    over = "transactions" if is_derived else name
-    rows = records[over]
-    columns = [column for column in rows.columns if column not in LANDED_COLUMNS]
-    if not columns or {column for column, _ in table.columns()} <= {column.lower() for column in columns}:
+def proposed_model(name: str, records: Mapping[str, DataFrame]) -> Iterator[str]:
+    """Returns a staging model to start from: over the source of its name, else over the one that looks most like it."""
+    table, found = TABLES[name], {source: matched_columns(name, rows.columns) for source, rows in records.items()}
+    required = {*required_columns(table), *table.key}
+    over = name if found.get(name) else max(found, key=lambda source: len(required & found[source].keys()), default="")
+    if not found.get(over) or dict(table.columns()).keys() <= {column.lower() for column in records[over].columns}:
         return
-    values: dict[str, list[str]] = {column: [] for column in columns}
-    for row in rows.limit(1_000).collect():
-        for column in columns:
-            if row[column] is not None:
-                values[column].append(str(row[column]))
-    yield from (f"  a model to start from, {name}.sql:", "", f"    SELECT {'DISTINCT' if is_derived else ''}".rstrip())
-    free = list(columns)
-    expressions = []
-    for column, kind in table.columns():
-        if found := nearest_column(column, free):
-            free.remove(found)
-            others = {value.strip().lower() for value in values[found]} - set(STATUSES) if column == "status" else set()
-            remark = f"  -- map by CASE: {', '.join(sorted(others))}" if others else ""
-            if kind in ("date", "timestamp") and (also := fitting_formats(values[found])[1:]):
-                remark = f"  -- {' and '.join(map(repr, also))} would fit too: choose the right one"
-            text = expression(found, column, kind, values[found], decimal)
-            expressions.append((f"{text} AS {column}", remark))
-        elif column in required_columns(table):
-            first = FIRST_VALUES.get(column, f"CAST(NULL AS {kind})")
-            expressions.append((f"{first} AS {column}", "  -- nothing looks like it: correct this"))
-    if not is_derived:
-        expressions += [(place, "") for place in ("_delivery", "_source_file", "_source_row")]
-    for number, (text, remark) in enumerate(expressions, start=1):
-        yield f"        {text}{',' if number < len(expressions) else ''}{remark}"
-    yield from (f"    FROM {over}", "")
+    sample = records[over].select(*map(quoted, found[over].values())).limit(1_000).collect()
+    columns, remarks = [], [f"{column}: nothing looks like it" for column in sorted(required - found[over].keys())]
+    for number, (column, landed) in enumerate(found[over].items()):
+        values = [str(row[number]).strip() for row in sample if row[number] is not None]
+        kind = dict(table.columns())[column]
+        if kind in ("date", "timestamp") and (also := fitting_formats(values)[1:]):
+            remarks.append(f"{column}: {' and '.join(map(repr, also))} would fit too: choose the right one")
+        if column == "status" and (others := {value.lower() for value in values} - {*STATUSES}):
+            remarks.append(f"{column}: map by CASE: {', '.join(sorted(others))}")
+        columns.append(f"{expression(landed, column, kind, values)} AS {column}")
+    is_derived = over != name and name != "transactions"
+    columns += [] if is_derived else [", ".join(LANDED_COLUMNS)]
+    yield from (f"  a model to start from, {name}.sql:", "", *(f"    -- {remark}" for remark in remarks))
+    yield "    SELECT DISTINCT" if is_derived else "    SELECT"
+    yield from ("        " + ",\n        ".join(columns), f"    FROM {over}", "")
 
 
-def nearest_column(wanted: str, columns: Iterable[str]) -> str | None:
-    """Returns the column that most likely holds what the contract calls `wanted`."""
-    plain = {re.sub(r"\W+", "_", column.strip().lower()): column for column in columns}
-    candidates = [wanted, *OTHER_NAMES.get(wanted, "").split()]
-    for name in candidates:
-        if name in plain:
-            return plain[name]
-    near = difflib.get_close_matches(wanted, plain, n=1, cutoff=0.8)
-    return plain[near[0]] if near else None
+def matched_columns(name: str, landed: Iterable[str]) -> dict[str, str]:
+    """Returns the landed column for each column of a table: by its name, by other names, or by their last words."""
+    contract = [column for column, _ in TABLES[name].columns()]
+    free = {re.sub(r"\W+", "_", column.strip().lower()): column for column in landed if column not in LANDED_COLUMNS}
+    found = {column: free.pop(column) for column in contract if column in free}
+    for column in sorted({*contract} - found.keys(), key=lambda column: column not in required_columns(TABLES[name])):
+        others = [column, *OTHER_NAMES.get(column, "").split()]
+        endings = (plain for other in others if other != "id" for plain in free if plain.endswith(f"_{other}"))
+        near = difflib.get_close_matches(column, free, n=1, cutoff=0.8)
+        if match := next((plain for plain in (*others, *endings, *near) if plain in free), None):
+            found[column] = free.pop(match)
+    return {column: found[column] for column in contract if column in found}
 
 
 def fitting_formats(values: Sequence[str]) -> list[str]:
@@ -4725,40 +4975,20 @@ def fitting_formats(values: Sequence[str]) -> list[str]:
     found = []
     for format, spark_format in TIME_FORMATS.items():
         with contextlib.suppress(ValueError):
-            if values and all(datetime.strptime(value.strip(), format) for value in values):
+            if values and all(datetime.strptime(value, format) for value in values):
                 found.append(spark_format)
     return found
 
 
-def expression(column: str, wanted: str, kind: str, values: Sequence[str], decimal: str) -> str:
-    """Returns Spark SQL that makes a column of the contract from a landed one, by what its values look like.
-
-    Numbers keep the decimal separator of the settings, by which they are read.
-    """
-    name = column if re.fullmatch(r"[A-Za-z]\w*", column) else quoted(column)
-
-    def all_like(pattern: str) -> bool:
-        return bool(values) and all(re.fullmatch(pattern, value.strip()) for value in values)
-
-    if kind in ("date", "timestamp"):
-        if all_like(r"\d{10}|\d{13}"):
-            return f"timestamp_{'seconds' if len(values[0].strip()) == 10 else 'millis'}(CAST({name} AS BIGINT))"
-        if kind == "date" and all_like(r"\d{4}-\d\d-\d\d[ T].+"):
-            return f"substring(trim({name}), 1, 10)"
-        for spark_format in fitting_formats(values):
-            # Without a zone, so that the time zone of the settings applies.
-            return f"to_{'timestamp_ntz' if kind == 'timestamp' else kind}({name}, '{spark_format}')"
-    if kind == "bigint" and values and not all_like(TEXT_PATTERNS["bigint"]):
-        return f"xxhash64({name})"
-    if kind.startswith("decimal") and not all_like(TEXT_PATTERNS["decimal"].replace("[.]", f"[{decimal}]")):
-        for point, group in ((".", ","), (",", ".")):
-            # No parentheses: in them, an amount is one to subtract.
-            if all_like(rf"[^\d.,(]*\d{{1,3}}([{group}'\s]?\d{{3}})*([{point}]\d{{1,2}})?[^\d.,(]*"):
-                digits = f"regexp_replace({name}, '[^0-9{point}-]', '')"
-                return digits if point == decimal else f"translate({digits}, '{point}', '{decimal}')"
-    if wanted == "status":
-        return f"lower(trim({name}))"
-    return name
+def expression(landed: str, column: str, kind: str, values: Sequence[str]) -> str:
+    """Returns Spark SQL that makes a column of the contract from a landed one, by what its values look like."""
+    name = landed if re.fullmatch(r"[A-Za-z]\w*", landed) else quoted(landed)
+    if kind in ("date", "timestamp") and (formats := fitting_formats(values)):
+        # Without a zone, so that the time zone of the settings applies.
+        return f"to_{'timestamp_ntz' if kind == 'timestamp' else kind}({name}, '{formats[0]}')"
+    if kind == "bigint" and not all(re.fullmatch(TEXT_PATTERNS[kind], value) for value in values):
+        return f"xxhash64(lower(trim({name})))"
+    return f"lower(trim({name}))" if column == "status" else name
 
 
 # ── Inspection ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -4945,14 +5175,14 @@ def example_rows(run: Run, table: Table, where: str) -> Answer:
 
 
 def find_rejects_by_file(run: Run) -> None:
-    """Reads into the record which landed files the quarantined rows of each table are from, the most rows first."""
+    """Counts quarantined rows by landed file, largest first."""
     queries = {
         name: f"SELECT coalesce(_source_file, 'unknown') AS file, count(*) AS rejected "
         f"FROM {QUARANTINE}.{name} GROUP BY 1 ORDER BY rejected DESC, file LIMIT {PREVIEW_ROWS}"
-        for name in run.record.delivery
+        for name in names(BRONZE)
     }
-    for name, rows in inspect(run, queries).items():
-        run.record.delivery[name]["rejected"] = rows
+    run.record.rejects = inspect(run, queries if run.record.delivery else {})
+    for name, rows in run.record.rejects.items():
         if rows:
             files = ", ".join(f"{row['file']} {row['rejected']:,}" for row in rows)
             logger.info("%s: quarantined rows by file: %s", name, files)
@@ -5191,7 +5421,8 @@ class RunRecord:
     started_after: dict[str, float] = field(default_factory=dict)
     quality: dict[str, Quality] = field(default_factory=dict)
     profile: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    delivery: dict[str, dict[str, Any]] = field(default_factory=dict)  # by landed table: files, bytes, rows, left_out
+    delivery: dict[str, dict[str, Any]] = field(default_factory=dict)  # by source: files, bytes, rows, left_out
+    rejects: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # by bronze table: file, rejected
     currency: str | None = "USD"  # of the amounts; None where the source does not say
     revenue: Decimal | None = None  # of completed orders
     orders: int | None = None  # completed orders; the rows with one order_id are one
@@ -5549,7 +5780,7 @@ def metrics(history: Sequence[RunRecord], published: RunRecord | None) -> str:
         rates = {(name,): found.quarantine_rate for name, found in quality}
         for unit in ("files", "rows", "bytes"):
             read = {(name,): delivery[unit] for name, delivery in checked.delivery.items()}
-            gauge(f"delivery_{unit}", f"Landed {unit} that the run has read.", read, "table")
+            gauge(f"delivery_{unit}", f"Landed {unit} that the run has read.", read, "source")
         gauge("quarantine_ratio", "Share of the rows received that were rejected, 0 to 1.", rates, "table")
     if published:
         rows = {tuple(name.split(".")): rows for name, rows in published.rows.items()}

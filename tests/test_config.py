@@ -186,7 +186,7 @@ def test_every_field_is_a_flag_and_a_variable() -> None:
         "lock_timeout": "1.5", "report_title": "My shop",
         "fast_start": "No", "alert_webhook": "https://x.example/y", "anomaly_factor": "2.5",
         "executor_memory": "4G", "executor_cores": "2", "driver_host": "10.0.0.5", "cluster_timeout": "60",
-        "source_dir": "/y", "models_dir": "/z", "source_delimiter": "tab", "source_quote": "'",
+        "source_dir": "/y", "models": "/z", "source_delimiter": "tab", "source_quote": "'",
         "source_encoding": "Latin-1", "source_decimal": ",", "source_time_zone": "Europe/Berlin",
         "settle_seconds": "0", "on_bad_file": "Quarantine", "payment_methods": "PayPal, Cash on-Delivery,überweisung",
         "orphans": "Keep", "currency": "eur", "control_tolerance": "0.01",

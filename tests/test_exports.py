@@ -111,7 +111,7 @@ def test_currencies_are_not_added_up(published_from: Callable[..., RunRecord]) -
     ):
         published_from(files)
     record = published_from(files, currency="EUR", max_quarantine_rate=0.5)
-    assert (record.revenue, record.currency) == (40, "EUR")
+    assert (record.revenue, record.currency) == (Decimal(40), "EUR")
     assert record.quality["transactions"].violations["currency_other"] == 1
     assert "revenue: EUR 40.00" in repr(record)
 
@@ -170,7 +170,7 @@ def test_attributes_are_optional(published_from: Callable[..., RunRecord]) -> No
     """A list of ids is enough; what a shop does not track does not cost it its orders."""
     files = {"products.csv": "product_id,price\nlamp,\nkite,-1\nmug,9.00\n", "customers.csv": "customer_id\n1\n2\n"}
     record = published_from({**files, "transactions.csv": csv_of(LINES[0], LINES[3])})
-    assert (record.revenue, record.quality["products"].quarantined) == (58, 0)
+    assert (record.revenue, record.quality["products"].quarantined) == (Decimal(58), 0)
     assert revenue_by_category(record) == {"Unknown": 58}
     with open_tables(record.data_dir) as db:
         products = db.sql("SELECT product_id, product_name, price, supplier, stock_quantity FROM products_active")
@@ -226,7 +226,7 @@ def test_files_of_several_conventions_lie_together(published_from: Callable[...,
         "f.csv.gz": gzip.compress(csv_of("6,1,mug,1,6.00,2026-01-05 05:00:00 -0500,card,completed").encode()),
     }
     record = published_from({f"transactions/{name}": content for name, content in files.items()})
-    assert (record.revenue, record.orders) == (21, 6)
+    assert (record.revenue, record.orders) == (Decimal(21), 6)
     with open_tables(record.data_dir) as db:
         assert one(db, "SELECT count(DISTINCT timestamp) FROM transactions_clean") == 1
         assert one(db, "SELECT count(*) FROM payment_analytics WHERE payment_method = 'überweisung'") == 1
