@@ -4257,13 +4257,13 @@ class FileReader:
         file.columns = column_names(header)
         if not header:
             return
-        text.end = END + delimiter * len(header)
+        text.end = end = END + delimiter * len(header)
         ends: list[str] = []
         numbers: collections.deque[int] = collections.deque()  # of malformed records
         malformed: list[tuple[int, str]] = []  # those that are not yet staged
 
         def keep(row: Any) -> str:
-            if row.text.endswith(text.end):
+            if row.text.endswith(end):
                 ends.append(row.text)
                 return "skip"
             file.malformed += 1
@@ -4281,11 +4281,10 @@ class FileReader:
                 file.rows += batch.num_rows
                 self.staging.add(file, file.columns, batch.columns, valid)
         except pa.ArrowInvalid:
-            raise BadFileError(
-                f"record {file.records + 1:,} has more than {BLOCK // 2**20} MB: is a quote not closed?"
-            ) from None
+            size = f"{BLOCK // 2**20} MB"
+            raise BadFileError(f"record {file.records + 1:,} has more than {size}: is a quote not closed?") from None
         self._stage_malformed(file, malformed)
-        if ends != [text.end]:
+        if ends != [end]:
             number = file.records + len(ends)
             raise BadFileError(f"record {number:,} continues to the end of the file: is a quote not closed?")
 
@@ -4304,9 +4303,8 @@ class FileReader:
                 row = parse_object(line, self.config.source_decimal) if is_json else {"value": line}
             except (ValueError, RecursionError):
                 if not file.rows and line.lstrip().startswith("["):
-                    raise BadFileError(
-                        "it is a JSON array: one object a line is needed, as `jq -c .[]` makes it"
-                    ) from None
+                    advice = "one object a line is needed, as `jq -c .[]` makes it"
+                    raise BadFileError(f"it is a JSON array: {advice}") from None
                 file.malformed += 1
                 malformed.append((file.records, line))
             else:
@@ -4334,12 +4332,12 @@ class FileReader:
         texts = ([cell_text(cell, self.config.source_decimal) for cell in row] for row in sheet.iter_rows())
         rows = (row for row in texts if any(row))
         file.columns = column_names([text or "" for text in next(rows, ())])
+        if not file.columns:
+            return
+        self.staging.add(file, file.columns, [()] * len(file.columns), ())
         while batch := list(itertools.islice(rows, BATCH)):
-            numbers = range(file.rows + 1, file.rows + len(batch) + 1)
-            file.rows += len(batch)
-            self.staging.add(file, file.columns, list(zip(*batch, strict=True)), numbers)
-        if file.columns and not file.rows:
-            self.staging.add(file, file.columns, [()] * len(file.columns), ())
+            first, file.rows = file.rows + 1, file.rows + len(batch)
+            self.staging.add(file, file.columns, zip(*batch, strict=True), range(first, file.rows + 1))
 
     def _stage_objects(self, file: LandedFile, rows: list[tuple[int, dict[str, str | None]]]) -> None:
         if rows:
@@ -4380,19 +4378,15 @@ class Utf8Text(io.RawIOBase):
     """
 
     def __init__(self, binary: io.BufferedReader, encoding: str) -> None:
-        self.binary = binary
-        start = binary.peek(3)
-        if start.startswith(codecs.BOM_UTF8):
+        if binary.peek(3).startswith(codecs.BOM_UTF8):
             binary.read(3)
             encoding = "utf-8"
-        elif start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        elif binary.peek(2).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             encoding = "utf-16"
-        self.encoding = encoding
+        self.binary, self.encoding = binary, encoding
         self.decoder = codecs.getincrementaldecoder(encoding)()
+        self.decoded, self.last, self.line = b"", "\n", 1  # not yet read; the last character, and its line
         self.end = ""  # what to add as a last line
-        self.line = 1
-        self.ends_line = True
-        self.decoded = memoryview(b"")
         self.is_complete = False
 
     def readable(self) -> bool:
@@ -4401,43 +4395,35 @@ class Utf8Text(io.RawIOBase):
     def head(self) -> str:
         """Returns the first MB of what is not yet read."""
         self._decode(2**20)
-        return bytes(self.decoded).decode(errors="ignore")  # a character may be cut
+        return self.decoded.decode(errors="ignore")  # a character may be cut
 
     def skip(self, text: str) -> None:
         """Skips a text of the head."""
         self.decoded = self.decoded[len(text.encode()) :]
 
     def readinto(self, buffer: Any) -> int:
-        filled = 0
-        while filled < len(buffer):
-            self._decode(len(buffer))
-            if not self.decoded:
-                break
-            size = min(len(buffer) - filled, len(self.decoded))
-            buffer[filled : filled + size] = self.decoded[:size]
-            self.decoded = self.decoded[size:]
-            filled += size
-        return filled
+        self._decode(len(buffer))
+        if self.is_complete and self.end:
+            self.decoded += (self.end if self.last in "\r\n" else f"\n{self.end}").encode()
+            self.end = ""
+        size = min(len(buffer), len(self.decoded))
+        buffer[:size], self.decoded = self.decoded[:size], self.decoded[size:]
+        return size
 
     def _decode(self, size: int) -> None:
-        while not (self.decoded or self.is_complete):
-            given = self.binary.read(size)
+        while len(self.decoded) < size and not self.is_complete:
+            given = self.binary.read(size - len(self.decoded))
             self.is_complete = not given
             try:
-                text = self.decoder.decode(given, not given)
+                text = self.decoder.decode(given, self.is_complete)
             except UnicodeDecodeError as error:
                 line = self.line + error.object[: error.start].count(b"\n")
-                raise BadFileError(
-                    f"line {line:,}: {self.encoding!r} can't decode byte 0x{error.object[error.start]:02x} "
-                    f"({error.reason}); see --source-encoding"
-                ) from None
+                byte = f"line {line:,}: {self.encoding!r} can't decode byte 0x{error.object[error.start]:02x}"
+                raise BadFileError(f"{byte} ({error.reason}); see --source-encoding") from None
             self.line += text.count("\n")
-            if text:
-                self.ends_line = text[-1] in "\r\n"
-            if self.is_complete and self.end:
-                text += self.end if self.ends_line else f"\n{self.end}"
+            self.last = text[-1:] or self.last
             # Bytes of UTF-8 are passed on as they are: encoding takes as long as decoding.
-            self.decoded = memoryview(given if given and self.encoding in ("utf-8", "ascii") else text.encode())
+            self.decoded += given if given and self.encoding in ("utf-8", "ascii") else text.encode()
 
 
 @contextlib.contextmanager
@@ -4487,29 +4473,26 @@ def read_header(text: Utf8Text, suffix: str, config: DataPipelineConfig) -> tupl
     if named := re.match(rf"({re.escape(quote)}?)sep=([^\r\n])\1(\r\n?|\n|$)", head):
         text.skip(named[0])
         head = head[len(named[0]) :]
-    lines: list[str] = []
 
-    def record(delimiter: str, strict: bool) -> list[str]:
-        lines.clear()
-        text_lines = io.StringIO(head, newline="")
-        recorded = (lines.append(line) or line for line in text_lines)  # type: ignore[func-returns-value]
-        return next(filter(None, csv.reader(recorded, delimiter=delimiter, quotechar=quote, strict=strict)), [])
+    def fields(delimiter: str, strict: bool) -> tuple[list[str], int]:
+        lines = io.StringIO(head, newline="")
+        reader = csv.reader(iter(lines.readline, ""), delimiter=delimiter, quotechar=quote, strict=strict)
+        return next(filter(None, reader), []), lines.tell()
 
     def number_of_fields(delimiter: str) -> int:
-        try:
-            return len(record(delimiter, strict=False))
-        except csv.Error:
-            return 0
+        with contextlib.suppress(csv.Error):
+            return len(fields(delimiter, strict=False)[0])
+        return 0
 
     candidates = "\t,;|" if suffix == ".tsv" else ",;\t|"
-    likely = max((one for one in candidates if one != quote), key=number_of_fields)
-    delimiter = config.source_delimiter or (named[2] if named else likely)
+    delimiter = config.source_delimiter or (named[2] if named else "")
+    delimiter = delimiter or max((one for one in candidates if one != quote), key=number_of_fields)
     try:
-        header = record(delimiter, strict=True)
+        header, end = fields(delimiter, strict=True)
     except csv.Error as error:
         raise BadFileError(f"its header cannot be read: {error}; is a quote not closed?") from None
-    text.skip("".join(lines))
-    text.decoded = memoryview(codecs.BOM_UTF8 + text.decoded)  # pyarrow skips one: not that of a value
+    text.skip(head[:end])
+    text.decoded = codecs.BOM_UTF8 + text.decoded  # pyarrow skips one: not that of a value
     return delimiter, header
 
 
