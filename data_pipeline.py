@@ -1670,14 +1670,16 @@ class LandedFiles:
             if not missing or (model and landed & {*inputs} and model.columns.keys() >= {*missing}):
                 continue
             if model:
-                patterns = model.patterns.get(missing[0], (f"{missing[0]}.csv", f"a folder {missing[0]}"))
-                advice = f"the model {name}.sql reads {missing[0]}; land {' or '.join(patterns)}"
+                needed = min(missing, key=lambda source: source in model.columns)
+                patterns = model.patterns.get(needed, (f"{needed}.csv", f"a folder {needed}"))
+                advice = f"the model {name}.sql reads {needed}; land {' or '.join(patterns)}"
             else:
                 advice = f"land a file such as {name}.csv or a folder {name} of files, or write a model {name}.sql"
             text = f"nothing is there for the table {name} in {self.root}: {advice}"
             raise ConfigurationError(text + export_hint(self))
         if unused := list(dict.fromkeys(file.top for file in self.listed if file.source not in self.used)):
-            nearest = next(filter(None, (_nearest(source_name(top), names(BRONZE)) for top in unused)), "")
+            by_name = [name for name in names(BRONZE) if name not in self.models]
+            nearest = next(filter(None, (_nearest(source_name(top), by_name) for top in unused)), "")
             logger.warning("no model and no table uses %s%s", shortened(unused), nearest)
 
     def prepare(self) -> None:
@@ -4705,11 +4707,12 @@ def records_of(
     # Asked once: each time is a call to the server of Connect and Sail.
     columns_of = [{name.lower(): (name, kind) for name, kind in frame.dtypes} for frame in frames]
     spellings: dict[str, str] = {}
-    kinds: dict[str, set[str]] = {name.lower(): {"string"} for name in declared}
+    kinds: dict[str, set[str]] = {}
     for key, (name, kind) in (column for given in columns_of for column in given.items()):
         spellings.setdefault(key, name)
         kinds.setdefault(key, set()).add(kind)
-    spellings |= {name.lower(): name for name in declared if name.lower() not in spellings}
+    for name in (name for name in declared if name.lower() not in spellings):
+        spellings[name.lower()], kinds[name.lower()] = name, {"string"}
 
     def aligned(frame: DataFrame, given: Mapping[str, tuple[str, str]]) -> DataFrame:
         columns = []

@@ -1072,6 +1072,27 @@ def test_proposed_model_names_the_required_columns_that_nothing_looks_like(spark
     assert re.findall(r"(.*) AS (\w+)", "\n".join(lines)) == [("        `Lineitem quantity`", "quantity")]
 
 
+def test_declared_columns_keep_their_types(
+    landed: Callable[..., DataPipelineConfig], spark: SparkSession, warnings: Callable[[], list[str]]
+) -> None:
+    """Only those that no file has are added, as null texts."""
+    model = "-- columns sales: Amount, coupon\n" + MODEL.replace("FROM transactions", "FROM sales").replace(
+        "total", "amount"
+    )
+    model = model.replace("who", "customer_id").replace("day", "coupon").replace("state", "status")
+    model = model.replace("`Order No`", "concat(transaction_id, typeof(amount), typeof(coupon))")
+    files: dict[str, Any] = {"sales.parquet": orders_in_parquet(amount=pa.array([1.5])), "transactions/1.csv": None}
+    [row] = delivered(spark, landed({**files, "transactions.sql": model, "custmers.csv": "x\n"}))
+    assert (row["transaction_id"], row["amount"], row["timestamp"]) == ("T1doublestring", Decimal("1.50"), None)
+    assert warnings() == ["no model and no table uses custmers.csv; did you mean customers?"]
+
+
+def test_archive_that_is_none_is_named_where_it_is_used(landed: Callable[..., DataPipelineConfig]) -> None:
+    open_source(landed({"other.zip": "x"}))
+    with pytest.raises(ConfigurationError, match=r"cannot read customers\.zip: File is not a zip file; correct it"):
+        open_source(landed({"customers.zip": "x"}))
+
+
 @pytest.fixture
 def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Ready models of two invented systems."""
