@@ -514,8 +514,7 @@ def run_pipeline(
         LockedError: another run is writing.
         Exception: anything else, from Spark for example. Whatever is raised, what was published stays as it was.
     """
-    config = config or DataPipelineConfig()
-    source, store, engine = preflight(config, spark)
+    source, store, engine = preflight(config := config or DataPipelineConfig(), spark)
     # Notifies after the lock is free: a webhook may be slow, and another run may wait.
     with contextlib.ExitStack() as afterwards, store.lock(config.lock_timeout):
         store.recover()
@@ -685,15 +684,20 @@ def top_reasons(run: Run, table: Table) -> list[str]:
 
 
 def describe_reason(run: Run, table: Table, rule: Rule) -> str:
-    """Returns how many rows a rule rejects, with the value and the place of one of them, and what to do."""
+    """Returns how many rows a rule rejects, with an example and what to do."""
     rows = run.record.quality[table.name].violations[rule.name]
     [example, *_] = example_rows(run, table, f"array_contains(_reasons, '{rule.name}')") or [{}]
-    rescued = json.loads(example.get("_rescued_data", "{}"))
-    value = example.get(rule.column, rescued.get(rule.column, rescued.get("_record")))
-    column, value = (table.key[0], example.get(table.key[0])) if value is None else (rule.column, value)
-    place = f", {example['_source_file']} row {example.get('_source_row')}" if "_source_file" in example else ""
-    advice = rule.advice.format(table=table.name)
-    return f"{rule.name} {rows:,} (for example {column} {str(value)[:100]!r}{place}): {advice}"
+    return f"{rule.name} {rows:,} {describe_example(table, rule, example)}"
+
+
+def describe_example(table: Table, rule: Rule, row: Mapping[str, Any]) -> str:
+    """Returns the value by which a row violates a rule, or else its key, with its place and what to do."""
+    rescued = json.loads(row.get("_rescued_data") or "{}")
+    found = {name: row.get(name) or rescued.get(name) for name in (rule.column, table.key[0])}
+    found = {"line": rescued["_record"]} if "_record" in rescued else found
+    name, value = next(((name, value) for name, value in found.items() if value is not None), (rule.column, None))
+    place = f", {row['_source_file']} row {row.get('_source_row')}" if row.get("_source_file") else ""
+    return f"(for example {name} {str(value)[:100]!r}{place}): {rule.advice.format(table=table.name)}"
 
 
 def check_currency(run: Run, transactions: DataFrame) -> None:
@@ -2274,6 +2278,13 @@ def _transaction_days_ago(random: SeededRandom, config: DataPipelineConfig) -> C
     return F.pmod(days, F.lit(config.history_days).cast("bigint"))
 
 
+def _transaction_product(random: SeededRandom, config: DataPipelineConfig) -> Column:
+    """Returns the number of the product, from 1; the next one for a record in conflict with the one before it."""
+    products = max(config.num_products, 1)
+    product = random.randrange("product", products) + 1
+    return F.when(_has("other_product"), product % products + 1).otherwise(product)
+
+
 def _transaction_time(random: SeededRandom, config: DataPipelineConfig) -> Column:
     """Returns the timestamp of a transaction that was `days_ago`; defects move it."""
     midnight = (config.as_of_date - date(1970, 1, 1)).days
@@ -2296,6 +2307,9 @@ def _transaction_customer(random: SeededRandom, config: DataPipelineConfig) -> C
     return F.greatest(*ranked)["customer"]
 
 
+REPEATED = ("exact_duplicate", "changed_status", "other_product")  # defects that repeat the id of the record before
+
+
 def generate_transactions(spark: SparkSession, config: DataPipelineConfig) -> DataFrame:
     """One row per transaction record. An amount is price × quantity; a duplicate repeats the record before it."""
     cities = name_pools(config.seed).cities
@@ -2314,16 +2328,12 @@ def generate_transactions(spark: SparkSession, config: DataPipelineConfig) -> Da
     untidy = F.concat(F.lit("  "), F.initcap(F.translate(payment_method, "_", " ")), F.lit(" "))
     devices, browsers = zip(*(session.split("/") for session in DEVICES_AND_BROWSERS), strict=True)
     unknown_customer = F.col("customer") + config.num_customers
-    repeats = "coalesce(defect IN ('exact_duplicate', 'changed_status', 'other_product'), false)"
-    products = max(config.num_products, 1)
-    product = random.randrange("product", products) + 1
-    next_product = product % products + 1
     product_id = F.when(_has("unknown_product"), 0).otherwise(F.col("product"))  # product numbers begin with 1
     return (
         _records(spark, config.num_transactions)
         .transform(_with_defect, "transactions", config)
-        .withColumn("number", F.col("id") - F.expr(repeats).cast("bigint"))
-        .withColumns({**draws, "product": F.when(_has("other_product"), next_product).otherwise(product)})
+        .withColumn("number", F.expr(f"id - CAST(coalesce(defect IN {_one_of(REPEATED)}, false) AS BIGINT)"))
+        .withColumns({**draws, "product": _transaction_product(random, config)})
         .withColumns({"days_ago": _transaction_days_ago(random, config), "quantity": pick("quantity", QUANTITIES)})
         .withColumn("customer", _transaction_customer(random, config))
         .withColumn("location", F.when(at_home, home).otherwise(F.col("location")))
@@ -4905,17 +4915,28 @@ def inspect_table(engine: Engine, source: LandedFiles, name: str, records: Mappi
             yield f"  {column:<16} {kind:<14} ← {filled}"
         unknown = [column for column in given if column not in dict(table.columns()) and column not in LANDED_COLUMNS]
         yield f"  unknown columns, which go to _rescued_data: {', '.join(unknown) or 'none'}"
-        counts = {"records": "count(1)", **violation_counts(table.rules, source.config)}
-        found = aggregate(conformed(rows, table, source.config), counts)
-        total = found.pop("records")
-        severities = {rule.name: rule.severity for rule in table.rules}
-        yield from (f"  {rule}: {n:,} of {total:,} records ({severities[rule]})" for rule, n in found.items() if n)
-        yield "  repeated keys and keys without a parent are not looked for here"
+        typed = conformed(rows, table, source.config)
+        yield from inspect_rules(typed, table, source.config)
     except Exception as error:
         explanation = error if isinstance(error, PipelineError) else source.explain(error, engine, name)
         if explanation is None:
             raise
         yield f"  {explanation}"
+
+
+def inspect_rules(rows: DataFrame, table: Table, config: DataPipelineConfig) -> Iterator[str]:
+    """Returns the rules that rows violate: the three that reject the most with an example and what to do."""
+    found = aggregate(rows, {"records": "count(1)", **violation_counts(table.rules, config)})
+    total = found.pop("records")
+    violated = sorted((rule for rule in table.rules if found[rule.name]), key=lambda rule: -found[rule.name])
+    rejecting = [rule for rule in violated if rule.rejects(config)]
+    for rule in rejecting[:3]:
+        [example] = rows.where(rule.is_violated(config)).limit(1).collect()
+        described = describe_example(table, rule, example.asDict())
+        yield f"  {rule.name}: {found[rule.name]:,} of {total:,} records are rejected {described}"
+    yield from (f"  {rule.name}: {found[rule.name]:,} more are rejected" for rule in rejecting[3:])
+    yield from (f"  {rule.name}: {found[rule.name]:,} are kept" for rule in violated if rule not in rejecting)
+    yield "  repeated keys and keys without a parent are not looked for here"
 
 
 def proposed_model(name: str, records: Mapping[str, DataFrame]) -> Iterator[str]:
@@ -4988,7 +5009,7 @@ DUCKDB_ROWS = 50 * MILLION  # of a table, at most; measured: the profile of 48 m
 SUMMARIES: Mapping[str, str] = {
     "orders": f"SELECT {ORDER_COUNT} AS orders FROM silver.transactions_clean",
     "returns": """
-        SELECT count(*) AS returns, CAST(coalesce(-sum(amount), 0) AS DECIMAL(20,2)) AS refunds
+        SELECT count(*) AS returns, CAST(coalesce(0 - sum(amount), 0) AS DECIMAL(20,2)) AS refunds
         FROM silver.transactions_returned""",
     "revenue_by_week": f"""
         SELECT CAST(date_trunc('week', transaction_date) AS DATE) AS week, {ORDER_COUNT} AS orders,
@@ -5284,7 +5305,7 @@ def figures_by_period(run: Run) -> dict[tuple[str, str], Decimal]:
             f"{SILVER}.transactions_clean GROUP BY {columns} ORDER BY {columns}"
         )
         queries["returns", part] = (
-            f"SELECT {columns}, -sum(amount) AS returns FROM {SILVER}.transactions_returned "
+            f"SELECT {columns}, 0 - sum(amount) AS returns FROM {SILVER}.transactions_returned "
             f"GROUP BY {columns} ORDER BY {columns}"
         )
     found: dict[tuple[str, str], Decimal] = {}

@@ -1060,7 +1060,8 @@ def test_inspection_shows_what_would_become_of_a_source(tmp_path: Path, small: S
     again = "\n".join(inspect_source(config))
     assert re.search(r"amount +decimal\(12,2\) +← amount \(string\), by transactions.sql", again)
     assert re.search(r"customer_id +bigint +← customer_id \(string\), by its name", again)
-    assert "amount_malformed: 1 of 2 records (reject)" in again
+    rejected = "amount_malformed: 1 of 2 records are rejected (for example amount '5.001', transactions.csv row 2): "
+    assert f"{rejected}convert it in transactions.sql" in again
     assert "a model to start from, transactions" not in again
     assert run_pipeline(config, spark).revenue == Decimal("9.99")
 
