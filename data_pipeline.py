@@ -15,7 +15,7 @@ From Python or a notebook (a session of your own may be handed in; it is left ru
 
 The words of this module:
 
-    source, delivery       where records come from; the records that a run receives from there
+    source, delivery       where records come from, as landed files of one name; the records that a run receives
     bronze, silver, gold   records as received; valid, deduplicated and enriched; aggregated
     rule, violation        a check on a row; a row that breaks it
     quarantine             where rejected rows lie, with the names of the rules that they violate
@@ -4834,7 +4834,7 @@ INSPECTED_BYTES = 100 * MILLION  # of the files of each source, about, that --in
 # Names that others have for columns of the contract, also as the last words of a longer name.
 OTHER_NAMES: Mapping[str, str] = {
     "transaction_id": "order_id order_no order_number order invoice invoice_no id", "status": "state",
-    "quantity": "qty units pieces count", "customer_id": "customer client user_id buyer id",
+    "quantity": "qty units pieces count", "customer_id": "customer client user_id buyer id email",
     "product_id": "sku article item product stock_code id", "amount": "total value sum revenue price",
     "timestamp": "created_at order_date date time datetime day at", "payment_method": "payment paid_by method",
     "location": "country", "city": "town", "first_name": "given_name forename", "last_name": "family_name surname",

@@ -892,9 +892,10 @@ def test_model_joins_sources(
         -- columns payments: method
         -- columns refunds: order_id, value
         WITH paid AS (SELECT order_id, max(method) AS method FROM olist_payments GROUP BY order_id)
-        SELECT concat(o.order_id, '/', i.line) AS transaction_id, o.customer AS customer_id, i.product AS product_id,
-            1 AS quantity, i.price - coalesce(r.value, 0) AS amount, o.bought AS timestamp, p.method AS payment_method,
-            'completed' AS status, i._delivery, i._source_file, i._source_row
+        SELECT concat(order_id, '/', i.line) AS transaction_id, o.customer AS customer_id, i.product AS product_id,
+            1 AS quantity, CAST(i.price AS DECIMAL(12, 2)) - coalesce(CAST(r.value AS DECIMAL(12, 2)), 0) AS amount,
+            o.bought AS timestamp, p.method AS payment_method, 'completed' AS status,
+            i._delivery, i._source_file, i._source_row
         FROM olist_orders o JOIN `olist_items` i USING (order_id) LEFT JOIN paid p USING (order_id)
             LEFT JOIN refunds r USING (order_id)"""
     files = {
