@@ -1,0 +1,226 @@
+"""The ready models in models/: each runs on its sample and gives the figures worked out by hand."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from collections.abc import Callable
+from datetime import date
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+from conftest import one, open_tables
+from pyspark.sql import SparkSession
+
+from data_pipeline import DataPipelineConfig, RunRecord, run_pipeline
+
+MODELS = Path(__file__).parent.parent / "models"
+AS_OF = date(2026, 3, 1)
+
+Config = Callable[..., DataPipelineConfig]
+Run = Callable[..., tuple[RunRecord, duckdb.DuckDBPyConnection]]
+
+
+@pytest.fixture(scope="module")
+def run_model(small: Config, spark: SparkSession) -> Run:
+    """Runs a ready model on its sample or another folder, and keeps each run."""
+    runs: dict[tuple[str, str], tuple[RunRecord, duckdb.DuckDBPyConnection]] = {}
+
+    def run(system: str, source: Path | None = None) -> tuple[RunRecord, duckdb.DuckDBPyConnection]:
+        folder = str(source or MODELS / system / "sample")
+        if (system, folder) not in runs:
+            config = small(source_dir=folder, models=system, settle_seconds=0, as_of_date=AS_OF)
+            record = run_pipeline(config, spark)
+            runs[system, folder] = record, open_tables(record.data_dir)
+        return runs[system, folder]
+
+    return run
+
+
+def by_key(db: duckdb.DuckDBPyConnection, query: str) -> dict[Any, Any]:
+    """Returns the first column of a query as keys, and the others as values."""
+    return {key: values[0] if len(values) == 1 else tuple(values) for key, *values in db.sql(query).fetchall()}
+
+
+def totals(record: RunRecord) -> tuple[Decimal, Decimal, int, int]:
+    """Returns revenue, refunds, returns and orders of a run."""
+    return record.revenue, record.refunds, record.returns, record.orders
+
+
+def categories(db: duckdb.DuckDBPyConnection) -> dict[str, tuple[Decimal, int, int]]:
+    """Returns revenue, rows and units by category."""
+    query = "SELECT product_category, total_revenue, transaction_count, units_sold FROM category_analytics"
+    return by_key(db, query)
+
+
+def payments(db: duckdb.DuckDBPyConnection) -> dict[str, tuple[Decimal, int]]:
+    """Returns revenue and rows by payment method."""
+    return by_key(db, "SELECT payment_method, total_amount, usage_count FROM payment_analytics")
+
+
+def spending(db: duckdb.DuckDBPyConnection) -> dict[str | None, Decimal]:
+    """Returns the spending of customers by e-mail address; None holds those without one."""
+    return by_key(
+        db, "SELECT lower(email), sum(total_spent) FROM customers_enriched GROUP BY 1 HAVING sum(total_spent) > 0"
+    )
+
+
+def amounts(db: duckdb.DuckDBPyConnection, order: str) -> list[Decimal]:
+    """Returns the amounts of an order's completed lines, ordered by position."""
+    query = "SELECT amount FROM transactions_clean WHERE order_id = $order ORDER BY transaction_id"
+    return [amount for (amount,) in db.execute(query, {"order": order}).fetchall()]
+
+
+def rejected(db: duckdb.DuckDBPyConnection) -> list[tuple[Any, ...]]:
+    """Returns the transactions in quarantine, with the reasons."""
+    return db.sql("SELECT transaction_id, _reasons FROM quarantine_transactions").fetchall()
+
+
+# ── Shopify ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# Prices without tax; 8 % tax and shipping come on top.
+#   #1001  ann   2 × 12.00 Mug, 19.99 Tee                                     43.99
+#   #1002  ben   19.99 Tee + 12.00 Mug + 8.50 Candle = 40.49, less 10.00      30.49
+#                  30.49 × 19.99 / 40.49 = 15.0530 → 15.05
+#                  30.49 × 31.99 / 40.49 = 24.0893 → 24.09, so 9.04; 30.49 − 24.09 = 6.40
+#   #1003  guest 6.25 Notebook, paid in cash                                   6.25
+#   #1004  cora  2 × 19.99 Tee, 12.00 Mug                                     51.98
+#                  refund of 12.96, of which 51.98 / (51.98 + 4.16 tax): 12.00 returned
+#   #1005  ann   35.00 Canvas Bag, no longer in the catalogue                 35.00; returned, without 5.00 shipping
+#   #1006  dan   pending; #1007 eve voided; #1011 Gus, without e-mail, authorized
+#   #1008  ben   19.99 Tee − 5.00, a free Sticker, 8.50 Candle                23.49: 14.99, 8.50
+#   #1009  fay   19.99 Tee | 2 × 12.00 Mug, 8.50 Candle in the other file, less 10.50   41.99
+#                  41.99 × 19.99 / 52.49 = 15.9912 → 15.99
+#                  41.99 × 43.99 / 52.49 = 35.1903 → 35.19, so 19.20; 41.99 − 35.19 = 6.80
+#   #1010  cora  12.00 Mug, discount of 100 %                                  0.00: no row
+#   #1012  cora  15.00 Poster, paid, cancelled two days later                 15.00; returned
+#   #1013  eve   19.99 Tee, partially paid                                    19.99
+#   #1014  ben   12.00 Mug twice, as two lines                                24.00
+# 43.99 + 30.49 + 6.25 + 51.98 + 35.00 + 23.49 + 41.99 + 15.00 + 19.99 + 24.00 = 292.18
+# returned: 12.00 + 35.00 + 15.00 = 62.00
+
+
+def test_shopify_revenue_and_refunds_are_those_of_the_sales_report(run_model: Run) -> None:
+    record, db = run_model("shopify")
+    assert totals(record) == (Decimal("292.18"), Decimal("62.00"), 3, 10)
+    assert one(db, "SELECT count(*) FROM bronze_transactions") == 24  # 21 lines with a value, 3 refunds
+    assert rejected(db) == []
+    returned = "SELECT transaction_id, quantity, amount FROM transactions_returned ORDER BY transaction_id"
+    assert db.sql(returned).fetchall() == [
+        ("#1004/refund", -1, Decimal("-12.00")),
+        ("#1005/refund", -1, Decimal("-35.00")),
+        ("#1012/refund", -1, Decimal("-15.00")),
+    ]
+    by_status = by_key(db, "SELECT status, count(*) FROM bronze_transactions GROUP BY status")
+    assert by_status == {"completed": 18, "returned": 3, "pending": 2, "cancelled": 1}
+    assert one(db, "SELECT any_value(currency) FROM bronze_transactions") == "USD"
+
+
+def test_shopify_gold(run_model: Run) -> None:
+    _, db = run_model("shopify")
+    assert categories(db) == {
+        "Apparel": (Decimal("125.99"), 6, 7),  # 19.99 + 15.05 + 39.98 + 14.99 + 15.99 + 19.99
+        "Kitchen": (Decimal("88.24"), 6, 8),  # 24.00 + 9.04 + 12.00 + 19.20 + 12.00 + 12.00
+        "Unknown": (Decimal("35.00"), 1, 1),  # the bag, of which only orders know
+        "Candles": (Decimal("21.70"), 3, 3),  # 6.40 + 8.50 + 6.80; the last level of the product category
+        "Posters": (Decimal("15.00"), 1, 1),
+        "Stationery": (Decimal("6.25"), 1, 1),
+    }
+    assert payments(db) == {
+        "shopify_payments": (Decimal("218.45"), 12),  # 43.99 + 30.49 + 51.98 + 35.00 + 41.99 + 15.00
+        "paypal_express_checkout": (Decimal("47.49"), 4),  # 23.49 + 24.00
+        "bank_deposit": (Decimal("19.99"), 1),
+        "cash": (Decimal("6.25"), 1),
+    }
+    assert spending(db) == {
+        "ann@example.com": Decimal("78.99"),  # 43.99 + 35.00, the latter under ANN@example.com
+        "ben@example.com": Decimal("77.98"),  # 30.49 + 23.49 + 24.00
+        "cora@example.com": Decimal("66.98"),  # 51.98 + 15.00
+        "fay@example.com": Decimal("41.99"),
+        "eve@example.com": Decimal("19.99"),
+        None: Decimal("6.25"),
+    }
+
+
+def test_shopify_lines_add_up_to_the_subtotal(run_model: Run) -> None:
+    _, db = run_model("shopify")
+    assert amounts(db, "#1002") == [Decimal("15.05"), Decimal("9.04"), Decimal("6.40")]
+    assert amounts(db, "#1008") == [Decimal("14.99"), Decimal("8.50")]
+    assert amounts(db, "#1009") == [Decimal("15.99"), Decimal("19.20"), Decimal("6.80")]  # over two files
+    sums = by_key(db, "SELECT order_id, sum(amount) FROM bronze_transactions WHERE amount > 0 GROUP BY order_id")
+    sample = MODELS / "shopify" / "sample"
+    lines = [line for file in sorted(sample.glob("orders_*.csv")) for line in read_csv(file)]
+    subtotals = {line["Name"]: Decimal(line["Subtotal"]) for line in lines if line["Subtotal"]}
+    assert sums == {name: subtotal for name, subtotal in subtotals.items() if subtotal}
+    assert len(subtotals) == 14
+
+
+def test_shopify_customers_and_products_of_orders_alone(run_model: Run) -> None:
+    _, db = run_model("shopify")
+    names = by_key(db, "SELECT email, first_name, last_name FROM bronze_customers WHERE email IS NOT NULL")
+    assert len(names) == 7
+    assert names["fay@example.com"] == ("Fay", "O'Hara, Jr.")  # of the customers export
+    assert names["dan@example.com"] == ("Dan", "Egan")  # of an order
+    assert names["eve@example.com"] == (None, "Eve")
+    products = by_key(db, "SELECT product_id, product_name, price, stock_quantity, is_active FROM bronze_products")
+    assert len(products) == 9
+    assert products["TEE-M"] == ('Tee "Classic", organic - M / Black', Decimal("19.99"), 8, True)
+    assert products["MUG-RED"] == ("Mug - Red", Decimal("12.00"), 0, True)  # oversold
+    assert products["00125"] == ("Notebook", Decimal("6.25"), 100, True)  # '00125 in the products export
+    assert products["GIFT-STK"] == ("Sticker", None, 500, False)  # a draft
+    assert products["OLD-BAG"] == ("Canvas Bag", Decimal("35.00"), None, False)
+
+
+def test_shopify_orders_alone_are_enough(run_model: Run, tmp_path: Path) -> None:
+    for file in (MODELS / "shopify" / "sample").glob("orders_*.csv"):
+        shutil.copy(file, tmp_path)
+    record, db = run_model("shopify", tmp_path)
+    assert (record.revenue, record.refunds) == (Decimal("292.18"), Decimal("62.00"))
+    assert categories(db) == {"Unknown": (Decimal("292.18"), 18, 21)}
+    assert spending(db) == spending(run_model("shopify")[1])
+    assert one(db, "SELECT count(*) FROM bronze_products WHERE is_active IS NULL") == 8
+
+
+def test_shopify_export_that_overlaps_changes_only_what_has_changed(run_model: Run, tmp_path: Path) -> None:
+    shutil.copytree(MODELS / "shopify" / "sample", tmp_path, dirs_exist_ok=True)
+    lines = [line for line in read_csv(tmp_path / "orders_export_2.csv") if line["Name"] != "#1009"]
+    for line in lines:
+        if line["Name"] == "#1006":
+            line["Financial Status"] = "paid"
+    write_csv(tmp_path / "orders_export_3.csv", lines)
+    record, db = run_model("shopify", tmp_path)
+    before = run_model("shopify")[1]
+    query = "SELECT transaction_id, status, quantity, amount, product_id, customer_id FROM bronze_transactions"
+    assert set(db.sql(query).fetchall()) ^ set(before.sql(query).fetchall()) == {
+        (id, status, 1, Decimal("19.99"), "TEE-M", customer)
+        for status in ("pending", "completed")
+        for id, customer in db.sql(
+            "SELECT transaction_id, customer_id FROM bronze_transactions WHERE order_id = '#1006'"
+        ).fetchall()
+    }
+    assert (record.revenue, record.refunds) == (Decimal("312.17"), Decimal("62.00"))  # 292.18 + 19.99
+
+
+def test_shopify_order_with_fewer_lines_than_before(run_model: Run, tmp_path: Path) -> None:
+    shutil.copytree(MODELS / "shopify" / "sample", tmp_path, dirs_exist_ok=True)
+    lines = [line for line in read_csv(tmp_path / "orders_export_2.csv") if line["Name"] == "#1002"][:2]
+    lines[0]["Subtotal"] = "21.99"
+    write_csv(tmp_path / "orders_export_3.csv", lines)
+    record, db = run_model("shopify", tmp_path)
+    # 21.99 × 19.99 / 31.99 = 13.7410 → 13.74; 21.99 − 13.74 = 8.25
+    assert amounts(db, "#1002") == [Decimal("13.74"), Decimal("8.25")]
+    assert record.revenue == Decimal("283.68")  # 292.18 − 30.49 + 21.99
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_csv(path: Path, records: list[dict[str, str]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(records[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
