@@ -79,6 +79,18 @@ def rejected(db: duckdb.DuckDBPyConnection) -> list[tuple[Any, ...]]:
     return db.sql("SELECT transaction_id, _reasons FROM quarantine_transactions").fetchall()
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_csv(path: Path, records: list[dict[str, str]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(records[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+
+
 # ── Shopify ──────────────────────────────────────────────────────────────────────────────────────────────────────
 # Prices without tax; 8 % tax and shipping come on top.
 #   #1001  ann   2 × 12.00 Mug, 19.99 Tee                                     43.99
@@ -214,13 +226,45 @@ def test_shopify_order_with_fewer_lines_than_before(run_model: Run, tmp_path: Pa
     assert record.revenue == Decimal("283.68")  # 292.18 − 30.49 + 21.99
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+# ── Olist ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Prices in BRL without freight. Ana and the others order under a new customer_id each time.
+#   1  ana    delivered   2 × 49.90 perfume, 120.00 shelf      219.80   credit card 202.34, voucher 60.00
+#   2  ana    delivered   52.00 perfume                         52.00   boleto
+#   3  bruno  shipped     35.50 console                         35.50   credit card 19.60, vouchers 15.00 + 15.00
+#   4  carla  canceled    120.00 shelf; 5 bruno unavailable, without items; 6 davi created, 35.50
+#   7  carla  invoiced    15.00 nameless, 9.99 not in products  24.99   debit card
+#   8  davi   processing  118.00 shelf                         118.00   no payment in the data
+# 219.80 + 52.00 + 35.50 + 24.99 + 118.00 = 450.29
 
 
-def write_csv(path: Path, records: list[dict[str, str]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(records[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
+def test_olist(run_model: Run) -> None:
+    record, db = run_model("olist")
+    assert totals(record) == (Decimal("450.29"), Decimal(0), 0, 5)
+    assert rejected(db) == []
+    assert categories(db) == {
+        "furniture_decor": (Decimal("238.00"), 2, 2),  # 120.00 + 118.00
+        "perfumery": (Decimal("151.80"), 3, 3),  # 49.90 + 49.90 + 52.00
+        "pc_gamer": (Decimal("35.50"), 1, 1),  # has no translation
+        "Unknown": (Decimal("24.99"), 2, 2),
+    }
+    assert payments(db) == {
+        "credit_card": (Decimal("219.80"), 3),
+        "unknown": (Decimal("118.00"), 1),
+        "boleto": (Decimal("52.00"), 1),
+        "voucher": (Decimal("35.50"), 1),  # 30.00 of 49.60
+        "debit_card": (Decimal("24.99"), 2),
+    }
+    assert by_key(db, "SELECT city, total_orders, total_spent FROM customers_enriched") == {
+        "campinas": (4, Decimal("271.80")),  # ana, who has moved: 219.80 + 52.00
+        "rio de janeiro": (1, Decimal("35.50")),
+        "belo horizonte": (2, Decimal("24.99")),
+        "salvador": (1, Decimal("118.00")),
+    }
+    assert by_key(db, "SELECT status, count(*) FROM bronze_transactions GROUP BY status") == {
+        "completed": 8,
+        "cancelled": 1,
+        "pending": 1,
+    }
+    assert one(db, "SELECT any_value(currency) FROM bronze_transactions") == "BRL"
+    perfume = "SELECT price, weight_kg FROM bronze_products WHERE category = 'perfumery'"
+    assert db.sql(perfume).fetchall() == [(Decimal("52.00"), 0.32)]  # the last price
