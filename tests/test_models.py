@@ -268,3 +268,60 @@ def test_olist(run_model: Run) -> None:
     assert one(db, "SELECT any_value(currency) FROM bronze_transactions") == "BRL"
     perfume = "SELECT price, weight_kg FROM bronze_products WHERE category = 'perfumery'"
     assert db.sql(perfume).fetchall() == [(Decimal("52.00"), 0.32)]  # the last price
+
+
+# ── UCI Online Retail ────────────────────────────────────────────────────────────────────────────────────────────
+#   489901   13001  12 × 6.95, 4 × 3.39 twice, postage left out    83.40 + 13.56 + 13.56 = 110.52
+#   489902   guest  6 × 4.25, 1 × 0.001 left out                    25.50
+#   C489903  13001  −2 × 6.95 and a discount of 10.00              −13.90 − 10.00 returned
+#   489904   adjustments of stock; A489905 bad debt; 489907 bank charges: left out
+#   489906   13002  45.00 manual, 10 × 2.95                         74.50
+#   536901   13001  6 × 6.95, 2 × 3.39, in both files               48.48
+#   536902   13002  24 × 0.42                                       10.08
+#   C536903  13002  −12 × 0.42                                      −5.04 returned
+# 110.52 + 25.50 + 74.50 + 48.48 + 10.08 = 269.08; returned: 13.90 + 10.00 + 5.04 = 28.94
+
+
+def test_uci(run_model: Run) -> None:
+    record, db = run_model("uci")
+    assert totals(record) == (Decimal("269.08"), Decimal("28.94"), 3, 5)
+    assert rejected(db) == []
+    assert categories(db) == {"Unknown": (Decimal("269.08"), 9, 69)}  # 12 + 4 + 4 + 6 + 1 + 10 + 6 + 2 + 24
+    assert payments(db) == {"unknown": (Decimal("269.08"), 9)}
+    assert by_key(db, "SELECT customer_id, total_spent FROM customers_enriched") == {
+        13001: Decimal("159.00"),  # 110.52 + 48.48
+        13002: Decimal("84.58"),  # 74.50 + 10.08
+        0: Decimal("25.50"),
+    }
+    assert amounts(db, "489901") == [Decimal("83.40"), Decimal("13.56"), Decimal("13.56")]  # the same line twice
+    returned = "SELECT transaction_id, product_id, quantity, amount FROM transactions_returned ORDER BY transaction_id"
+    assert db.sql(returned).fetchall() == [
+        ("C489903/1", "21001A", -2, Decimal("-13.90")),
+        ("C489903/2", None, -1, Decimal("-10.00")),
+        ("C536903/1", "84077", -12, Decimal("-5.04")),
+    ]
+    prices = by_key(db, "SELECT product_id, price FROM bronze_products")
+    assert prices == {"21001A": Decimal("6.95"), "22105": Decimal("3.39"), "84077": Decimal("0.42")}
+
+
+@pytest.mark.parametrize(
+    ("dates", "expected"),
+    [
+        (("12/1/2010 8:26", "12/13/2010 8:45"), ("2010-12-01 08:26:00", "2010-12-13 08:45:00")),
+        (("12/1/10 8:26", "12/2/10 18:45"), ("2010-12-01 08:26:00", "2010-12-02 18:45:00")),
+        (("01/12/2009 07:45", "02/12/2009 10:00"), ("2009-12-01 07:45:00", "2009-12-02 10:00:00")),
+        (("01/12/2009 07:45:30", "13/12/2009 10:00:00"), ("2009-12-01 07:45:30", "2009-12-13 10:00:00")),
+    ],
+)
+def test_uci_dates_with_slashes(
+    run_model: Run, tmp_path: Path, dates: tuple[str, str], expected: tuple[str, str]
+) -> None:
+    lines = [line for line in read_csv(MODELS / "uci/sample/Online Retail.csv") if line["InvoiceNo"] in "536901 536902"]
+    for line in lines:
+        line["InvoiceDate"] = dates[line["InvoiceNo"] == "536902"]
+    # The same invoice further down, as in copies that join both sheets, counts once.
+    write_csv(tmp_path / "online_retail.csv", [*lines, *lines[:2]])
+    record, db = run_model("uci", tmp_path)
+    assert (record.revenue, record.orders) == (Decimal("58.56"), 2)  # 48.48 + 10.08
+    times = db.sql("SELECT DISTINCT CAST(timestamp AS VARCHAR) FROM transactions_clean ORDER BY 1").fetchall()
+    assert [time[:19] for (time,) in times] == list(expected)
