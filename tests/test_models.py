@@ -316,7 +316,8 @@ def test_uci(run_model: Run) -> None:
 def test_uci_dates_with_slashes(
     run_model: Run, tmp_path: Path, dates: tuple[str, str], expected: tuple[str, str]
 ) -> None:
-    lines = [line for line in read_csv(MODELS / "uci/sample/Online Retail.csv") if line["InvoiceNo"] in "536901 536902"]
+    sample = read_csv(MODELS / "uci" / "sample" / "Online Retail.csv")
+    lines = [line for line in sample if line["InvoiceNo"] in ("536901", "536902")]
     for line in lines:
         line["InvoiceDate"] = dates[line["InvoiceNo"] == "536902"]
     # The same invoice further down, as in copies that join both sheets, counts once.
@@ -325,3 +326,45 @@ def test_uci_dates_with_slashes(
     assert (record.revenue, record.orders) == (Decimal("58.56"), 2)  # 48.48 + 10.08
     times = db.sql("SELECT DISTINCT CAST(timestamp AS VARCHAR) FROM transactions_clean ORDER BY 1").fetchall()
     assert [time[:19] for (time,) in times] == list(expected)
+
+
+# ── Stripe ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# Two payments in EUR, with a balance in USD.
+#   X  ann   50.00, Y 30.00 without an e-mail address, 10.00 of it refunded    80.00; 10.00 returned
+#   1  ben   100.00 EUR = 108.50                                              108.50
+#   2  cora  20.00, refunded                                                   20.00; 20.00 returned
+#   6  cus_inventedC, without an e-mail address, by bank account               25.25
+#   7  ben   40.00 EUR = 43.40, of which 10.00 EUR = 10.85 refunded            43.40; 10.85 returned
+#   9  ann   8.00, without a customer id                                        8.00
+#   3  failed; 4 authorized; 5 never tried; 8 authorized and released
+# 80.00 + 108.50 + 20.00 + 25.25 + 43.40 + 8.00 = 285.15; returned: 10.00 + 20.00 + 10.85 = 40.85
+
+
+def test_stripe(run_model: Run) -> None:
+    record, db = run_model("stripe")
+    assert totals(record) == (Decimal("285.15"), Decimal("40.85"), 3, 7)
+    assert rejected(db) == []
+    assert categories(db) == {"Unknown": (Decimal("285.15"), 7, 7)}
+    assert payments(db) == {
+        "visa": (Decimal("186.50"), 4),  # 50.00 + 108.50 + 20.00 + 8.00
+        "american_express": (Decimal("43.40"), 1),
+        "mastercard": (Decimal("30.00"), 1),
+        "us_bank_account": (Decimal("25.25"), 1),
+    }
+    assert spending(db) == {
+        "ben@example.com": Decimal("151.90"),  # 108.50 + 43.40
+        "ann@example.com": Decimal("88.00"),  # 50.00 + 30.00 + 8.00
+        None: Decimal("25.25"),
+        "cora@example.com": Decimal("20.00"),
+    }
+    assert by_key(
+        db, "SELECT transaction_id, amount, left(CAST(timestamp AS VARCHAR), 16) FROM transactions_returned"
+    ) == {
+        "ch_invented2/refund": (Decimal("-20.00"), "2026-01-12 09:00"),
+        "ch_invented7/refund": (Decimal("-10.85"), "2026-01-25 08:00"),
+        "ch_inventedY/refund": (Decimal("-10.00"), "2025-12-31 23:59"),
+    }
+    by_status = by_key(db, "SELECT status, count(*) FROM bronze_transactions GROUP BY status")
+    assert by_status == {"completed": 7, "returned": 3, "pending": 2, "cancelled": 2}
+    assert one(db, "SELECT count(DISTINCT currency) FROM transactions_clean") == 1
+    assert one(db, "SELECT count(*) FROM bronze_products") == 0
