@@ -368,3 +368,74 @@ def test_stripe(run_model: Run) -> None:
     assert by_status == {"completed": 7, "returned": 3, "pending": 2, "cancelled": 2}
     assert one(db, "SELECT count(DISTINCT currency) FROM transactions_clean") == 1
     assert one(db, "SELECT count(*) FROM bronze_products") == 0
+
+
+# ── WooCommerce ──────────────────────────────────────────────────────────────────────────────────────────────────
+# Amounts without tax of 10 % and without shipping of 5.00.
+#   901   ann   14.00 Mug twice, as two items                              28.00
+#   902   fay   19.99 Tee, refunded by item                                19.99; 19.99 returned
+#   1001  ann   39.98 Tees, 12.00 Mug                                      51.98
+#   1002  bob   17.99 Tee, 10.80 Mug, 7.65 Candle, after a coupon of 10 %  36.44
+#   1003  ann   12.00 Mug, as a guest                                      12.00
+#   1004  cara  36.00 Mugs, 19.99 Tee                                      55.99; 12.00 returned of 18.20 refunded
+#   1005  dan   40.00 Lamp, since deleted                                  40.00; 49.00 refunded, of which 40.00 goods
+#   1006  dan   on hold; 1007 bob cancelled; 1008 bob failed; 1011 eve pending
+#   1009  guest 17.00 Candles                                              17.00; 5.50 × 17.00 / 18.70 = 5.00 returned
+#   1010  fay   a free Sticker, 8.50 Candle                                 8.50
+# 28.00 + 19.99 + 51.98 + 36.44 + 12.00 + 55.99 + 40.00 + 17.00 + 8.50 = 269.90
+# returned: 19.99 + 12.00 + 40.00 + 5.00 = 76.99
+
+
+def test_woocommerce(run_model: Run) -> None:
+    record, db = run_model("woocommerce")
+    assert totals(record) == (Decimal("269.90"), Decimal("76.99"), 4, 9)
+    assert rejected(db) == []
+    assert categories(db) == {
+        "Kitchen": (Decimal("98.80"), 6, 8),  # 14.00 + 14.00 + 12.00 + 10.80 + 12.00 + 36.00
+        "T-Shirts": (Decimal("97.95"), 4, 5),  # 19.99 + 39.98 + 17.99 + 19.99; the category of the parent
+        "Unknown": (Decimal("40.00"), 1, 1),  # the lamp, of which only orders know
+        "Candles": (Decimal("33.15"), 3, 4),  # 7.65 + 17.00 + 8.50
+    }
+    assert payments(db) == {
+        "stripe": (Decimal("172.90"), 9),  # 19.99 + 51.98 + 36.44 + 55.99 + 8.50
+        "paypal": (Decimal("80.00"), 4),  # 28.00 + 12.00 + 40.00
+        "cod": (Decimal("17.00"), 1),
+    }
+    assert spending(db) == {
+        "ann@example.com": Decimal("91.98"),  # 28.00 + 51.98 + 12.00, the latter as a guest
+        "cara@example.com": Decimal("55.99"),
+        "dan@example.com": Decimal("40.00"),
+        "bob@example.com": Decimal("36.44"),
+        "fay@example.com": Decimal("28.49"),  # 19.99 + 8.50
+        None: Decimal("17.00"),
+    }
+    returned = "SELECT order_id, product_id, quantity, amount FROM transactions_returned"
+    assert by_key(db, returned) == {
+        "902": ("TEE-S", -1, Decimal("-19.99")),
+        "1004": ("MUG", -1, Decimal("-12.00")),
+        "1005": (None, -1, Decimal("-40.00")),
+        "1009": (None, -1, Decimal("-5.00")),
+    }
+    by_status = by_key(db, "SELECT status, count(*) FROM bronze_transactions GROUP BY status")
+    assert by_status == {"completed": 14, "returned": 4, "pending": 2, "cancelled": 2}
+    products = by_key(db, "SELECT product_id, product_name, price, stock_quantity, is_active FROM bronze_products")
+    assert products == {
+        "TEE-S": ("T-shirt - S", Decimal("19.99"), 14, True),
+        "MUG": ("Mug", Decimal("12.00"), 30, True),  # the sale price
+        "13": ('Candle, "vanilla"', Decimal("8.50"), 0, True),  # has no SKU, and is on backorder
+        "STICKER": ("Sticker", None, 500, True),
+        "MAP": ("Map", Decimal("6.00"), 5, False),  # not published
+        "Desk lamp": ("Desk lamp", None, None, False),
+    }
+
+
+def test_woocommerce_later_export_replaces_the_items_of_an_order(run_model: Run, tmp_path: Path) -> None:
+    shutil.copytree(MODELS / "woocommerce" / "sample", tmp_path, dirs_exist_ok=True)
+    lines = [line for line in read_csv(tmp_path / "orders-export-2026.csv") if line["order_id"] in ("1004", "1006")]
+    for line in lines:
+        line["status"] = "refunded" if line["order_id"] == "1004" else "processing"
+    write_csv(tmp_path / "orders-export-2026-02.csv", lines)
+    (tmp_path / "orders-export-2026.csv").rename(tmp_path / "orders-export-2026-01.csv")
+    record, _ = run_model("woocommerce", tmp_path)
+    # 1006 adds 12.00; 1004 now returns 43.99 more, the rest of 55.99.
+    assert totals(record) == (Decimal("281.90"), Decimal("120.98"), 5, 10)
