@@ -1,8 +1,7 @@
--- Stripe: no rows, since the payments export has no products. All revenue is of `Unknown`; see transactions.sql.
+-- Stripe: one row, since the payments export has no products. All payments are of this one; see transactions.sql.
 --
 -- source payments: unified_payments*, payments*, stripe*
 -- columns payments: id
 
-SELECT DISTINCT id AS product_id
+SELECT DISTINCT 'payment' AS product_id, 'Payment' AS product_name, 'Payments' AS category
 FROM payments
-WHERE 1 = 0

@@ -57,6 +57,7 @@ statuses AS (
 SELECT
     id AS transaction_id,
     CASE WHEN customer IS NOT NULL THEN xxhash64(customer) END AS customer_id,
+    'payment' AS product_id,
     '1' AS quantity,
     amount,
     currency,
@@ -70,6 +71,7 @@ UNION ALL
 SELECT
     concat(id, '/refund') AS transaction_id,
     CASE WHEN customer IS NOT NULL THEN xxhash64(customer) END AS customer_id,
+    'payment' AS product_id,
     '-1' AS quantity,
     -- A text that is no number is handed on, so that the row is rejected with it.
     coalesce(CAST(0 - try_cast(refunded AS DECIMAL(12, 2)) AS STRING), refunded) AS amount,
