@@ -4491,14 +4491,16 @@ def read_header(text: Utf8Text, suffix: str, config: DataPipelineConfig) -> tupl
         reader = csv.reader(iter(lines.readline, ""), delimiter=delimiter, quotechar=quote, strict=strict)
         return next(filter(None, reader), []), lines.tell()
 
-    def number_of_fields(delimiter: str) -> int:
+    def fit(delimiter: str) -> tuple[bool, int]:
+        """Returns whether no quote is left within a field, and the number of fields."""
         with contextlib.suppress(csv.Error):
-            return len(fields(delimiter, strict=False)[0])
-        return 0
+            found = fields(delimiter, strict=False)[0]
+            return not any(quote in field for field in found), len(found)
+        return False, 0
 
     candidates = "\t,;|" if suffix == ".tsv" else ",;\t|"
     delimiter = config.source_delimiter or (named[2] if named else "")
-    delimiter = delimiter or max((one for one in candidates if one != quote), key=number_of_fields)
+    delimiter = delimiter or max((one for one in candidates if one != quote), key=fit)
     try:
         header, end = fields(delimiter, strict=True)
     except csv.Error as error:
