@@ -22,6 +22,7 @@ from peer import (
     ColumnProfile,
     Peer,
     clears,
+    conflict_reasons,
     delivery,
     main,
     parameters,
@@ -36,20 +37,24 @@ from data_pipeline import (
     AGE_GROUPS,
     BRONZE,
     CATEGORIES,
+    COMPLETED,
     DEVICES_AND_BROWSERS,
     GOLD,
     HOUR_WEIGHTS,
     MILLION,
+    ON_SALE,
     PAYMENT_METHOD,
     PAYMENT_METHODS,
     PRICE_BANDS,
     QUANTITIES,
     QUARANTINE,
+    RETURNED,
     SILVER,
     SNAPSHOT_TABLES,
     STATUSES,
     STOCK_STATUSES,
     TABLES,
+    UNKNOWN,
     WEEKDAY_WEIGHTS,
     DataPipelineConfig,
     Quality,
@@ -70,6 +75,7 @@ MACROS = f"""
     -- A regular expression takes 200 ns, and most payment methods are tidy.
     CREATE MACRO tidy(method) AS CASE WHEN method IN {tuple(PAYMENT_METHODS)} THEN method
         ELSE regexp_replace(lower(trim(method)), '[ _-]+', '_', 'g') END;
+    CREATE MACRO known(t) AS CASE WHEN trim(t) <> '' THEN t ELSE '{UNKNOWN}' END;
     -- Half up, in whole numbers.
     CREATE MACRO quotient(total, n) AS CASE WHEN n = 0 THEN 0 ELSE (2 * total + n) // (2 * n) END;
     CREATE MACRO mean_or_zero(amount, n) AS quotient((amount * 100)::HUGEINT, n) * 0.01::DECIMAL(2, 2);
@@ -205,7 +211,8 @@ def transactions(config: DataPipelineConfig) -> str:
     midnight = (config.as_of_date - date(1970, 1, 1)).days
     return f"""
         WITH numbered AS (
-            SELECT defect, CASE WHEN defect IN ('exact_duplicate', 'changed_status') THEN id - 1 ELSE id END AS number
+            SELECT defect, CASE WHEN defect IN ('exact_duplicate', 'changed_status', 'other_product')
+                THEN id - 1 ELSE id END AS number
             FROM (SELECT id, {defect("transactions", config)} AS defect FROM {records(config.num_transactions)})
         ), dated AS (
             SELECT *,
@@ -220,7 +227,8 @@ def transactions(config: DataPipelineConfig) -> str:
         ), drawn AS (
             SELECT *,
                 CASE WHEN {" > ".join(loyalty)} THEN one ELSE other END AS customer,
-                {draw.randrange("product", config.num_products)} + 1 AS product,
+                ({draw.randrange("product", config.num_products)}
+                    + CASE WHEN defect = 'other_product' THEN 1 ELSE 0 END) % {config.num_products} + 1 AS product,
                 {draw.choice("quantity", QUANTITIES)} AS quantity,
                 {draw.choice("payment method", PAYMENT_METHODS)} AS method,
                 {draw.choice("status", STATUSES)} AS first_status,
@@ -248,25 +256,28 @@ def transactions(config: DataPipelineConfig) -> str:
             {draw.choice("device and browser", browsers)} AS browser,
             CASE WHEN {draw.randrange("at home", 10)} < 9
                 THEN {SeededRandom(config.seed, "customer").choice("customer city", words.cities)}
-                ELSE {draw.choice("location", words.cities)} END AS location
+                ELSE {draw.choice("location", words.cities)} END AS location,
+            NULL AS order_id, 'USD' AS currency
         FROM drawn JOIN priced USING (product)"""
 
 
 # ── Refine ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-TRANSACTIONS_CLEAN = """
-    SELECT transactions.* REPLACE (tidy(payment_method) AS payment_method), category AS product_category,
+TRANSACTIONS = """
+    SELECT transactions.* REPLACE (coalesce(nullif(tidy(payment_method), ''), 'unknown') AS payment_method),
+        known(category) AS product_category,
         to_date(timestamp) AS transaction_date, year(timestamp) AS transaction_year,
         month(utc(timestamp)) AS transaction_month, isodow(utc(timestamp)) AS day_of_week,
         hour(utc(timestamp)) AS hour, isodow(utc(timestamp)) >= 6 AS is_weekend
-    FROM transactions JOIN products USING (product_id)
-    WHERE status = 'completed'"""
+    FROM transactions JOIN products USING (product_id)"""
 
 PRODUCTS_ACTIVE = f"""
-    SELECT *, {band("price", PRICE_BANDS)} AS price_band, {band("stock_quantity", STOCK_STATUSES)} AS stock_status,
+    SELECT * REPLACE (known(product_name) AS product_name, known(category) AS category, true AS is_active),
+        {band("price", PRICE_BANDS)} AS price_band,
+        {band("stock_quantity", STOCK_STATUSES)} AS stock_status,
         price * stock_quantity AS inventory_value
     FROM products
-    WHERE is_active AND stock_quantity > 0"""
+    WHERE {ON_SALE}"""
 
 
 def customers_enriched(config: DataPipelineConfig) -> str:
@@ -277,11 +288,12 @@ def customers_enriched(config: DataPipelineConfig) -> str:
                 min(transaction_date) AS first_order_date, max(transaction_date) AS last_order_date
             FROM transactions_clean GROUP BY customer_id
         )
-        SELECT *, concat_ws(' ', first_name, last_name) AS full_name, {band("age", AGE_GROUPS)} AS age_group,
+        SELECT * REPLACE (known(first_name) AS first_name, known(last_name) AS last_name),
+            known(trim(concat_ws(' ', first_name, last_name))) AS full_name, {band("age", AGE_GROUPS)} AS age_group,
             coalesce(orders, 0) AS total_orders, coalesce(spent, 0) AS total_spent,
             {band("total_spent", config.segments)} AS customer_segment,
             DATE '{config.as_of_date}' - signup_date AS tenure_days,
-            mean_or_zero(total_spent, total_orders) AS avg_order_value
+            mean_or_zero(total_spent, total_orders) AS avg_order_value, false AS is_inferred
         FROM customers LEFT JOIN orders USING (customer_id)"""
 
 
@@ -314,10 +326,32 @@ GOLD_QUERIES = {
             mean_or_zero(total_revenue, transaction_count) AS avg_transaction_value, sum(units) AS units_sold
         FROM sales GROUP BY device, browser""",
     "product_analytics": """
-        SELECT category, supplier, count(*) AS product_count, mean_or_zero(sum(price), product_count) AS avg_price,
-            sum(stock_quantity) AS total_stock, sum(inventory_value) AS inventory_value
-        FROM products_active GROUP BY category, supplier""",
+        SELECT category, known(supplier) AS supplier, count(*) AS product_count,
+            mean_or_zero(coalesce(sum(price), 0), count(price)) AS avg_price,
+            coalesce(sum(stock_quantity), 0) AS total_stock, coalesce(sum(inventory_value), 0) AS inventory_value
+        FROM products_active GROUP BY ALL""",
 }
+
+
+def judged(table: Table) -> str:
+    """Finds the conflicts among the checked rows: they are refused, and their keys are `_disputed`.
+
+    Records of one key are in conflict that differ in a constant, or as several latest ones in anything.
+    """
+    checked = f"FROM {table.name}_checked"
+    if not table.constant:
+        return f"SELECT *, false AS _disputed {checked}"
+    latest_first = ", ".join(f"{sql(by)} DESC NULLS LAST" for by in (*table.sequence_by, "_delivery"))
+    constants, values = (", ".join(names) for names in (table.constant, (name for name, _ in table.columns())))
+    of_key = f"PARTITION BY {', '.join(table.key)}, _reasons = []"
+    return f"""
+        SELECT * REPLACE (CASE WHEN _conflict THEN {conflict_reasons(table)} ELSE _reasons END AS _reasons),
+            bool_or(_conflict) OVER ({of_key}) AS _disputed
+        FROM (
+            SELECT *, _reasons = [] AND (count(DISTINCT row({constants})) OVER ({of_key}) > 1
+                OR _rank = 1 AND count(DISTINCT row({values})) FILTER (_rank = 1) OVER ({of_key}) > 1) AS _conflict
+            FROM (SELECT *, rank() OVER ({of_key} ORDER BY {latest_first}) AS _rank {checked})
+        )"""
 
 
 class DuckDB(Peer):
@@ -370,7 +404,8 @@ class DuckDB(Peer):
         self.gate()
         queries = {
             "products_active": PRODUCTS_ACTIVE,
-            "transactions_clean": TRANSACTIONS_CLEAN,
+            "transactions_clean": f"{TRANSACTIONS} WHERE {COMPLETED}",
+            "transactions_returned": f"{TRANSACTIONS} WHERE {RETURNED}",
             "customers_enriched": customers_enriched(self.config),
         }
         for table in tables(SILVER):
@@ -385,7 +420,7 @@ class DuckDB(Peer):
         """
         name, [key] = table.name, table.key
         fails = {rule.name: self.violation(rule) for rule in (*table.rules, *reference_rules(table))}
-        refusing = {rule.name: fails[rule.name] for rule in rejecting_rules(table)}
+        refusing = {rule.name: fails[rule.name] for rule in rejecting_rules(table, self.config)}
         reasons = ", ".join(f"CASE WHEN {condition} THEN '{rule}' END" for rule, condition in refusing.items())
         parents = " ".join(
             f"LEFT JOIN (SELECT {column}, true AS _{column}_known FROM {parent}) USING ({column})"
@@ -403,18 +438,19 @@ class DuckDB(Peer):
             CREATE VIEW {name}_received AS FROM {self.read(BRONZE, table)};
             CREATE TEMP TABLE {name}_repeated AS
                 SELECT hash({key}) FROM {name}_received GROUP BY ALL HAVING count(*) > 1;
-            CREATE TEMP TABLE {name}_set_aside AS
+            CREATE TEMP TABLE {name}_checked AS
                 SELECT *, list_filter([{reasons}], lambda reason: reason IS NOT NULL) AS _reasons
                 FROM {name}_received {parents}
                 WHERE {" OR ".join(refusing.values())} OR hash({key}) IN (FROM {name}_repeated);
+            CREATE TEMP TABLE {name}_set_aside AS {judged(table)};
             CREATE TEMP VIEW {name}_once AS
                 FROM {name}_received ANTI JOIN {name}_set_aside USING ({key}) WHERE {key} IS NOT NULL;
             CREATE TEMP TABLE {name}_latest AS
-                SELECT {mended} FROM (FROM {name}_set_aside WHERE _reasons = []
+                SELECT {mended} FROM (FROM {name}_set_aside WHERE _reasons = [] AND NOT _disputed
                     QUALIFY row_number() OVER (PARTITION BY {key} ORDER BY {order}) = 1);
             CREATE TEMP {kind} {name} AS SELECT {mended} FROM {name}_once UNION ALL FROM {name}_latest""")
         self.save(QUARANTINE, table, f"FROM {name}_set_aside WHERE _reasons <> []")
-        self.account_for(table, fails, list(refusing))
+        self.account_for(table, fails, [*refusing, *conflict_reasons(table)])
 
     def account_for(self, table: Table, fails: Mapping[str, str], refusing: Sequence[str]) -> None:
         """Counts what became of a bronze table's rows. The rows that break a `refusing` rule are all set aside."""
@@ -427,7 +463,8 @@ class DuckDB(Peer):
         columns = ", ".join(column for column, _ in table.columns())
         latest, kept, versions, repeated = self.one(f"""
             SELECT (SELECT count(*) FROM {name}_latest), (SELECT count(*) FROM {name}),
-                (SELECT count(*) FROM (SELECT DISTINCT {columns} FROM {name}_set_aside WHERE _reasons = [])),
+                (SELECT count(*) FROM {name}_set_aside WHERE _reasons = [] AND _disputed) + (SELECT count(*)
+                    FROM (SELECT DISTINCT {columns} FROM {name}_set_aside WHERE _reasons = [] AND NOT _disputed)),
                 (SELECT coalesce(sum(times - 1), 0)::BIGINT
                     FROM (SELECT count(*) AS times FROM {name}_set_aside GROUP BY {table.key[0]}))""")
         counted = dict(zip((*warnings, *refusing), (*warned_rows, *refused_rows), strict=True))
@@ -436,7 +473,7 @@ class DuckDB(Peer):
             accepted=kept,
             quarantined=self.rows[f"{QUARANTINE}.{name}"],
             duplicates=valid - latest,
-            violations={rule: counted[rule] for rule in fails},
+            violations=counted,
             superseded=versions - latest,
         )
         self.account(table, quality, self.profiles(table), repeated)

@@ -21,7 +21,6 @@ sys.path.insert(0, str(REPOSITORY))
 from data_pipeline import (
     ABORT,
     BRONZE,
-    WARN,
     ConfigurationError,
     DataPipelineConfig,
     NotPublishedError,
@@ -32,6 +31,7 @@ from data_pipeline import (
     Table,
     check_config,
     describe_profile,
+    key_rules,
     tables,
 )
 
@@ -152,12 +152,19 @@ def profiled(table: Table) -> list[str]:
 
 def reference_rules(table: Table) -> list[Rule]:
     """A rule per foreign key, over a column `_<key>_known` that a peer joins."""
-    return [Rule(f"{key}_unknown", key, f"{key} IS NOT NULL AND _{key}_known IS NULL") for key in table.foreign_keys]
+    unknown = "{0} IS NOT NULL AND _{0}_known IS NULL"
+    rules = (rule for rule in key_rules(table) if rule.column in table.foreign_keys)
+    return [rule._replace(violation=unknown.format(rule.column)) for rule in rules]
 
 
-def rejecting_rules(table: Table) -> list[Rule]:
+def rejecting_rules(table: Table, config: DataPipelineConfig) -> list[Rule]:
     """The rules whose breach refuses a row."""
-    return [rule for rule in (*table.rules, *reference_rules(table)) if rule.severity != WARN]
+    return [rule for rule in (*table.rules, *reference_rules(table)) if rule.rejects(config)]
+
+
+def conflict_reasons(table: Table) -> list[str]:
+    """The reason to refuse records of one key that are no versions of one another; none where a table has no such."""
+    return [rule.name for rule in key_rules(table) if rule.column in table.key]
 
 
 def clears(table: Table) -> list[Rule]:

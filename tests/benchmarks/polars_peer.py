@@ -22,6 +22,7 @@ from peer import (
     ColumnProfile,
     Peer,
     clears,
+    conflict_reasons,
     delivery,
     main,
     parameters,
@@ -36,20 +37,24 @@ from data_pipeline import (
     AGE_GROUPS,
     BRONZE,
     CATEGORIES,
+    COMPLETED,
     DEVICES_AND_BROWSERS,
     GOLD,
     HOUR_WEIGHTS,
     MILLION,
+    ON_SALE,
     PAYMENT_METHOD,
     PAYMENT_METHODS,
     PRICE_BANDS,
     QUANTITIES,
     QUARANTINE,
+    RETURNED,
     SILVER,
     SNAPSHOT_TABLES,
     STATUSES,
     STOCK_STATUSES,
     TABLES,
+    UNKNOWN,
     WEEKDAY_WEIGHTS,
     DataPipelineConfig,
     Quality,
@@ -240,15 +245,17 @@ def transactions(config: DataPipelineConfig, products: pl.LazyFrame) -> pl.LazyF
     changed = pl.when(status == "completed").then(pl.lit("refunded")).otherwise(pl.lit("completed"))
     devices, browsers = zip(*(pair.split("/") for pair in weighted(DEVICES_AND_BROWSERS)), strict=True)
     unknown_product = padded("PROD_", pl.lit(0), 4, config.num_products)
+    repeats = pl.any_horizontal(map(has, ("exact_duplicate", "changed_status", "other_product")))
+    product = draw.randrange("product", config.num_products) + has("other_product").cast(pl.Int64)
     at_home = draw.randrange("at home", 10) < 9
     home = SeededRandom(config.seed, pl.col("customer")).choice("customer city", words.cities)
     return (
         records(config.num_transactions)
         .with_columns(defect("transactions", config))
-        .with_columns(number=pl.col("id") - (has("exact_duplicate") | has("changed_status")).cast(pl.Int64))
+        .with_columns(number=pl.col("id") - repeats.cast(pl.Int64))
         .with_columns(
             days_ago=(weeks_ago * 7 + draw.choice("weekday", weekdays)) % days,
-            product=draw.randrange("product", config.num_products),
+            product=product % config.num_products,
             quantity=draw.choice("quantity", QUANTITIES),
         )
         .with_columns(one=one, other=other)
@@ -276,11 +283,18 @@ def transactions(config: DataPipelineConfig, products: pl.LazyFrame) -> pl.LazyF
             device=draw.choice("device and browser", devices),
             browser=draw.choice("device and browser", browsers),
             location=pl.when(at_home).then(home).otherwise(draw.choice("location", words.cities)),
+            order_id=pl.lit(None),
+            currency=pl.lit("USD"),
         )
     )
 
 
 # ── Refine ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def known(text: pl.Expr) -> pl.Expr:
+    """The text; Unknown where it is missing or blank."""
+    return pl.when(text.str.strip_chars(" ") != "").then(text).otherwise(pl.lit(UNKNOWN))
 
 
 def cents(amount: str) -> pl.Expr:
@@ -301,30 +315,39 @@ def share_of_total(column: str) -> pl.Expr:
 
 
 def products_active(products: pl.LazyFrame) -> pl.LazyFrame:
-    """One row per active product in stock."""
-    return products.filter("is_active", pl.col("stock_quantity") > 0).with_columns(
+    """One row per product that is active and in stock, as far as that is known."""
+    return products.filter(sql(ON_SALE)).with_columns(
+        known(pl.col("product_name", "category")),
+        is_active=pl.lit(value=True),
         price_band=band(pl.col("price"), PRICE_BANDS),
         stock_status=band(pl.col("stock_quantity"), STOCK_STATUSES),
         inventory_value=pl.col("price") * pl.col("stock_quantity"),
     )
 
 
+def with_category_and_date(transactions: pl.LazyFrame, products: pl.LazyFrame) -> pl.LazyFrame:
+    """One row per transaction, with the category of its product and the parts of its date."""
+    time = pl.col("timestamp").dt
+    categories = products.select("product_id", product_category=known(pl.col("category")))
+    return transactions.join(categories, on="product_id").with_columns(
+        payment_method=pl.when(pl.col("_tidy") != "").then("_tidy").otherwise(pl.lit("unknown")),
+        transaction_date=time.date(),
+        transaction_year=time.year(),
+        transaction_month=time.month(),
+        day_of_week=time.weekday(),
+        hour=time.hour(),
+        is_weekend=time.weekday() >= 6,
+    )
+
+
 def transactions_clean(transactions: pl.LazyFrame, products: pl.LazyFrame) -> pl.LazyFrame:
     """One row per completed order."""
-    time = pl.col("timestamp").dt
-    return (
-        transactions.filter(pl.col("status") == "completed")
-        .join(products.select("product_id", product_category="category"), on="product_id")
-        .with_columns(
-            payment_method="_tidy",
-            transaction_date=time.date(),
-            transaction_year=time.year(),
-            transaction_month=time.month(),
-            day_of_week=time.weekday(),
-            hour=time.hour(),
-            is_weekend=time.weekday() >= 6,
-        )
-    )
+    return with_category_and_date(transactions.filter(sql(COMPLETED)), products)
+
+
+def transactions_returned(transactions: pl.LazyFrame, products: pl.LazyFrame) -> pl.LazyFrame:
+    """One row per return."""
+    return with_category_and_date(transactions.filter(sql(RETURNED)), products)
 
 
 def orders(transactions_clean: pl.LazyFrame) -> pl.LazyFrame:
@@ -339,15 +362,18 @@ def orders(transactions_clean: pl.LazyFrame) -> pl.LazyFrame:
 
 def customers_enriched(customers: pl.LazyFrame, orders: pl.LazyFrame, config: DataPipelineConfig) -> pl.LazyFrame:
     """One row per customer."""
+    full_name = pl.concat_str("first_name", "last_name", separator=" ", ignore_nulls=True)
     return (
         customers.join(orders, on="customer_id", how="left")
         .with_columns(pl.col("total_orders", "total_spent").fill_null(0))
         .with_columns(
-            full_name=pl.concat_str("first_name", "last_name", separator=" "),
+            known(pl.col("first_name", "last_name")),
+            full_name=known(full_name.str.strip_chars(" ")),
             age_group=band(pl.col("age"), AGE_GROUPS),
             customer_segment=band(pl.col("total_spent"), config.segments),
             tenure_days=(config.as_of_date - pl.col("signup_date")).dt.total_days(),
             avg_order_value=mean_or_zero(cents("total_spent"), "total_orders") / 100,
+            is_inferred=pl.lit(value=False),
         )
     )
 
@@ -432,14 +458,15 @@ def device_analytics(sales: pl.LazyFrame) -> pl.LazyFrame:
 def product_analytics(products_active: pl.LazyFrame) -> pl.LazyFrame:
     """One row per category and supplier."""
     return (
-        products_active.group_by("category", "supplier")
+        products_active.group_by("category", known(pl.col("supplier")))
         .agg(
             product_count=pl.len().cast(pl.Int64),
-            prices=pl.col("price").sum(),
+            total_price=pl.col("price").sum(),
+            prices=pl.col("price").count().cast(pl.Int64),
             total_stock=pl.col("stock_quantity").cast(pl.Int64).sum(),
             inventory_value=pl.col("inventory_value").sum(),
         )
-        .with_columns(avg_price=mean_or_zero(cents("prices"), "product_count") / 100)
+        .with_columns(avg_price=mean_or_zero(cents("total_price"), "prices") / 100)
     )
 
 
@@ -453,6 +480,7 @@ BUILDERS: Mapping[str, Query] = {
         transactions,
         products_active,
         transactions_clean,
+        transactions_returned,
         customers_enriched,
         customer_analytics,
         category_analytics,
@@ -533,7 +561,7 @@ class Polars(Peer):
             **{f"_rescued_{name}": data.str.json_path_match(f"$.{name}") for name in sorted(rescued)}
         )
         fails = {rule.name: self.violation(rule) for rule in (*table.rules, *reference_rules(table))}
-        refusing = {rule.name: fails[rule.name] for rule in rejecting_rules(table)}
+        refusing = {rule.name: fails[rule.name] for rule in rejecting_rules(table, self.config)}
         # A hash is grouped faster than a text. Keys that share one are set aside too, which does no harm.
         key_hash = pl.col(key).hash()
         counts, profile, repeated = collect(
@@ -554,19 +582,23 @@ class Polars(Peer):
         cleared = {rule.column: pl.when(~fails[rule.name]).then(rule.column) for rule in clears(table)}
         once = received.filter(~is_any_of(key, set_aside.lazy())).with_columns(**cleared)
         refused = pl.col("_reasons").list.len() > 0
-        valid = set_aside.filter(~refused).select(once.collect_schema().names())
+        passed = with_conflicts(set_aside.filter(~refused), table)
+        conflicts = passed.filter("_conflict").with_columns(_reasons=pl.lit(conflict_reasons(table)))
+        outdone = len(passed.filter("_disputed")) - len(conflicts)
+        valid = passed.filter(~pl.col("_disputed")).select(once.collect_schema().names())
         versions = valid.select(name for name, _ in table.columns()).n_unique()
         latest = one_per_key(valid, table).with_columns(**cleared)
-        self.save(QUARANTINE, table, set_aside.lazy().filter(refused))
+        self.save(QUARANTINE, table, pl.concat([set_aside.filter(refused), conflicts], how="diagonal").lazy())
         broken = set_aside.select(**{rule: fail.sum() for rule, fail in refusing.items()})
         counted = counts.row(0, named=True) | broken.row(0, named=True)
+        counted |= dict.fromkeys(conflict_reasons(table), len(conflicts))
         quality = Quality(
-            received=counted["len"],
+            received=counted.pop("len"),
             accepted=once_rows.item() + len(latest),
             quarantined=self.rows[f"{QUARANTINE}.{table.name}"],
-            duplicates=len(valid) - len(latest),
-            violations={rule: counted[rule] for rule in fails},
-            superseded=versions - len(latest),
+            duplicates=len(valid) + outdone - len(latest),
+            violations=counted,
+            superseded=versions + outdone - len(latest),
         )
         repetitions = len(set_aside) - set_aside[key].n_unique()
         self.account(table, quality, profiles(profile, profiled(table)), repetitions)
@@ -600,6 +632,24 @@ def collect(*queries: pl.LazyFrame) -> list[pl.DataFrame]:
     """Runs queries together, so that what they share is read or computed once."""
     found: list[pl.DataFrame] = pl.collect_all(queries, engine="streaming")
     return found
+
+
+def with_conflicts(records: pl.DataFrame, table: Table) -> pl.DataFrame:
+    """Adds whether a record is no version of the others of its key, `_conflict`, or of a key with such, `_disputed`."""
+    if not table.constant:
+        return records.with_columns(_conflict=pl.lit(value=False), _disputed=pl.lit(value=False))
+    sequence = [*map(sql, table.sequence_by), pl.col("_delivery")]
+    newest = pl.all_horizontal(by.eq_missing(by.first().over(table.key)) for by in sequence)
+    values = pl.struct(name for name, _ in table.columns())
+    constants, latest = (
+        one.n_unique().over(table.key) for one in (pl.struct(table.constant), values.filter(pl.col("_newest")))
+    )
+    return (
+        records.sort(sequence, descending=True, nulls_last=True)
+        .with_columns(_newest=newest)
+        .with_columns(_conflict=(constants > 1) | (pl.col("_newest") & (latest > 1)))
+        .with_columns(_disputed=pl.col("_conflict").any().over(table.key))
+    )
 
 
 def one_per_key(records: pl.DataFrame, table: Table) -> pl.DataFrame:

@@ -15,7 +15,18 @@ from datetime import datetime, time, timedelta, timezone
 from decimal import Decimal
 from typing import Any
 
-from peer import Audited, ColumnProfile, Peer, clears, delivery, main, profiled, reference_rules, rejecting_rules
+from peer import (
+    Audited,
+    ColumnProfile,
+    Peer,
+    clears,
+    conflict_reasons,
+    delivery,
+    main,
+    profiled,
+    reference_rules,
+    rejecting_rules,
+)
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
@@ -23,20 +34,24 @@ from data_pipeline import (
     AGE_GROUPS,
     BRONZE,
     CATEGORIES,
+    COMPLETED,
     DEVICES_AND_BROWSERS,
     GOLD,
     HOUR_WEIGHTS,
     MILLION,
+    ON_SALE,
     PAYMENT_METHOD,
     PAYMENT_METHODS,
     PRICE_BANDS,
     QUANTITIES,
     QUARANTINE,
+    RETURNED,
     SILVER,
     SNAPSHOT_TABLES,
     STATUSES,
     STOCK_STATUSES,
     TABLES,
+    UNKNOWN,
     WEEKDAY_WEIGHTS,
     DataPipelineConfig,
     Quality,
@@ -116,12 +131,17 @@ def make_transactions(config: DataPipelineConfig, customers: list[Row], products
     rows: list[Row] = []
     for number in range(1, config.num_transactions + 1):
         defect = defect_of("transactions", number, config)
-        if defect in ("exact_duplicate", "changed_status"):
+        if defect in ("exact_duplicate", "changed_status", "other_product"):
             repeated = rows[-1]
             if defect == "changed_status":
-                *before, moment, method, status, device, browser, location = repeated
+                *before, moment, method, status, device, browser, location, order_id, currency = repeated
                 status = "refunded" if status == "completed" else "completed"
-                repeated = (*before, moment + timedelta(minutes=1), method, status, device, browser, location)
+                moment += timedelta(minutes=1)
+                repeated = (*before, moment, method, status, device, browser, location, order_id, currency)
+            elif defect == "other_product":
+                transaction_id, customer_id, product_id, quantity, _, *after = repeated
+                product = products[int(product_id.removeprefix("PROD_")) % len(products)]
+                repeated = (transaction_id, customer_id, product[0], quantity, product[3] * quantity, *after)
             rows.append(repeated)
             continue
         [weekday] = rng.choices(range(7), weekday_weights)
@@ -172,6 +192,8 @@ def make_transactions(config: DataPipelineConfig, customers: list[Row], products
                 device,
                 browser,
                 city,
+                None,
+                "USD",
             )
         )
     return rows
@@ -188,27 +210,35 @@ def band(column: str, bounds: Mapping[str, Any]) -> Column:
     return labels
 
 
+def known(text: Column) -> Column:
+    """The text; Unknown where it is missing or blank."""
+    return F.when(F.trim(text) != "", text).otherwise(UNKNOWN)
+
+
 def mean_or_zero(total: str, count: str) -> Column:
     """The total divided by the count; 0 where there is nothing to count."""
     return F.when(F.col(count) == 0, F.lit(0)).otherwise(F.col(total) / F.col(count))
 
 
 def products_active(products: DataFrame) -> DataFrame:
-    """One row per active product in stock."""
+    """One row per product that is active and in stock, as far as that is known."""
     return (
-        products.filter("is_active AND stock_quantity > 0")
+        products.filter(ON_SALE)
+        .withColumn("product_name", known(F.col("product_name")))
+        .withColumn("category", known(F.col("category")))
+        .withColumn("is_active", F.lit(True))
         .withColumn("price_band", band("price", PRICE_BANDS))
         .withColumn("stock_status", band("stock_quantity", STOCK_STATUSES))
         .withColumn("inventory_value", F.col("price") * F.col("stock_quantity"))
     )
 
 
-def transactions_clean(transactions: DataFrame, products: DataFrame) -> DataFrame:
-    """One row per completed order."""
+def with_category_and_date(transactions: DataFrame, products: DataFrame) -> DataFrame:
+    """One row per transaction, with the category of its product and the parts of its date."""
+    categories = products.select("product_id", known(F.col("category")).alias("product_category"))
     return (
-        transactions.filter(F.col("status") == "completed")
-        .join(products.select("product_id", F.col("category").alias("product_category")), "product_id")
-        .withColumn("payment_method", F.expr(PAYMENT_METHOD))
+        transactions.join(categories, "product_id")
+        .withColumn("payment_method", F.expr(f"coalesce(nullif({PAYMENT_METHOD}, ''), 'unknown')"))
         .withColumn("transaction_date", F.to_date("timestamp"))
         .withColumn("transaction_year", F.year("timestamp"))
         .withColumn("transaction_month", F.month("timestamp"))
@@ -216,6 +246,16 @@ def transactions_clean(transactions: DataFrame, products: DataFrame) -> DataFram
         .withColumn("hour", F.hour("timestamp"))
         .withColumn("is_weekend", F.col("day_of_week") >= 6)
     )
+
+
+def transactions_clean(transactions: DataFrame, products: DataFrame) -> DataFrame:
+    """One row per completed order."""
+    return with_category_and_date(transactions.filter(COMPLETED), products)
+
+
+def transactions_returned(transactions: DataFrame, products: DataFrame) -> DataFrame:
+    """One row per return."""
+    return with_category_and_date(transactions.filter(RETURNED), products)
 
 
 def customers_enriched(customers: DataFrame, transactions_clean: DataFrame, config: DataPipelineConfig) -> DataFrame:
@@ -231,11 +271,14 @@ def customers_enriched(customers: DataFrame, transactions_clean: DataFrame, conf
         .withColumn("total_orders", F.coalesce("total_orders", F.lit(0)))
         .withColumn("total_spent", F.coalesce("total_spent", F.lit(0)))
         .withColumn("total_spent", F.col("total_spent").cast("decimal(20,2)"))
-        .withColumn("full_name", F.concat_ws(" ", "first_name", "last_name"))
+        .withColumn("full_name", known(F.trim(F.concat_ws(" ", "first_name", "last_name"))))
+        .withColumn("first_name", known(F.col("first_name")))
+        .withColumn("last_name", known(F.col("last_name")))
         .withColumn("age_group", band("age", AGE_GROUPS))
         .withColumn("customer_segment", band("total_spent", config.segments))
         .withColumn("tenure_days", F.datediff(F.lit(config.as_of_date), "signup_date"))
         .withColumn("avg_order_value", mean_or_zero("total_spent", "total_orders"))
+        .withColumn("is_inferred", F.lit(False))
     )
 
 
@@ -302,15 +345,31 @@ def device_analytics(transactions_clean: DataFrame) -> DataFrame:
 def product_analytics(products_active: DataFrame) -> DataFrame:
     """One row per category and supplier."""
     return (
-        products_active.groupBy("category", "supplier")
+        products_active.withColumn("supplier", known(F.col("supplier")))
+        .groupBy("category", "supplier")
         .agg(
             F.count("*").alias("product_count"),
-            F.sum("price").cast("decimal(20,2)").alias("prices"),
+            F.sum("price").cast("decimal(20,2)").alias("total_price"),
+            F.count("price").alias("prices"),
             F.sum("stock_quantity").alias("total_stock"),
             F.sum("inventory_value").alias("inventory_value"),
         )
-        .withColumn("avg_price", mean_or_zero("prices", "product_count"))
+        .withColumn("avg_price", mean_or_zero("total_price", "prices"))
+        .fillna(0, ["total_stock", "inventory_value"])
     )
+
+
+def with_conflicts(records: DataFrame, table: Table) -> DataFrame:
+    """Adds whether a record is no version of the others of its key, `_conflict`, or of a key with such, `_disputed`."""
+    of_key = Window.partitionBy(*table.key)
+    latest_first = of_key.orderBy(*(F.expr(by).desc() for by in (*table.sequence_by, "_delivery")))
+    ranked = records.withColumn("_rank", F.rank().over(latest_first))
+    latest = F.when(F.col("_rank") == 1, F.struct(*(name for name, _ in table.columns())))
+    constants, latest_ones = (
+        F.size(F.collect_set(values).over(of_key)) for values in (F.struct(*table.constant), latest)
+    )
+    conflict = (constants > 1) | ((F.col("_rank") == 1) & (latest_ones > 1))
+    return ranked.withColumn("_conflict", conflict).withColumn("_disputed", F.max("_conflict").over(of_key))
 
 
 class Straightforward(Peer):
@@ -353,13 +412,14 @@ class Straightforward(Peer):
         for table in tables(BRONZE):
             valid[table.name] = self.divide(table, valid)
         self.gate()
-        active, clean, enriched = tables(SILVER)
+        active, clean, returned, enriched = tables(SILVER)
         self.save(SILVER, active, products_active(valid["products"]))
         self.save(SILVER, clean, transactions_clean(valid["transactions"], valid["products"]))
+        self.save(SILVER, returned, transactions_returned(valid["transactions"], valid["products"]))
         self.save(SILVER, enriched, customers_enriched(valid["customers"], self.read(SILVER, clean), self.config))
 
     def gold(self) -> None:
-        active, clean, enriched = (self.read(SILVER, table) for table in tables(SILVER))
+        active, clean, _, enriched = (self.read(SILVER, table) for table in tables(SILVER))
         built = {
             "customer_analytics": customer_analytics(enriched),
             "category_analytics": category_analytics(clean),
@@ -380,10 +440,19 @@ class Straightforward(Peer):
             checked = checked.join(known, column, "left")
         failed = {rule.name: received.filter(rule.is_violated(self.config)).count() for rule in table.rules}
         failed |= {rule.name: checked.filter(rule.is_violated(self.config)).count() for rule in reference_rules(table)}
-        reasons = [F.when(F.expr(rule.is_violated(self.config)), rule.name) for rule in rejecting_rules(table)]
+        reasons = [
+            F.when(F.expr(rule.is_violated(self.config)), rule.name) for rule in rejecting_rules(table, self.config)
+        ]
         checked = checked.withColumn("_reasons", F.array_compact(F.array(*reasons)))
-        quarantined = self.save(QUARANTINE, table, checked.filter(F.size("_reasons") > 0))
-        passed = checked.filter(F.size("_reasons") == 0).select(*received.columns)
+        refused, passed = checked.filter(F.size("_reasons") > 0), checked.filter(F.size("_reasons") == 0)
+        outdone = 0
+        for reason in conflict_reasons(table):
+            flagged = with_conflicts(passed, table)
+            conflicts = flagged.filter("_conflict").withColumn("_reasons", F.array(F.lit(reason)))
+            failed[reason], outdone = conflicts.count(), flagged.filter("_disputed AND NOT _conflict").count()
+            refused, passed = refused.unionByName(conflicts.select(*refused.columns)), flagged.filter("NOT _disputed")
+        quarantined = self.save(QUARANTINE, table, refused)
+        passed = passed.select(*received.columns)
         order = [F.expr(by).desc() for by in (*table.sequence_by, "_delivery", *received.columns)]
         kept = (
             passed.withColumn("_rank", F.row_number().over(Window.partitionBy(key).orderBy(*order)))
@@ -394,7 +463,7 @@ class Straightforward(Peer):
             kept = kept.withColumn(rule.column, F.when(~F.expr(rule.is_violated(self.config)), F.col(rule.column)))
         rows, kept_rows = received.count(), kept.count()
         versions = passed.select(*(name for name, _ in table.columns())).distinct().count()
-        duplicates, superseded = passed.count() - kept_rows, versions - kept_rows
+        duplicates, superseded = passed.count() + outdone - kept_rows, versions + outdone - kept_rows
         quality = Quality(rows, kept_rows, quarantined, duplicates, failed, superseded=superseded)
         self.account(table, quality, self.profiles(table), rows - received.select(key).distinct().count())
         return kept
