@@ -45,7 +45,7 @@ def by_key(db: duckdb.DuckDBPyConnection, query: str) -> dict[Any, Any]:
     return {key: values[0] if len(values) == 1 else tuple(values) for key, *values in db.sql(query).fetchall()}
 
 
-def totals(record: RunRecord) -> tuple[Decimal, Decimal, int, int]:
+def totals(record: RunRecord) -> tuple[Decimal | None, Decimal | None, int | None, int | None]:
     """Returns revenue, refunds, returns and orders of a run."""
     return record.revenue, record.refunds, record.returns, record.orders
 
