@@ -693,11 +693,11 @@ def describe_reason(run: Run, table: Table, rule: Rule) -> str:
 def describe_example(table: Table, rule: Rule, row: Mapping[str, Any]) -> str:
     """Returns the value by which a row violates a rule, or else its key, with its place and what to do."""
     rescued = json.loads(row.get("_rescued_data") or "{}")
-    found = {name: row.get(name) or rescued.get(name) for name in (rule.column, table.key[0])}
-    found = {"line": rescued["_record"]} if "_record" in rescued else found
-    name, value = next(((name, value) for name, value in found.items() if value is not None), (rule.column, None))
+    known = {**rescued, **{name: value for name, value in row.items() if value is not None}}
+    name = next((name for name in ("_record", rule.column, table.key[0]) if known.get(name) is not None), rule.column)
+    value = known.get(name)
     place = f", {row['_source_file']} row {row.get('_source_row')}" if row.get("_source_file") else ""
-    return f"(for example {name} {str(value)[:100]!r}{place}): {rule.advice.format(table=table.name)}"
+    return f"(for example {name.lstrip('_')} {str(value)[:100]!r}{place}): {rule.advice.format(table=table.name)}"
 
 
 def check_currency(run: Run, transactions: DataFrame) -> None:

@@ -228,7 +228,7 @@ def test_anomalies(report: RunRecord) -> None:
     quality = dataclasses.replace(report.quality["transactions"], quarantined=2_000)
     refused = dataclasses.replace(report, quality=report.quality | {"transactions": quality})
     [line] = anomalies(refused, usual, factor=3.0)
-    assert line.startswith("transactions: 20.00% of the rows quarantined, against 1.40% of the rows quarantined in ")
+    assert line.startswith("transactions: 20.00% of the rows quarantined, against 1.64% of the rows quarantined in ")
     assert anomalies(refused, usual, factor=100.0) == []
     # One wild run among the last does not move the median.
     assert anomalies(report, [*usual, as_read(few)], factor=1.5) == []

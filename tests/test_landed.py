@@ -1061,7 +1061,7 @@ def test_inspection_shows_what_would_become_of_a_source(tmp_path: Path, small: S
     again = "\n".join(inspect_source(config))
     assert re.search(r"amount +decimal\(12,2\) +← amount \(string\), by transactions.sql", again)
     assert re.search(r"customer_id +bigint +← customer_id \(string\), by its name", again)
-    rejected = "amount_malformed: 1 of 2 records are rejected (for example amount '5.001', transactions.csv row 2): "
+    rejected = "amount_malformed: 1 of 2 records are rejected (for example amount '5.001', orders.csv row 2): "
     assert f"{rejected}convert it in transactions.sql" in again
     assert "a model to start from, transactions" not in again
     assert run_pipeline(config, spark).revenue == Decimal("9.99")
@@ -1091,7 +1091,9 @@ def test_declared_columns_keep_their_types(
 
 def test_archive_that_is_none_is_named_where_it_is_used(landed: Callable[..., DataPipelineConfig]) -> None:
     open_source(landed({"other.zip": "x"}))
-    with pytest.raises(ConfigurationError, match=r"cannot read customers\.zip: File is not a zip file; correct it"):
+    with pytest.raises(
+        ConfigurationError, match=r"cannot read customers\.zip: it cannot be read as a zip file: File is not"
+    ):
         open_source(landed({"customers.zip": "x"}))
 
 

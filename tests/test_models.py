@@ -185,6 +185,7 @@ def test_shopify_customers_and_products_of_orders_alone(run_model: Run) -> None:
     assert products["OLD-BAG"] == ("Canvas Bag", Decimal("35.00"), None, False)
 
 
+@pytest.mark.slow
 def test_shopify_orders_alone_are_enough(run_model: Run, tmp_path: Path) -> None:
     for file in (MODELS / "shopify" / "sample").glob("orders_*.csv"):
         shutil.copy(file, tmp_path)
@@ -195,6 +196,7 @@ def test_shopify_orders_alone_are_enough(run_model: Run, tmp_path: Path) -> None
     assert one(db, "SELECT count(*) FROM bronze_products WHERE is_active IS NULL") == 9
 
 
+@pytest.mark.slow
 def test_shopify_export_that_overlaps_changes_only_what_has_changed(run_model: Run, tmp_path: Path) -> None:
     shutil.copytree(MODELS / "shopify" / "sample", tmp_path, dirs_exist_ok=True)
     lines = [line for line in read_csv(tmp_path / "orders_export_2.csv") if line["Name"] != "#1009"]
@@ -215,6 +217,7 @@ def test_shopify_export_that_overlaps_changes_only_what_has_changed(run_model: R
     assert (record.revenue, record.refunds) == (Decimal("312.17"), Decimal("62.00"))  # 292.18 + 19.99
 
 
+@pytest.mark.slow
 def test_shopify_order_with_fewer_lines_than_before(run_model: Run, tmp_path: Path) -> None:
     shutil.copytree(MODELS / "shopify" / "sample", tmp_path, dirs_exist_ok=True)
     lines = [line for line in read_csv(tmp_path / "orders_export_2.csv") if line["Name"] == "#1002"][:2]
@@ -237,6 +240,7 @@ def test_shopify_order_with_fewer_lines_than_before(run_model: Run, tmp_path: Pa
 # 219.80 + 52.00 + 35.50 + 24.99 + 118.00 = 450.29
 
 
+@pytest.mark.slow
 def test_olist(run_model: Run) -> None:
     record, db = run_model("olist")
     assert totals(record) == (Decimal("450.29"), Decimal(0), 0, 5)
@@ -282,6 +286,7 @@ def test_olist(run_model: Run) -> None:
 # 110.52 + 25.50 + 74.50 + 48.48 + 10.08 = 269.08; returned: 13.90 + 10.00 + 5.04 = 28.94
 
 
+@pytest.mark.slow
 def test_uci(run_model: Run) -> None:
     record, db = run_model("uci")
     assert totals(record) == (Decimal("269.08"), Decimal("28.94"), 3, 5)
@@ -304,6 +309,7 @@ def test_uci(run_model: Run) -> None:
     assert prices == {"21001A": Decimal("6.95"), "22105": Decimal("3.39"), "84077": Decimal("0.42")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dates", "expected"),
     [
@@ -340,6 +346,7 @@ def test_uci_dates_with_slashes(
 # 80.00 + 108.50 + 20.00 + 25.25 + 43.40 + 8.00 = 285.15; returned: 10.00 + 20.00 + 10.85 = 40.85
 
 
+@pytest.mark.slow
 def test_stripe(run_model: Run) -> None:
     record, db = run_model("stripe")
     assert totals(record) == (Decimal("285.15"), Decimal("40.85"), 3, 7)
@@ -385,6 +392,7 @@ def test_stripe(run_model: Run) -> None:
 # returned: 19.99 + 12.00 + 40.00 + 5.00 = 76.99
 
 
+@pytest.mark.slow
 def test_woocommerce(run_model: Run) -> None:
     record, db = run_model("woocommerce")
     assert totals(record) == (Decimal("269.90"), Decimal("76.99"), 4, 9)
@@ -428,6 +436,7 @@ def test_woocommerce(run_model: Run) -> None:
     }
 
 
+@pytest.mark.slow
 def test_woocommerce_later_export_replaces_the_items_of_an_order(run_model: Run, tmp_path: Path) -> None:
     shutil.copytree(MODELS / "woocommerce" / "sample", tmp_path, dirs_exist_ok=True)
     lines = [line for line in read_csv(tmp_path / "orders-export-2026.csv") if line["order_id"] in ("1004", "1006")]
