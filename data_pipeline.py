@@ -2550,51 +2550,41 @@ def nullified(rows: DataFrame, rules: Iterable[Rule], config: DataPipelineConfig
     return rows.withColumns(kept) if kept else rows
 
 
-def with_conflicts(records: DataFrame, table: Table) -> DataFrame:
-    """Adds two flags to the records of a table that carries money.
+LATEST = "_order = 1 AND NOT _disputed"  # of ranked versions, the record that silver takes
 
-    `_conflict`: the record is rejected. Either the records of its key differ in a column of `table.constant`, or it is
-    one of several latest records, equal in `sequence_by` and delivery, that differ in another column.
-    `_disputed`: the key has such records, and so no winner.
+
+def rank_versions(records: DataFrame, table: Table) -> DataFrame:
+    """Adds to valid records how they stand to the others of their key.
+
+    `_order` is 1 for the latest record: the greatest by `sequence_by`, then by delivery, then by all columns in order.
+    `_versions` is the number of different records of the key. In a table that carries money, `_conflict` marks records
+    to reject: those of a key that differ in a column of `constant`, or else several latest ones, equal in
+    `sequence_by` and delivery, that differ in another column. `_disputed`: the key has such records, and no winner.
     """
     key = f"PARTITION BY {', '.join(table.key)}"
-    latest_first = ", ".join(f"{by} DESC" for by in (*table.sequence_by, "_delivery"))
+    sequence = [f"{by} DESC NULLS LAST" for by in (*table.sequence_by, "_delivery")]
+    columns = [f"{name} DESC NULLS LAST" for name in records.columns]
 
     def differ(text: str) -> str:
         return f"coalesce(min({text}) OVER ({key}) <> max({text}) OVER ({key}), false)"
 
-    def as_json(columns: Iterable[str]) -> str:  # in which null is no value like another
+    def as_json(columns: Iterable[str]) -> str:  # in which null is a value like another
         return f"to_json({named_struct({name: name for name in columns})})"
 
-    ranked = records.select(
-        "*",
-        *named_columns({
-            "_rank": f"rank() OVER ({key} ORDER BY {latest_first})",
-            "_constant": as_json(table.constant),
-            "_values": as_json(name for name, _ in table.columns()),
-        }),
-    )  # fmt: skip
-    conflict = f"{differ('_constant')} OR (_rank = 1 AND {differ('CASE WHEN _rank = 1 THEN _values END')})"
-    flagged = ranked.select(*records.columns, *named_columns({"_conflict": conflict}))
-    return flagged.select("*", *named_columns({"_disputed": f"max(_conflict) OVER ({key})"}))
-
-
-def latest_per_key(records: DataFrame, table: Table) -> DataFrame:
-    """One row per key: the greatest by `table.sequence_by`, then by delivery, then by all columns in order.
-
-    `_records` is the number of records of the key, `_versions` that of different ones.
-    """
-    sequence = (F.expr(by).alias(f"_order_{n}") for n, by in enumerate((*table.sequence_by, "_delivery")))
-    versions = F.collect_set(F.struct(*(name for name, _ in table.columns())))
-    return (
-        records.groupBy(*(F.col(column).alias(f"_{column}") for column in table.key))
-        .agg(
-            F.max(F.struct(*sequence, *records.columns)).alias("latest"),
-            F.count(F.lit(1)).alias("_records"),
-            F.size(versions).alias("_versions"),
-        )
-        .select(*(f"latest.{column}" for column in records.columns), "_records", "_versions")
-    )
+    ranked = {
+        "_order": f"row_number() OVER ({key} ORDER BY {', '.join([*sequence, *columns])})",
+        "_rank": f"rank() OVER ({key} ORDER BY {', '.join(sequence)})",
+        "_constant": as_json(table.constant) if table.constant else "''",
+        "_values": as_json(name for name, _ in table.columns()),
+    }
+    of_a_kind = differ("_constant")
+    tied = differ("CASE WHEN _rank = 1 THEN _values END") if table.constant else "false"
+    flags = {
+        "_versions": f"size(collect_set(_values) OVER ({key}))",
+        "_conflict": f"{of_a_kind} OR (_rank = 1 AND {tied})",
+        "_disputed": f"{of_a_kind} OR {tied}",
+    }
+    return records.select("*", *named_columns(ranked)).select(*records.columns, "_order", *named_columns(flags))
 
 
 @dataclass(slots=True)
@@ -2648,30 +2638,23 @@ class Versions(NamedTuple):
 
     latest: DataFrame
     conflicts: DataFrame  # as received, with `_reasons`
-    counts: Mapping[str, int]  # `records`, `conflicts`, `outdone`, `versions`, and those of `part_counts`
+    counts: Mapping[str, int]  # `conflicts`, `duplicates`, `superseded`, and those of `part_counts`
 
 
 def resolve_versions(run: Run, table: Table, records: DataFrame) -> Versions:
-    """Finds the latest of the valid records of each duplicate key, unless they are in conflict.
-
-    `records` of the counts are those of keys that have a latest one, `outdone` those older than a conflict.
-    """
-    columns, counts = records.columns, {"conflicts": 0, "outdone": 0}
-    conflicts = records.where("false")
-    if table.constant:
-        flagged = run.cached(with_conflicts(records, table))
-        counts = aggregate(
-            flagged, {"conflicts": "count_if(_conflict)", "outdone": "count_if(_disputed AND NOT _conflict)"}
-        )
-        conflicts = flagged.where("_conflict").select(*columns)
-        records = flagged.where("NOT _disputed").select(*columns)
-    latest = latest_per_key(records, table)
-    files = 1 + run.record.rows[f"{BRONZE}.{table.name}"] // ROWS_PER_FILE
-    latest = run.cached(run.engine.coalesced(latest, files))
-    sums = {name: f"coalesce(sum(_{name}), 0)" for name in ("records", "versions")}
-    counts |= aggregate(latest, {**sums, **part_counts(table)})
-    reasons = {"_reasons": f"array('{table.key[0]}_conflict')"}
-    return Versions(latest.drop("_records", "_versions"), conflicts.select("*", *named_columns(reasons)), counts)
+    """Finds the latest of the valid records of each duplicate key, unless they are in conflict."""
+    columns, files = records.columns, 1 + run.record.rows[f"{BRONZE}.{table.name}"] // ROWS_PER_FILE
+    ranked = run.cached(run.engine.coalesced(rank_versions(records, table), files))
+    superseded = f"CASE WHEN {LATEST} THEN _versions - 1 WHEN _disputed AND NOT _conflict THEN 1 ELSE 0 END"
+    counts = aggregate(ranked, {
+        "conflicts": "count_if(_conflict)",
+        "duplicates": f"count_if(NOT (_conflict OR ({LATEST})))",
+        "superseded": f"coalesce(sum({superseded}), 0)",
+        **part_counts(table, LATEST),
+    })  # fmt: skip
+    reasons = named_columns({"_reasons": f"array('{table.key[0]}_conflict')"})
+    latest, conflicts = ranked.where(LATEST).select(*columns), ranked.where("_conflict").select(*columns, *reasons)
+    return Versions(latest, conflicts, counts)
 
 
 def separate_rows(run: Run, table: Table, received: Received, found: Violations) -> Separated:
@@ -2688,7 +2671,7 @@ def separate_rows(run: Run, table: Table, received: Received, found: Violations)
     counts = dict.fromkeys(metrics, 0) if nothing else aggregate(set_aside, metrics)
     rejected = rejected_rows(set_aside, table, found, config)
     rows = valid_unique_rows(received.rows, table, found, config)
-    several: Mapping[str, int] = dict.fromkeys(("records", "conflicts", "outdone", "versions", *sound), 0)
+    several: Mapping[str, int] = dict.fromkeys(("conflicts", "duplicates", "superseded", *sound), 0)
     if found.duplicate_keys is not None:
         versions = resolve_versions(run, table, valid_rows(set_aside, table))
         rows, rejected, several = (
@@ -2707,10 +2690,10 @@ def separate_rows(run: Run, table: Table, received: Received, found: Violations)
         received=run.record.rows[f"{BRONZE}.{table.name}"],
         accepted=accepted.pop("accepted"),
         quarantined=quarantined,
-        duplicates=several["records"] + several["outdone"] - several["accepted"],
+        duplicates=several["duplicates"],
         violations={**received.violations, **on_keys},
         silver=accepted,
-        superseded=several["versions"] + several["outdone"] - several["accepted"],
+        superseded=several["superseded"],
     )
     rejected = run.engine.coalesced(rejected, 1 + quarantined // ROWS_PER_FILE)
     return Separated(nullified(rows, found.rules, config), rejected, quality)

@@ -169,7 +169,7 @@ def test_empty_source(published: DataPipelineConfig, spark: SparkSession, monkey
 
 def test_lost_rows(published: DataPipelineConfig, spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
     """A valid row, two rejected ones and three duplicates that no table or count has: the audit misses each of them."""
-    valid, rejected, latest = data_pipeline.valid_unique_rows, data_pipeline.rejected_rows, data_pipeline.latest_per_key
+    valid, rejected, rank = data_pipeline.valid_unique_rows, data_pipeline.rejected_rows, data_pipeline.rank_versions
 
     def valid_unique_rows(received: DataFrame, table: data_pipeline.Table, *rest: Any) -> DataFrame:
         lost = F.lit(table.name == "transactions") & (F.col(table.key[0]).cast("string") == "TXN_0000003")
@@ -178,10 +178,10 @@ def test_lost_rows(published: DataPipelineConfig, spark: SparkSession, monkeypat
     def rejected_rows(marked: DataFrame, table: data_pipeline.Table, *rest: Any) -> DataFrame:
         return rejected(marked.where("amount IS NOT NULL") if table.name == "transactions" else marked, table, *rest)
 
-    def latest_per_key(records: DataFrame, table: data_pipeline.Table) -> DataFrame:
-        return latest(records, table).withColumn("_records", F.lit(1))
+    def rank_versions(records: DataFrame, table: data_pipeline.Table) -> DataFrame:
+        return rank(records, table).where("_order = 1 OR _conflict")
 
-    for losing in (valid_unique_rows, rejected_rows, latest_per_key):
+    for losing in (valid_unique_rows, rejected_rows, rank_versions):
         monkeypatch.setattr(data_pipeline, losing.__name__, losing)
     refused(
         published,

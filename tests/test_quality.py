@@ -14,6 +14,7 @@ from pyspark.sql import functions as F
 import data_pipeline
 from data_pipeline import (
     ABORT,
+    LATEST,
     ORPHAN,
     REJECT,
     TABLES,
@@ -26,15 +27,14 @@ from data_pipeline import (
     find_keys,
     flag_rows,
     key_rules,
-    latest_per_key,
     named_columns,
     names,
     nullified,
+    rank_versions,
     rejected_rows,
     suspect_keys,
     valid_rows,
     valid_unique_rows,
-    with_conflicts,
 )
 
 Frame = Callable[..., DataFrame]
@@ -171,13 +171,11 @@ def split_of(
     single = valid_unique_rows(rows, table, found, config)
     several = valid_rows(flagged.where("_duplicate_key"), table)
     rejected = rejected_rows(flagged, table, found, config)
-    if table.constant:
-        checked = with_conflicts(several, table)
-        reasons = F.expr(f"array('{table.key[0]}_conflict')").alias("_reasons")
-        rejected = rejected.unionByName(checked.where("_conflict").select(*several.columns, reasons))
-        several = checked.where("NOT _disputed").select(*several.columns)
-    counted = single.withColumns({"_records": F.lit(1).cast("bigint"), "_versions": F.lit(1)})
-    kept = nullified(counted.unionByName(latest_per_key(several, table)), table.rules, config)
+    ranked = rank_versions(several, table)
+    reasons = F.expr(f"array('{table.key[0]}_conflict')").alias("_reasons")
+    rejected = rejected.unionByName(ranked.where("_conflict").select(*several.columns, reasons))
+    latest = ranked.where(LATEST).select(*several.columns, "_versions")
+    kept = nullified(single.withColumn("_versions", F.lit(1)).unionByName(latest), table.rules, config)
     return Split(kept, rejected)
 
 
@@ -262,11 +260,12 @@ def late(**change: Any) -> dict[str, Any]:
     return {"timestamp": datetime(2026, 3, 2), **change}
 
 
-LATEST = {
+# Records of a key; status and time of the latest one, and how many different ones there are.
+RECORDS = {
     "TXN_0000001": ([late(status="pending"), early(status="completed")], ("pending", datetime(2026, 3, 2), 2)),
     "TXN_0000002": ([early(status="completed"), early(status="refunded")], ("refunded", datetime(2026, 3, 1), 2)),
     "TXN_0000003": ([early(status="pending"), early(status="completed")], ("completed", datetime(2026, 3, 1), 2)),
-    "TXN_0000004": ([early(), early(), early()], ("completed", datetime(2026, 3, 1), 3)),
+    "TXN_0000004": ([early(), early(), early()], ("completed", datetime(2026, 3, 1), 1)),
     # A record that is refused is no rival.
     "TXN_0000005": ([late(amount=None), early()], ("completed", datetime(2026, 3, 1), 1)),
     "TXN_0000006": ([early()], ("completed", datetime(2026, 3, 1), 1)),
@@ -274,13 +273,13 @@ LATEST = {
 
 
 def test_latest_record_of_a_key_wins(frame: Frame, config: DataPipelineConfig) -> None:
-    records = [{"transaction_id": key, **change} for key, (changes, _) in LATEST.items() for change in changes]
+    records = [{"transaction_id": key, **change} for key, (changes, _) in RECORDS.items() for change in changes]
     for order in (records, records[::-1]):
         kept, quarantined = split_of(frame, config, "transactions", *order)
         found = {row["transaction_id"]: row for row in kept.collect()}
-        rows = {key: (row["status"], row["timestamp"], row["_records"]) for key, row in found.items()}
-        assert rows == {key: winner for key, (_, winner) in LATEST.items()}
-        assert sum(copies for *_, copies in rows.values()) + quarantined.count() == len(records)
+        rows = {key: (row["status"], row["timestamp"], row["_versions"]) for key, row in found.items()}
+        assert rows == {key: winner for key, (_, winner) in RECORDS.items()}
+        assert [row["_reasons"] for row in quarantined.collect()] == [["amount_missing"]]
 
 
 def test_tie_of_customers_is_broken_by_the_remaining_columns(frame: Frame, config: DataPipelineConfig) -> None:
