@@ -1911,10 +1911,8 @@ def apply_model(spark: SparkSession, model: Model, views: Mapping[str, str]) -> 
     from pyspark.errors import PySparkException
 
     # In the model each source has its own name, which is given by a WITH: the session may use that name otherwise.
-    name, inputs = (
-        model.name,
-        ", ".join(f"{quoted(source)} AS (SELECT * FROM {view})" for source, view in views.items()),
-    )
+    inputs = ", ".join(f"{quoted(source)} AS (SELECT * FROM {view})" for source, view in views.items())
+    name = model.name
     try:
         rows = spark.sql(f"WITH {inputs} SELECT * FROM (\n{model.sql}\n)")
         rows.dtypes  # noqa: B018 - by which Connect and Sail analyse the query
