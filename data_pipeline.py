@@ -705,8 +705,8 @@ def check_currency(run: Run, transactions: DataFrame) -> None:
     received = run.record.profile["transactions"]["currency"]
     found = {received["min"], received["max"]} - {None}
     if len(found) > 1:
-        currency = F.expr("upper(trim(currency))").alias("currency")
-        counted = transactions.where(f"{COMPLETED} AND currency IS NOT NULL").groupBy(currency).count().collect()
+        named = transactions.where(f"{COMPLETED} AND {CURRENCY} IS NOT NULL")
+        counted = named.groupBy(F.expr(CURRENCY).alias("currency")).count().collect()
         orders = {row["currency"]: row["count"] for row in counted}
         found = set(orders)
         if len(found) > 1:
@@ -716,7 +716,7 @@ def check_currency(run: Run, transactions: DataFrame) -> None:
                 "or name one by --currency, by which orders in others are rejected"
             )
             fail_gate(run, TABLES["transactions"], "currency", sum(orders.values()), message, "false")
-    run.record.currency = run.config.currency or (found.pop().strip().upper() if len(found) == 1 else None)
+    run.record.currency = run.config.currency or (found.pop().strip().upper() or None if len(found) == 1 else None)
 
 
 def fail_gate(run: Run, table: Table, rule: str, rows: int, message: str, where: str = "true") -> None:
@@ -1086,6 +1086,7 @@ PAYMENT_METHOD = (
     f"CASE WHEN payment_method IN {_one_of(PAYMENT_METHODS)} THEN payment_method "
     "ELSE regexp_replace(lower(trim(payment_method)), '[ _-]+', '_') END"
 )
+CURRENCY = "nullif(upper(trim(currency)), '')"
 # A shop that does not say whether a product is active or how many are left still sells it.
 ON_SALE = "coalesce(is_active, true) AND coalesce(stock_quantity, 1) > 0"
 COMPLETED = "status = 'completed' AND amount > 0"
@@ -1171,7 +1172,7 @@ TABLES["transactions"] = Table(
             advice=f"map it by CASE in {{table}}.sql to one of {', '.join(STATUSES)}",
         ),
         Rule(
-            "currency_other", "currency", "upper(trim(currency)) <> :currency",
+            "currency_other", "currency", f"{CURRENCY} <> :currency",
             advice="convert the amount in {table}.sql, or change --currency",
         ),
     ),
