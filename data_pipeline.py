@@ -662,7 +662,7 @@ def check_gate(run: Run, source: Source, valid: Mapping[str, DataFrame]) -> None
 
 
 def check_quarantine_rate(run: Run, table: Table) -> None:
-    """Fails the gate where too many rows of a table were rejected; else warns of conflicts in landed files."""
+    """Fails the gate where too many rows of a table were rejected; warns of fewer, where they were landed."""
     quality, limit = run.record.quality[table.name], run.config.max_quarantine_rate
     if (rate := quality.quarantine_rate) > limit:
         message = (
@@ -670,10 +670,9 @@ def check_quarantine_rate(run: Run, table: Table) -> None:
             f"--max-quarantine-rate allows {limit:.2%}: {'; '.join(top_reasons(run, table))}"
         )
         fail_gate(run, table, "max_quarantine_rate", quality.quarantined, message)
-    elif table.constant and run.config.source_dir:
-        for rule in key_rules(table):
-            if rule.violation == "_conflict" and quality.violations[rule.name]:
-                logger.warning("%s: %s", table.name, describe_reason(run, table, rule))
+    elif quality.quarantined and run.config.source_dir:
+        rows = f"{quality.quarantined:,} of {quality.received:,} rows are quarantined"
+        logger.warning("%s: %s: %s", table.name, rows, "; ".join(top_reasons(run, table)))
 
 
 def top_reasons(run: Run, table: Table) -> list[str]:
@@ -687,32 +686,34 @@ def describe_reason(run: Run, table: Table, rule: Rule) -> str:
     """Returns how many rows a rule rejects, with an example and what to do."""
     rows = run.record.quality[table.name].violations[rule.name]
     [example, *_] = example_rows(run, table, f"array_contains(_reasons, '{rule.name}')") or [{}]
-    return f"{rule.name} {rows:,} {describe_example(table, rule, example)}"
+    return f"{rule.name} {rows:,}{describe_example(table, rule, example)}"
 
 
 def describe_example(table: Table, rule: Rule, row: Mapping[str, Any]) -> str:
     """Returns the value by which a row violates a rule, or else its key, with its place and what to do."""
     rescued = json.loads(row.get("_rescued_data") or "{}")
     known = {**rescued, **{name: value for name, value in row.items() if value is not None}}
-    name = next((name for name in ("_record", rule.column, table.key[0]) if known.get(name) is not None), rule.column)
-    value = known.get(name)
-    place = f", {row['_source_file']} row {row.get('_source_row')}" if row.get("_source_file") else ""
-    return f"(for example {name.lstrip('_')} {str(value)[:100]!r}{place}): {rule.advice.format(table=table.name)}"
+    name = next((name for name in ("_record", rule.column, table.key[0]) if known.get(name) is not None), None)
+    parts = [f"{name.lstrip('_')} {str(known[name])[:100]!r}"] if name else []
+    if row.get("_source_file"):
+        parts.append(f"{row['_source_file']} row {row.get('_source_row')}")
+    example = f" (for example {', '.join(parts)})" if parts else ""
+    return f"{example}: {rule.advice.format(table=table.name)}"
 
 
 def check_currency(run: Run, transactions: DataFrame) -> None:
-    """Records the currency of the completed orders. Fails the gate where there are several: amounts are added up."""
+    """Records the currency of orders and returns. Fails the gate where there are several: amounts are added up."""
     received = run.record.profile["transactions"]["currency"]
     found = {received["min"], received["max"]} - {None}
     if len(found) > 1:
-        named = transactions.where(f"{COMPLETED} AND {CURRENCY} IS NOT NULL")
+        named = transactions.where(f"({COMPLETED} OR {RETURNED}) AND {CURRENCY} IS NOT NULL")
         counted = named.groupBy(F.expr(CURRENCY).alias("currency")).count().collect()
         orders = {row["currency"]: row["count"] for row in counted}
         found = set(orders)
         if len(found) > 1:
             counts = ", ".join(f"{name} {rows:,}" for name, rows in sorted(orders.items()))
             message = (
-                f"the completed orders are in several currencies, {counts}: convert the amounts in transactions.sql, "
+                f"the orders and returns are in several currencies, {counts}: convert the amounts in transactions.sql, "
                 "or name one by --currency, by which orders in others are rejected"
             )
             fail_gate(run, TABLES["transactions"], "currency", sum(orders.values()), message, "false")
@@ -1043,11 +1044,12 @@ def _well_formed(*columns: str, severity: str = REJECT) -> tuple[Rule, ...]:
     )
 
 
-def _not_scientific(key: str) -> Rule:
+def _not_scientific(key: str, severity: str = REJECT) -> Rule:
     return Rule(
         f"{key}_scientific",
         key,
         f"{key} RLIKE '^[0-9]([.,][0-9]+)?[eE][+][0-9]+$'",
+        severity,
         advice="export the ids as text: Excel has replaced their digits",
     )
 
@@ -1153,9 +1155,11 @@ TABLES["transactions"] = Table(
         *_required("quantity", "amount", "timestamp"),
         *_well_formed("customer_id", "quantity", "amount", "timestamp"),
         _not_scientific("transaction_id"),
+        _not_scientific("order_id"),
+        _not_scientific("product_id", WARN),
         # A negative quantity with a negative amount is a return.
-        Rule("quantity_not_positive", "quantity", "quantity <= 0 AND (quantity = 0 OR amount IS NULL OR amount >= 0)"),
-        Rule("amount_not_positive", "amount", "amount <= 0 AND (amount = 0 OR quantity IS NULL OR quantity >= 0)"),
+        Rule("quantity_not_positive", "quantity", "quantity = 0 OR (quantity < 0 AND amount >= 0)"),
+        Rule("amount_not_positive", "amount", "amount = 0 OR (amount < 0 AND quantity >= 0)"),
         Rule(
             "timestamp_in_future", "timestamp", "to_date(timestamp) > :as_of_date",
             advice="correct it, or set --as-of-date",
@@ -1645,11 +1649,23 @@ class LandedFiles:
         if not os.path.isdir(self.root):
             raise ConfigurationError(f"there is no folder {self.root} on this machine: correct source_dir")
         self.controls = read_controls(os.path.join(self.root, CONTROLS), config.source_decimal)
+        if config.models in ready_models() and config.source_decimal != ".":
+            raise ConfigurationError(
+                f"the models {config.models} read amounts with a decimal point, as the system exports them: export "
+                "again, without saving the file in a spreadsheet, and leave source_decimal out"
+            )
         self.models = read_models(models_folder(config.models, self.root))
         self.inputs = {name: self.models[name].inputs if name in self.models else [name] for name in names(BRONZE)}
         self.used = list(dict.fromkeys(source for inputs in self.inputs.values() for source in inputs))
         self.listed = claimed(list_files(self.root, config.root), self.models, self.used)
         self.files = [file for file in self.listed if file.source in self.used]
+        if not self.listed:
+            raise ConfigurationError(
+                f"no file in {self.root} can be read: land CSV, JSON lines, Excel (.xlsx) or Parquet"
+            )
+        for file in self.listed:
+            if re.match(r"controls?\b", file.top, re.IGNORECASE):
+                raise ConfigurationError(f"{file.path} looks like control totals: call it {CONTROLS}")
         for file in self.files:
             if f"{config.root}/".startswith(f"{os.path.join(self.root, file.top)}/"):
                 raise ConfigurationError(f"data_dir {config.root} lies within a source of source_dir: choose another")
@@ -1700,6 +1716,7 @@ class LandedFiles:
         reader = FileReader(self.root, run.temporary_folder(".staged"), self.config)
         by_name = {*names(BRONZE)} - self.models.keys()
         self.parts = reader.read(self.files, with_models={*self.used} - by_name)
+        leave_out_repeated(self.files)
         report_delivery(self.files, run.record)
         if self.config.on_bad_file == "refuse" and (bad := [file for file in self.files if file.is_bad]):
             more = f"; so are {len(bad) - 1} more" if bad[1:] else ""
@@ -1708,6 +1725,7 @@ class LandedFiles:
                 "without it by --on-bad-file quarantine"
             )
         run.snapshot.save_files(self.files)
+        self._warn_of_missing_columns()
         self._records = self.records(run.engine, self.files)
         self.views = {source: run.temporary_view(rows) for source, rows in self._records.items()}
         malformed = [part for part in self.parts if part.is_malformed]
@@ -1725,6 +1743,20 @@ class LandedFiles:
             source: records_of(engine, [part for part in found if not part.is_malformed], files, declared[source])
             for source, found in parts.items()
         }
+
+    def _warn_of_missing_columns(self) -> None:
+        """Warns of columns that a model reads and that no file of their source has."""
+        declared = [
+            (source, name)
+            for model in self.models.values()
+            for source in model.columns
+            for name in model.columns[source]
+        ]
+        for source in dict(declared):
+            landed = {name.lower() for file in self.files if file.source == source for name in file.columns}
+            missing = dict.fromkeys(name for reads, name in declared if reads == source and name.lower() not in landed)
+            if landed and missing:
+                logger.warning("%s: no file has the columns %s: they are null", source, ", ".join(missing))
 
     def _count_records(self) -> None:
         """Counts the records that each table is made from."""
@@ -4450,6 +4482,8 @@ def zip_members(path: str) -> list[tuple[str, int]]:
             members = [(member.filename, member.file_size) for member in archive.infolist() if not member.is_dir()]
     except zipfile.BadZipFile as error:
         raise BadFileError(f"it cannot be read as a zip file: {error}") from None
+    if repeated := [name for name, number in Counter(name for name, _ in members).items() if number > 1]:
+        raise BadFileError(f"two of its files are called {repeated[0]}: unzip it, and rename one")
     return [
         (name, size)
         for name, size in members
@@ -4665,22 +4699,33 @@ def find_damage(parts: Iterable[Part], files: Iterable[LandedFile]) -> str | Non
     return None
 
 
+SAME_CONTENT = "it has the same content as "
+
+
+def leave_out_repeated(files: Iterable[LandedFile]) -> None:
+    """Leaves out all but the last of the files of a source that have the same content."""
+    whole = [file for file in files if file.records and not file.problem]
+    last = {(file.source, file.sha256): file for file in whole}
+    for file in whole:
+        if (same := last[file.source, file.sha256]) is not file:
+            file.leave_out(f"{SAME_CONTENT}{same.path}", is_bad=False)
+
+
 def report_delivery(files: Sequence[LandedFile], record: RunRecord) -> None:
     """Logs and records what was read of each source, and which files are left out."""
-    seen: dict[tuple[str, str], LandedFile] = {}
     for file in files:
         delivery = record.delivery.setdefault(file.source, {"files": 0, "bytes": 0, "rows": 0, "left_out": {}})
         if file.problem:
             delivery["left_out"][file.path] = file.problem
-            record.anomalies.append(f"{file.path} is left out: {file.problem}")
+            if not file.problem.startswith(
+                SAME_CONTENT
+            ):  # that costs nothing, and lasts as long as the file lies there
+                record.anomalies.append(f"{file.path} is left out: {file.problem}")
             logger.warning("%s is left out: %s", file.path, file.problem)
             continue
         delivery["files"] += 1
         delivery["bytes"] += file.size
         delivery["rows"] += file.records
-        same = seen.setdefault((file.source, file.sha256), file)
-        if same is not file:
-            logger.warning("%s has the same content as %s; both are read", file.path, same.path)
         if not file.records:
             logger.warning("%s holds no record", file.path)
     for source, delivery in record.delivery.items():
@@ -4917,7 +4962,7 @@ def inspect_rules(rows: DataFrame, table: Table, config: DataPipelineConfig) -> 
     for rule in rejecting[:3]:
         [example] = rows.where(rule.is_violated(config)).limit(1).collect()
         described = describe_example(table, rule, example.asDict())
-        yield f"  {rule.name}: {found[rule.name]:,} of {total:,} records are rejected {described}"
+        yield f"  {rule.name}: {found[rule.name]:,} of {total:,} records are rejected{described}"
     yield from (f"  {rule.name}: {found[rule.name]:,} more are rejected" for rule in rejecting[3:])
     yield from (f"  {rule.name}: {found[rule.name]:,} are kept" for rule in violated if rule not in rejecting)
     yield "  repeated keys and keys without a parent are not looked for here"
@@ -5258,26 +5303,42 @@ def read_controls(path: str, decimal: str) -> list[Control]:
     """Reads the control totals, if there are any. Raises ConfigurationError."""
     if not os.path.exists(path):
         return []
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        delimiter = max(",;\t", key=file.readline().count)
-        file.seek(0)
-        rows = list(csv.DictReader(file, delimiter=delimiter))
-    controls = []
-    for number, row in enumerate(rows, start=1):
-        given = {str(name).strip().lower(): (text or "").strip() for name, text in row.items()}
-        period = given.get("period", "")
-        figures = {name: given[name].replace(decimal, ".") for name in CONTROL_FIGURES if given.get(name)}
-        wrong = [f"{name} {text!r}" for name, text in figures.items() if not re.fullmatch(r"-?\d+([.]\d+)?", text)]
-        if not re.fullmatch(r"\d{4}-\d\d(-\d\d)?", period):
-            wrong.insert(0, f"period {period!r}")
-        if wrong or not figures:
-            raise ConfigurationError(
-                f"{path} row {number}: {', '.join(wrong) or 'no figure'}: give a period such as 2026-01 or 2026-01-31, "
-                f"and any of {', '.join(CONTROL_FIGURES)} as plain numbers"
-            )
-        # Reports show returns as negative or as positive amounts.
-        controls.append(Control(period, {name: abs(Decimal(text)) for name, text in figures.items()}))
-    return controls
+    content = Path(path).read_bytes()
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        lines = content.decode("utf-16" if is_utf16 else "utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{path} cannot be read as text: {error}; save it as CSV in UTF-8") from None
+    delimiter = max(",;\t", key=lines[0].count) if lines else ","
+    header, *rows = [row for row in csv.reader(lines, delimiter=delimiter) if row] or [[]]
+    columns = [name.strip().lower() for name in header]
+    known = ("period", *CONTROL_FIGURES)
+    if "period" not in columns or not {*columns} <= {*known} or len(columns) < 2 or not rows:
+        raise ConfigurationError(
+            f"{path} has the columns {', '.join(header) or 'none'} and {len(rows)} rows: it needs period, one or "
+            f"more of {', '.join(CONTROL_FIGURES)}, and a row for each period"
+        )
+    return [read_control(f"{path} row {number}", columns, row, decimal) for number, row in enumerate(rows, start=1)]
+
+
+def read_control(place: str, columns: Sequence[str], row: Sequence[str], decimal: str) -> Control:
+    """Reads the figures of one period. Raises ConfigurationError."""
+    given = dict(zip(columns, (text.strip() for text in row), strict=False))
+    period = given.get("period", "")
+    figures = {name: given[name].replace(decimal, ".") for name in CONTROL_FIGURES if given.get(name)}
+    wrong = [f"{name} {text!r}" for name, text in figures.items() if not re.fullmatch(r"-?\d+([.]\d+)?", text)]
+    if not re.fullmatch(r"\d{4}-\d\d(-\d\d)?", period):
+        wrong.insert(0, f"period {period!r}")
+    if len(row) > len(columns):
+        wrong.append(f"{len(row)} fields under {len(columns)} columns")
+    if wrong or not figures:
+        raise ConfigurationError(
+            f"{place}: {', '.join(wrong) or 'no figure'}: give a period such as 2026-01 or 2026-01-31, "
+            f"and any of {', '.join(CONTROL_FIGURES)} as plain numbers"
+        )
+    # Reports show returns as negative or as positive amounts.
+    return Control(period, {name: abs(Decimal(text)) if name == "returns" else Decimal(text)
+                            for name, text in figures.items()})  # fmt: skip
 
 
 def figures_by_period(run: Run) -> dict[tuple[str, str], Decimal]:
@@ -5316,7 +5377,7 @@ def check_controls(run: Run, controls: Sequence[Control]) -> None:
             for period, figures in controls
             for name, expected in figures.items()
             if abs((ours := found.get((period, name), Decimal(0))) - expected)
-            > Decimal(str(run.config.control_tolerance)) * expected
+            > Decimal(str(run.config.control_tolerance)) * abs(expected)
         ]
         if problems:
             more = f"; and {len(problems) - 10} more" if problems[10:] else ""

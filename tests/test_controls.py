@@ -118,8 +118,15 @@ def test_each_figure_that_differs_is_named(shop: Callable[..., DataPipelineConfi
     [
         ("period,revenue\nJanuary,1\n", "row 1: period 'January': give a period such as 2026-01"),
         ('period,revenue\n2026-01,1\n2026-02,"1,000.00"\n', "row 2: revenue '1,000.00': "),
-        ("period,turnover\n2026-01,1\n", "row 1: no figure: "),
-        ("month,revenue\n2026-01,1\n", "row 1: period '': "),
+        ("period,revenue\n2026-01,1,000.00\n", "row 1: 3 fields under 2 columns: "),
+        ("period,revenue\n2026-01,\n", "row 1: no figure: "),
+        (
+            "period,revenue,retruns\n2026-01,1,2\n",
+            "has the columns period, revenue, retruns and 1 rows: it needs period",
+        ),
+        ("month,revenue\n2026-01,1\n", "has the columns month, revenue and 1 rows"),
+        ("period,revenue\n", "has the columns period, revenue and 0 rows"),
+        ("", "has the columns none and 0 rows"),
     ],
 )
 def test_controls_that_cannot_be_read_are_one_line(text: str, message: str, tmp_path: Path) -> None:
@@ -132,3 +139,8 @@ def test_controls_of_a_spreadsheet(tmp_path: Path) -> None:
     (tmp_path / "controls.csv").write_text("\ufeffPeriod;Revenue\r\n2026-01;1000,50\r\n", newline="")
     assert read_controls(str(tmp_path / "controls.csv"), ",") == [Control("2026-01", {"revenue": Decimal("1000.50")})]
     assert read_controls(str(tmp_path / "none.csv"), ",") == []
+    (tmp_path / "controls.csv").write_text("period\trevenue\r\n2026-01\t5\r\n", encoding="utf-16", newline="")
+    assert read_controls(str(tmp_path / "controls.csv"), ".") == [Control("2026-01", {"revenue": Decimal(5)})]
+    (tmp_path / "controls.csv").write_bytes(b"period,revenue\n\xff\n")
+    with pytest.raises(ConfigurationError, match=r"controls\.csv cannot be read as text: .*; save it as CSV in UTF-8"):
+        read_controls(str(tmp_path / "controls.csv"), ".")

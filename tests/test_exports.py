@@ -15,7 +15,14 @@ import pytest
 from conftest import one, open_tables
 from pyspark.sql import SparkSession
 
-from data_pipeline import DataPipelineConfig, NotPublishedError, RunRecord, run_pipeline
+from data_pipeline import (
+    ConfigurationError,
+    DataPipelineConfig,
+    NotPublishedError,
+    RunRecord,
+    open_source,
+    run_pipeline,
+)
 
 HEADER = "transaction_id,customer_id,product_id,quantity,amount,timestamp,payment_method,status"
 CUSTOMERS = "customer_id,first_name,last_name\n1,Ann,Lee\n2,Bo,Kim\n"
@@ -93,32 +100,21 @@ def test_order_lines_under_the_number_of_their_order_are_refused(
         ]  # fmt: skip
 
 
-def test_few_order_lines_are_missed_with_a_warning(
-    published_from: Callable[..., RunRecord], caplog: pytest.LogCaptureFixture
-) -> None:
-    """Below the limit the run goes on, and says that revenue is missing."""
-    orders = [f"{n},1,mug,1,9.00,2026-01-05 10:00:00,card,completed" for n in range(100)]
-    record = published_from({"transactions.csv": csv_of(*LINES[3:5], *orders)})
-    assert record.revenue == 900
-    assert re.search(
-        r"transaction_id_conflict 2 \(for example transaction_id '1002', .*: they look like order", caplog.text
-    )
-
-
 def test_currencies_are_not_added_up(published_from: Callable[..., RunRecord]) -> None:
     """Those of completed orders count, in any spelling; with one named, orders in others are rejected."""
     cancelled = "1004,1,mug,1,9.00,2026-01-05 10:00:00,card,cancelled"
-    currencies = {LINES[0]: "EUR", LINES[3]: "USD", LINES[5]: " eur ", cancelled: "CHF"}
+    returned = "1006,1,mug,-1,-9.00,2026-01-05 10:00:00,card,returned"
+    currencies = {LINES[0]: "EUR", LINES[3]: "USD", LINES[5]: " eur ", cancelled: "CHF", returned: "USD"}
     unnamed = "1005,1,mug,1,9.00,2026-01-05 10:00:00,card,completed"
     lines = [f"{line},{currency}" for line, currency in {**currencies, unnamed: ""}.items()]
     files = {"transactions.csv": csv_of(*lines, header=f"{HEADER},currency")}
     with pytest.raises(
-        NotPublishedError, match="the completed orders are in several currencies, EUR 2, USD 1: convert"
+        NotPublishedError, match="the orders and returns are in several currencies, EUR 2, USD 2: convert"
     ):
         published_from(files)
     record = published_from(files, currency="eur", max_quarantine_rate=0.5)
     assert (record.revenue, record.currency) == (Decimal(67), "EUR")
-    assert record.quality["transactions"].violations["currency_other"] == 2
+    assert record.quality["transactions"].violations["currency_other"] == 3
     assert "revenue: EUR 67.00" in repr(record)
 
 
@@ -243,3 +239,45 @@ def test_ids_that_a_spreadsheet_has_damaged_are_rejected_by_name(published_from:
         published_from({"transactions.csv": csv_of(*lines, LINES[5])})
     said = "transaction_id_scientific 2 (for example transaction_id '1.23E+11', transactions.csv row 1): "
     assert said + "export the ids as text" in str(failure.value)
+
+
+def test_what_is_rejected_below_the_limit_is_a_warning(
+    published_from: Callable[..., RunRecord], caplog: pytest.LogCaptureFixture
+) -> None:
+    orders = [f"{n},1,mug,1,9.00,2026-01-05 10:00:00,card,completed" for n in range(30)]
+    lost = '30,1,mug,1,"5000,00",2026-01-05 10:00:00,card,completed'
+    assert published_from({"transactions.csv": csv_of(*orders, lost)}).revenue == 270
+    warned = (
+        "transactions: 1 of 31 rows are quarantined: amount_malformed 1 (for example amount '5000,00', transactions.csv"
+    )
+    assert f"{warned} row 31): convert it in transactions.sql" in caplog.text
+
+
+MISTAKES: dict[str, tuple[dict[str, str | bytes], dict[str, Any], str]] = {
+    "empty": ({"notes.docx": "x"}, {}, "no file in .* can be read: land CSV, JSON lines"),
+    "name of controls": ({"transactions.csv": csv_of(), "Controls.CSV": "period"}, {}, "looks like control totals"),
+    "decimal commas": (
+        {"orders_export.csv": "Name\n"}, {"models": "shopify", "source_decimal": ","}, "with a decimal point",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistake_of_the_folder_is_one_line(case: str, small: Callable[..., DataPipelineConfig], tmp_path: Path) -> None:
+    files, values, message = MISTAKES[case]
+    for name, content in files.items():
+        (tmp_path / name).write_text(str(content))
+    with pytest.raises(ConfigurationError, match=message):
+        open_source(small(source_dir=str(tmp_path), **values))
+
+
+def test_files_of_one_name_in_an_archive_are_refused(small: Callable[..., DataPipelineConfig], tmp_path: Path) -> None:
+    """One of them would be read twice, and the other not at all."""
+    with (
+        zipfile.ZipFile(tmp_path / "transactions.zip", "w") as archive,
+        pytest.warns(UserWarning, match="Duplicate name"),
+    ):
+        for order in LINES[:2]:
+            archive.writestr("a.csv", csv_of(order))
+    with pytest.raises(ConfigurationError, match=r"two of its files are called a\.csv: unzip it"):
+        open_source(small(source_dir=str(tmp_path)))

@@ -590,8 +590,8 @@ def test_what_is_rejected_says_why_and_where_and_the_last_delivery_of_a_key_wins
     assert "it has no transaction_id" in record.delivery["transactions"]["left_out"]["transactions/2.jsonl"]
     quality = record.quality["transactions"]
     assert quality.violations["record_malformed"] == 1
-    assert (quality.received, quality.quarantined, quality.accepted) == (4 + 5, 3, 1 + 1)
-    assert (quality.duplicates, quality.superseded) == (4, 2)
+    assert (quality.received, quality.quarantined, quality.accepted) == (4 + 4, 3, 1 + 1)
+    assert (quality.duplicates, quality.superseded) == (3, 2), "two files have the same content"
 
 
 def exported(report: RunRecord, folder: Path) -> str:
@@ -722,13 +722,13 @@ def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str
         yield lambda: [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
-def test_empty_and_repeated_files_are_read_with_a_warning(
+def test_empty_and_repeated_files_are_named_in_a_warning(
     landed: Callable[..., DataPipelineConfig], spark: SparkSession, warnings: Callable[[], list[str]]
 ) -> None:
     files = {"transactions/2.csv": ORDERS, "transactions/3.csv": "", "transactions/4.csv": ORDERS_HEADER + "\n"}
-    assert len(delivered(spark, landed(files))) == 2
+    assert [row["_source_file"] for row in delivered(spark, landed(files))] == ["transactions/2.csv"]
     assert warnings()[-3:] == [
-        "transactions/2.csv has the same content as transactions/1.csv; both are read",
+        "transactions/1.csv is left out: it has the same content as transactions/2.csv",
         "transactions/3.csv holds no record",
         "transactions/4.csv holds no record",
     ]
@@ -1086,7 +1086,10 @@ def test_declared_columns_keep_their_types(
     files: dict[str, Any] = {"sales.parquet": orders_in_parquet(amount=pa.array([1.5])), "transactions/1.csv": None}
     [row] = delivered(spark, landed({**files, "transactions.sql": model, "custmers.csv": "x\n"}))
     assert (row["transaction_id"], row["amount"], row["timestamp"]) == ("T1doublestring", Decimal("1.50"), None)
-    assert warnings() == ["no model and no table uses custmers.csv; did you mean customers?"]
+    assert warnings() == [
+        "no model and no table uses custmers.csv; did you mean customers?",
+        "sales: no file has the columns coupon: they are null",
+    ]
 
 
 def test_archive_that_is_none_is_named_where_it_is_used(landed: Callable[..., DataPipelineConfig]) -> None:
@@ -1270,9 +1273,9 @@ def test_names_of_files_and_folders(spark: SparkSession, small: Small, tmp_path:
     orders = pa.table(
         {name: [value] for name, value in zip(ORDERS_HEADER.split(","), ORDERS.splitlines()[1].split(","), strict=True)}
     )
-    for name in names_of_files:
-        land(tmp_path / "elsewhere", {f"{name}.csv": ORDERS})
-        pq.write_table(orders, tmp_path / f"elsewhere/{name}.parquet")
+    for number, name in enumerate(names_of_files):
+        land(tmp_path / "elsewhere", {f"{name}.csv": ORDERS.replace("T1", f"T{number}")})
+        pq.write_table(orders.append_column("note", pa.array([name])), tmp_path / f"elsewhere/{name}.parquet")
     rows = delivered(spark, small(source_dir=str(source), settle_seconds=0))
     wanted = [f"transactions/linked/{name}.{ending}" for name in names_of_files for ending in ("csv", "parquet")]
     assert sorted(row["_source_file"] for row in rows) == sorted(wanted)

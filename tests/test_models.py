@@ -447,3 +447,28 @@ def test_woocommerce_later_export_replaces_the_items_of_an_order(run_model: Run,
     record, _ = run_model("woocommerce", tmp_path)
     # 1006 adds 12.00; 1004 now returns 43.99 more, the rest of 55.99.
     assert totals(record) == (Decimal("281.90"), Decimal("120.98"), 5, 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", ["shopify", "woocommerce"])
+def test_refund_that_is_no_number_is_rejected_with_its_text(
+    system: str, small: Config, spark: SparkSession, tmp_path: Path
+) -> None:
+    """It would be missing from the returns otherwise."""
+    source = shutil.copytree(MODELS / system / "sample", tmp_path / system)
+    column = {"shopify": "Refunded Amount", "woocommerce": "refunded_total"}[system]
+    for path in source.glob("*order*.csv"):
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            if row[column].strip("0."):
+                row[column] += " EUR"
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    config = small(source_dir=str(source), models=system, settle_seconds=0, as_of_date=AS_OF, max_quarantine_rate=1)
+    record = run_pipeline(config, spark)
+    with open_tables(record.data_dir) as db:
+        found = db.sql("SELECT DISTINCT _reasons FROM quarantine_transactions WHERE _rescued_data LIKE '% EUR%'")
+        assert found.fetchall() == [(["amount_malformed"],)]

@@ -87,6 +87,7 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "signup_date_in_future": ([date(2026, 3, 5)], [date(2026, 3, 4)]),
     "product_id_scientific": (["1.23E+11", "1,23e+11", "5E+15"], ["1.23E11", "E+11", "PROD-1.5E+3", "1.23E+11 x"]),
     "transaction_id_scientific": (["1.23E+11"], ["123000000000"]),
+    "order_id_scientific": (["1.23E+11"], ["#1001"]),
     "currency_other": (["USD", " usd"], ["EUR", " eur ", "Eur"]),
     "price_not_positive": ([Decimal("0.00"), Decimal("-0.01")], [Decimal("0.01")]),
     "stock_quantity_negative": ([-1], [0]),

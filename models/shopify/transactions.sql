@@ -45,10 +45,11 @@ lines AS (
         ROW_NUMBER() OVER (PARTITION BY order_id, copy ORDER BY _delivery <> copy, _delivery, _source_row) AS position,
         coalesce(nullif(regexp_replace(trim(`Lineitem sku`), "^'", ''), ''), trim(`Lineitem name`)) AS product_id,
         `Lineitem quantity` AS quantity,
-        `Lineitem price` AS price,
+        concat_ws(' - ', `Lineitem price`, `Lineitem discount`) AS price_text,
         CAST(
             try_cast(`Lineitem quantity` AS INT) * try_cast(`Lineitem price` AS DECIMAL(12, 2))
-            - coalesce(try_cast(`Lineitem discount` AS DECIMAL(12, 2)), 0) AS DECIMAL(14, 2)
+            - CASE WHEN trim(`Lineitem discount`) <> '' THEN try_cast(`Lineitem discount` AS DECIMAL(12, 2)) ELSE 0 END
+            AS DECIMAL(14, 2)
         ) AS value,
         _delivery, _source_file, _source_row
     FROM copies
@@ -69,13 +70,14 @@ order_copies AS (
         coalesce(try_cast(MAX(Shipping) AS DECIMAL(12, 2)), 0) AS shipping,
         coalesce(try_cast(MAX(Taxes) AS DECIMAL(12, 2)), 0) AS taxes,
         try_cast(MAX(Total) AS DECIMAL(12, 2)) AS total,
-        coalesce(try_cast(MAX(`Refunded Amount`) AS DECIMAL(12, 2)), 0) AS refunded,
+        nullif(MAX(trim(`Refunded Amount`)), '') AS refunded_text,
         SUM(try_cast(`Lineitem quantity` AS INT)) AS pieces
     FROM copies
     GROUP BY order_id, copy
 ),
 statuses AS (
     SELECT *,
+        CASE WHEN refunded_text IS NULL THEN 0 ELSE try_cast(refunded_text AS DECIMAL(12, 2)) END AS refunded,
         financial_status = 'refunded' OR cancelled_at IS NOT NULL AS is_returned,
         CASE WHEN total - subtotal - shipping >= taxes THEN taxes ELSE 0 END AS taxes_on_top,
         CASE
@@ -135,7 +137,7 @@ SELECT
     concat(nullif(order_id, ''), '/', position) AS transaction_id,
     order_id, customer_id, product_id, quantity,
     -- A text that is no number is handed on, so that the row is rejected with it.
-    CASE WHEN value IS NULL THEN price WHEN subtotal IS NULL THEN subtotal_text ELSE CAST(amount AS STRING) END
+    CASE WHEN value IS NULL THEN price_text WHEN subtotal IS NULL THEN subtotal_text ELSE CAST(amount AS STRING) END
         AS amount,
     currency, created_at AS timestamp, payment_method, status, location,
     _delivery, _source_file, _source_row
@@ -146,8 +148,8 @@ SELECT
     concat(order_id, '/refund') AS transaction_id,
     order_id, customer_id, CAST(NULL AS STRING) AS product_id,
     CAST(CASE WHEN is_returned THEN 0 - pieces ELSE -1 END AS STRING) AS quantity,
-    CAST(0 - amount AS STRING) AS amount,
+    CASE WHEN amount IS NULL THEN refunded_text ELSE CAST(0 - amount AS STRING) END AS amount,
     currency, coalesce(cancelled_at, created_at) AS timestamp, payment_method, 'returned' AS status, location,
     copy AS _delivery, CAST(NULL AS STRING) AS _source_file, CAST(NULL AS BIGINT) AS _source_row
 FROM refunds
-WHERE amount > 0
+WHERE amount > 0 OR refunded IS NULL

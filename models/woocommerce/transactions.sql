@@ -57,6 +57,8 @@ latest AS (
         coalesce(try_cast(item_refunded AS DECIMAL(12, 2)), 0) AS goods_refunded,
         abs(coalesce(try_cast(item_refunded_qty AS INT), 0)) AS pieces_refunded,
         coalesce(try_cast(refunded_total AS DECIMAL(12, 2)), 0) AS order_refunded,
+        CASE WHEN refunded_total <> '' AND try_cast(refunded_total AS DECIMAL(12, 2)) IS NULL THEN refunded_total END
+            AS malformed_total,
         nullif(trim(order_currency), '') AS currency,
         coalesce(`date`, order_date) AS ordered_at,
         nullif(trim(payment_method), '') AS payment_method,
@@ -95,6 +97,7 @@ order_refunds AS (
                 CAST(MAX(order_refunded) * SUM(goods) AS DECIMAL(28, 4)) / (SUM(goods) + SUM(tax)), 2
             ))
         END AS DECIMAL(12, 2)) AS amount,
+        MAX(malformed_total) AS malformed_total,
         MAX(_delivery) AS _delivery
     FROM statuses
     WHERE status = 'completed'
@@ -123,8 +126,8 @@ SELECT
     concat(order_id, '/refund') AS transaction_id,
     order_id, customer_id, CAST(NULL AS STRING) AS product_id,
     CAST(CASE WHEN is_refunded THEN 0 - greatest(pieces, 1) ELSE -1 END AS STRING) AS quantity,
-    CAST(0 - amount AS STRING) AS amount,
+    coalesce(malformed_total, CAST(0 - amount AS STRING)) AS amount,
     currency, ordered_at AS timestamp, payment_method, 'returned' AS status, location,
     _delivery, CAST(NULL AS STRING) AS _source_file, CAST(NULL AS BIGINT) AS _source_row
 FROM order_refunds
-WHERE amount > 0
+WHERE amount > 0 OR malformed_total IS NOT NULL
