@@ -676,7 +676,7 @@ def check_quarantine_rate(run: Run, table: Table) -> None:
 
 
 def top_reasons(run: Run, table: Table) -> list[str]:
-    """Returns the three rules that reject the most rows of a table, each with an example and what to do."""
+    """Returns the three rules that reject the most rows of a table, each with an example and advice."""
     violations = run.record.quality[table.name].violations
     rules = [rule for rule in (*table.rules, *key_rules(table)) if rule.rejects(run.config) and violations[rule.name]]
     return [describe_reason(run, table, rule) for rule in sorted(rules, key=lambda rule: -violations[rule.name])[:3]]
@@ -1559,7 +1559,7 @@ class Source(Protocol):
 
     @property
     def controls(self) -> Sequence[Control]:
-        """Returns the figures of the shop's own report, with which the tables have to agree."""
+        """Returns the figures of the shop's own report; the tables must agree with them."""
 
     def prepare(self) -> None:
         """Does what needs no engine, while the engine starts."""
@@ -2581,11 +2581,11 @@ def nullified(rows: DataFrame, rules: Iterable[Rule], config: DataPipelineConfig
     return rows.withColumns(kept) if kept else rows
 
 
-LATEST = "_order = 1 AND NOT _disputed"  # of ranked versions, the record that silver takes
+LATEST = "_order = 1 AND NOT _disputed"  # the ranked record that silver keeps
 
 
 def rank_versions(records: DataFrame, table: Table) -> DataFrame:
-    """Adds to valid records how they stand to the others of their key.
+    """Ranks the valid records of each key, and marks those in conflict.
 
     `_order` is 1 for the latest record: the greatest by `sequence_by`, then by delivery, then by all columns in order.
     `_versions` is the number of different records of the key. In a table that carries money, `_conflict` marks records
@@ -2608,12 +2608,12 @@ def rank_versions(records: DataFrame, table: Table) -> DataFrame:
         "_constant": as_json(table.constant) if table.constant else "''",
         "_values": as_json(name for name, _ in table.columns()),
     }
-    of_a_kind = differ("_constant")
-    tied = differ("CASE WHEN _rank = 1 THEN _values END") if table.constant else "false"
+    constants_differ = differ("_constant")
+    latest_differ = differ("CASE WHEN _rank = 1 THEN _values END") if table.constant else "false"
     flags = {
         "_versions": f"size(collect_set(_values) OVER ({key}))",
-        "_conflict": f"{of_a_kind} OR (_rank = 1 AND {tied})",
-        "_disputed": f"{of_a_kind} OR {tied}",
+        "_conflict": f"{constants_differ} OR (_rank = 1 AND {latest_differ})",
+        "_disputed": f"{constants_differ} OR {latest_differ}",
     }
     return records.select("*", *named_columns(ranked)).select(*records.columns, "_order", *named_columns(flags))
 
