@@ -69,7 +69,7 @@ def revenue_by_category(record: RunRecord) -> dict[str, Decimal]:
         return dict(db.sql("SELECT product_category, total_revenue FROM category_analytics").fetchall())
 
 
-@pytest.mark.parametrize("parts", [1, 2], ids=["one file", "two part files"])
+@pytest.mark.parametrize("parts", [1, pytest.param(2, marks=pytest.mark.slow)], ids=["one file", "two part files"])
 def test_order_lines_under_the_number_of_their_order_are_refused(
     parts: int, published_from: Callable[..., RunRecord]
 ) -> None:
@@ -159,6 +159,7 @@ def test_guests_and_what_is_no_longer_there_keep_their_revenue(published_from: C
         assert db.sql("SELECT customer_id FROM customers_enriched WHERE is_inferred").fetchall() == [(0,)]
 
 
+@pytest.mark.slow
 def test_orphans_are_rejected_where_that_is_wanted(published_from: Callable[..., RunRecord]) -> None:
     with pytest.raises(
         NotPublishedError, match=r"4 of 5 rows are quarantined.*land the customers, or keep such orders by"
