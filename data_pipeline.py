@@ -1734,27 +1734,27 @@ class LandedFiles:
 
     def records(self, engine: Engine, files: Sequence[LandedFile]) -> dict[str, DataFrame]:
         """Returns the records of each source, with all columns that the models declare for it."""
-        declared: dict[str, list[str]] = {source: [] for source in [*self.used, *(file.source for file in files)]}
-        for model in self.models.values():
-            for source, columns in model.columns.items():
-                declared.setdefault(source, []).extend(columns)
+        named = dict.fromkeys((*self.used, *(file.source for file in files)), list[str]())
+        declared = named | self.declared_columns()
         parts = {source: [part for part in self.parts if part.source == source] for source in declared}
         return {
             source: records_of(engine, [part for part in found if not part.is_malformed], files, declared[source])
             for source, found in parts.items()
         }
 
+    def declared_columns(self) -> dict[str, list[str]]:
+        """Returns the columns that the models declare, by source."""
+        declared: dict[str, list[str]] = {}
+        for model in self.models.values():
+            for source, columns in model.columns.items():
+                declared.setdefault(source, []).extend(columns)
+        return declared
+
     def _warn_of_missing_columns(self) -> None:
         """Warns of columns that a model reads and that no file of their source has."""
-        declared = [
-            (source, name)
-            for model in self.models.values()
-            for source in model.columns
-            for name in model.columns[source]
-        ]
-        for source in dict(declared):
+        for source, columns in self.declared_columns().items():
             landed = {name.lower() for file in self.files if file.source == source for name in file.columns}
-            missing = dict.fromkeys(name for reads, name in declared if reads == source and name.lower() not in landed)
+            missing = dict.fromkeys(name for name in columns if name.lower() not in landed)
             if landed and missing:
                 logger.warning("%s: no file has the columns %s: they are null", source, ", ".join(missing))
 
@@ -2713,16 +2713,13 @@ def separate_rows(run: Run, table: Table, received: Received, found: Violations)
     # The sound rows, less those that were set aside, and the latest row of each duplicate key.
     accepted = {part: received.sound[part] - counts[part] + several[part] for part in sound}
     quarantined = counts["rejected"] + several["conflicts"]
-    on_keys = {
-        rule.name: found.orphan_keys[rule.column].rows if rule.column in found.orphan_keys else 0
-        for rule in key_rules(table)
-    } | ({f"{table.key[0]}_conflict": several["conflicts"]} if table.constant else {})
+    on_keys = {key: keys.rows for key, keys in found.orphan_keys.items()} | {table.key[0]: several["conflicts"]}
     quality = Quality(
         received=run.record.rows[f"{BRONZE}.{table.name}"],
         accepted=accepted.pop("accepted"),
         quarantined=quarantined,
         duplicates=several["duplicates"],
-        violations={**received.violations, **on_keys},
+        violations={**received.violations, **{rule.name: on_keys.get(rule.column, 0) for rule in key_rules(table)}},
         silver=accepted,
         superseded=several["superseded"],
     )
