@@ -1734,8 +1734,9 @@ class LandedFiles:
 
     def records(self, engine: Engine, files: Sequence[LandedFile]) -> dict[str, DataFrame]:
         """Returns the records of each source, with all columns that the models declare for it."""
-        named = dict.fromkeys((*self.used, *(file.source for file in files)), list[str]())
-        declared = named | self.declared_columns()
+        no_columns: list[str] = []
+        sources = (*self.used, *(file.source for file in files))
+        declared = dict.fromkeys(sources, no_columns) | self.declared_columns()
         parts = {source: [part for part in self.parts if part.source == source] for source in declared}
         return {
             source: records_of(engine, [part for part in found if not part.is_malformed], files, declared[source])
