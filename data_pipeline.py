@@ -2847,20 +2847,29 @@ def choose_engine(config: DataPipelineConfig, source: Source, spark: SparkSessio
     """Returns the engine of the session given, or of this process's running one, else of the configuration.
 
     Raises:
-        ConfigurationError: a master that cannot be used.
+        ConfigurationError: a master or a Spark Connect server that cannot be used.
         PipelineError: the session is stopped.
     """
     spark = spark or running_session()
     if spark is not None:
         remote = type(spark).__module__.startswith("pyspark.sql.connect")
     else:
-        remote = config.engine == "sail" or "SPARK_REMOTE" in os.environ
+        remote = config.engine == "sail"
+        if not remote and os.environ.get("SPARK_REMOTE"):
+            raise ConfigurationError(
+                "SPARK_REMOTE: the pipeline does not use Spark Connect servers; unset SPARK_REMOTE"
+            )
     if spark is not None and (spark.is_stopped if remote else is_stopped(spark)):  # type: ignore[attr-defined]
         raise PipelineError("the session that was handed in is stopped: hand in one that runs, or none")
     master = "" if remote else str(spark.sparkContext.master) if spark is not None else find_master(config)
     engine: type[Engine] = SparkCluster if not is_local(master) else LocalSpark
+    if remote and config.engine != "sail":
+        raise ConfigurationError(
+            "the session that was handed in is of Spark Connect, which only engine sail uses: "
+            "hand in a session of a Spark in this process, or none"
+        )
     if remote:
-        engine = Sail if config.engine == "sail" else SparkConnect
+        engine = Sail
     if engine is Sail and not is_local(config.spark_master or ""):
         raise ConfigurationError(
             f"engine sail runs within this process, and on no cluster: leave spark_master {config.spark_master} "
@@ -3284,51 +3293,12 @@ class SparkCluster(LocalSpark):
         )
 
 
-class SparkConnect(Engine):
-    """A Spark server that another process runs, reached by Spark Connect; `SPARK_REMOTE` names it."""
-
-    shares_storage = True
-    packages: tuple[str, ...] = ("grpc_status", "pandas", "pyarrow")  # pyspark's client for Spark Connect imports them
-
-    def check(self) -> None:
-        check_packages("requirements-sail.txt", *self.packages)
-        server = urllib.parse.urlsplit(os.environ.get("SPARK_REMOTE", ""))
-        if server.scheme == "sc" and self.given is None:
-            check_reachable("no Spark Connect server", server.netloc, "unset SPARK_REMOTE", 15002)
-
-    def create_session(self, spark_log: str) -> SparkSession:
-        return self.builder({"spark.remote": os.environ["SPARK_REMOTE"]}).getOrCreate()
-
-    def write(self, rows: DataFrame, uri: str, metrics: Mapping[str, str]) -> dict[str, Any]:
-        """Writes rows, and reads them back to count: over Spark Connect, neither Sail nor Spark 3.5 counts meanwhile.
-
-        Of a table without rows, Sail writes no file; then an empty one shows the columns.
-        """
-        rows.write.mode("error").parquet(uri)
-        counts = aggregate(self.read(uri, rows.schema), metrics)
-        folder = uri.removeprefix("file://")
-        if not counts["rows"] and not is_uri(folder) and not os.path.exists(folder):
-            import pyarrow.parquet
-            from pyspark.sql.pandas.types import to_arrow_schema
-
-            os.makedirs(folder)
-            empty = to_arrow_schema(rows.schema).empty_table()
-            pyarrow.parquet.write_table(empty, f"{folder}/part-0.parquet", store_decimal_as_integer=True)
-        return counts
-
-    def coalesced(self, rows: DataFrame, partitions: int) -> DataFrame:
-        """Returns the rows in one partition, or as they are: Sail hangs where large ones become two."""
-        return rows if partitions > 1 else rows.coalesce(partitions)
-
-
-class Sail(SparkConnect):
+class Sail(Engine):
     """Sail, an engine in Rust, as a server for Spark Connect within this process."""
 
-    shares_storage = False
-    packages = ("pysail", *SparkConnect.packages)
-
     def check(self) -> None:
-        check_packages("requirements-sail.txt", *self.packages)
+        # The last three are what pyspark's client for Spark Connect imports.
+        check_packages("requirements-sail.txt", "pysail", "grpc_status", "pandas", "pyarrow")
 
     def create_session(self, spark_log: str) -> SparkSession:
         # Sail logs to standard error, where only our lines belong, and has no setting but this.
@@ -3373,7 +3343,25 @@ class Sail(SparkConnect):
         return functools.reduce(lambda one, other: one.unionByName(other), frames)
 
     def write(self, rows: DataFrame, uri: str, metrics: Mapping[str, str]) -> dict[str, Any]:
-        return super().write(rows, uri.removeprefix("file://"), metrics)
+        """Writes the rows, and reads them back to count: Sail cannot count while it writes.
+
+        Sail writes no file for a table without rows. Then an empty file shows the columns.
+        """
+        uri = uri.removeprefix("file://")
+        rows.write.mode("error").parquet(uri)
+        counts = aggregate(self.read(uri, rows.schema), metrics)
+        if not counts["rows"] and not is_uri(uri) and not os.path.exists(uri):
+            import pyarrow.parquet
+            from pyspark.sql.pandas.types import to_arrow_schema
+
+            os.makedirs(uri)
+            empty = to_arrow_schema(rows.schema).empty_table()
+            pyarrow.parquet.write_table(empty, f"{uri}/part-0.parquet", store_decimal_as_integer=True)
+        return counts
+
+    def coalesced(self, rows: DataFrame, partitions: int) -> DataFrame:
+        """Returns the rows in one partition, or as they are: Sail hangs where large ones become two."""
+        return rows if partitions > 1 else rows.coalesce(partitions)
 
     @contextlib.contextmanager
     def cached(self, rows: DataFrame, folder: str | None) -> Iterator[DataFrame]:
@@ -3399,10 +3387,9 @@ def check_shared_storage(engine: Engine, snapshot: Snapshot) -> None:
         seen = snapshot.take_lines("probe")
         if seen is None:
             seen = spark.read.text(uri).count()
-            if isinstance(engine, LocalSpark):  # Spark Connect has no way to a file system, and leaves the folder
-                context = spark.sparkContext
-                folder: Any = context._jvm.org.apache.hadoop.fs.Path(uri)  # type: ignore[union-attr]
-                folder.getFileSystem(context._jsc.hadoopConfiguration()).delete(folder, True)
+            context = spark.sparkContext
+            folder: Any = context._jvm.org.apache.hadoop.fs.Path(uri)  # type: ignore[union-attr]
+            folder.getFileSystem(context._jsc.hadoopConfiguration()).delete(folder, True)
     except Exception as error:
         if engine.is_infrastructure_failure(error):
             raise

@@ -350,24 +350,9 @@ def test_archive_of_classes(tmp_path: Path) -> None:
     assert not start(XDG_CACHE_HOME="/proc/nowhere"), "a cache that cannot be written is no hindrance either"
 
 
-@pytest.mark.skipif(ENGINE != "sail", reason="a server for Spark Connect, which Sail brings")
-def test_server_for_spark_connect(tmp_path: Path) -> None:
-    from pysail.spark import SparkConnectServer
-
-    server = SparkConnectServer()
-    server.start()
-    try:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("PIPELINE_")}
-        done = subprocess.run(
-            [sys.executable, data_pipeline.__file__, "--data-dir", tmp_path, "--num-transactions", "500"],
-            env=kept | {"SPARK_REMOTE": "sc://{}:{}".format(*server.listening_address)},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-    finally:
-        server.stop()
-    assert done.returncode == 0, done.stderr
-    [record] = (tmp_path / "runs").glob("*.json")
-    assert '"bronze.transactions": 500' in record.read_text()
+def test_spark_connect_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_pipeline, "running_session", lambda: None)
+    monkeypatch.setenv("SPARK_REMOTE", "sc://a:15002")
+    config = DataPipelineConfig(engine="spark")
+    with pytest.raises(data_pipeline.ConfigurationError, match="unset SPARK_REMOTE"):
+        data_pipeline.choose_engine(config, data_pipeline.open_source(config))
