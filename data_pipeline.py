@@ -51,6 +51,7 @@ import contextlib
 import csv
 import dataclasses
 import difflib
+import errno
 import fcntl
 import fnmatch
 import functools
@@ -368,6 +369,7 @@ class DataPipelineConfig:
         0.0, "share by which a figure may differ from the one in controls.csv of the source folder", min=0.0, max=1.0
     )
     keep_snapshots: int = _option(3, "snapshots to keep, the published one included", min=1)
+    keep_runs: int = _option(400, "run records and Spark logs to keep, besides those of kept snapshots", min=1)
     lock_timeout: float = _option(0.0, "seconds to wait for another run on the same data folder", min=0.0, max=1e9)
     fast_start: bool = _option(
         True, "start Spark from an archive of its classes, in ~/.cache, which the first run makes in the background"
@@ -523,7 +525,7 @@ def run_pipeline(
         with (
             contextlib.closing(engine),
             recording(record, store, engine),
-            store.snapshot(record, config.keep_snapshots) as snapshot,
+            store.snapshot(record, config.keep_snapshots, config.keep_runs) as snapshot,
         ):
             if on_start:
                 on_start(record)
@@ -541,7 +543,7 @@ def run_pipeline(
             check_controls(run, source.controls)
             summarize(run)
             warn_of_anomalies(record, store, config.anomaly_factor)
-            snapshot.publish()
+            store.publish(record)
     return record
 
 
@@ -792,7 +794,7 @@ class Run:
         """Starts the engine, and checks that all of its machines see the snapshot."""
         with self.step("start-up"):
             prepared = call_in_thread(meanwhile)
-            self.engine.start(self.snapshot.store.spark_log(self.record.run_id))
+            self.engine.start(self.snapshot.store.runs.spark_log(self.record.run_id))
             prepared.result()
         self.record.versions |= self.engine.versions()
         logger.info("%s on Python %s", self.engine.describe(), sys.version.split()[0])
@@ -3564,11 +3566,11 @@ def make_archive(archive: str, classes: str, java: str, spark: str) -> None:
 
 # ── Storage ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-# The marks of snapshots. One without a mark was left behind by a run that died.
+# The marks of snapshots. A snapshot without a mark was left behind by a run that died.
 AUDITED, REFUSED = "_AUDITED", "_REFUSED"
 RUN_ID = re.compile(r"(\d{8}T\d{6}Z)-[0-9a-f]{4}")
 RUN_TIME = "%Y%m%dT%H%M%SZ"
-# The files beside the layers that each run writes anew, and what stands at the beginning of those that a run wrote.
+# The files beside the layers that each run replaces, and a text near the beginning by which they are recognized.
 OWN_FILES: Mapping[str, str] = {
     "report.html": "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\"",
     "metrics.prom": "# HELP data_pipeline_",
@@ -3587,24 +3589,60 @@ def sha256(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def names_by_run(*folders: str) -> list[str]:
+    """Returns the names in the folders that begin with a run id, oldest first."""
+    found: list[str] = []
+    for folder in folders:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            found += filter(RUN_ID.match, os.listdir(folder))
+    return sorted(found)
+
+
+@contextlib.contextmanager
+def writing(path: str, problem: str = "cannot write to data_dir") -> Iterator[None]:
+    """Raises PipelineError if the block cannot write a part of the data folder, and says who owns it."""
+    try:
+        yield
+    except OSError as error:
+        owner, advice = "", "run this as a user who may write there"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            advice = "free some room"
+        else:
+            with contextlib.suppress(OSError, KeyError):  # the path is missing, or its owner has no name
+                owner = f", which belongs to {Path(path).owner()}"
+        reason = f"{error.strerror or error}: {path}{owner}"
+        raise PipelineError(f"{problem}: {reason}; choose another with --data-dir, or {advice}") from None
+
+
+def write_atomic(path: str, text: str) -> None:
+    """Writes a file whole or not at all. Raises PipelineError if the disk does not take it."""
+    with writing(path):
+        with open(f"{path}.next", "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.next", path)
+
+
 class Snapshot:
-    """The tables of one run. They become the published ones by `publish`, or never."""
+    """The folder of the tables that a run writes. `folder` is None if only the engine can reach it."""
 
     def __init__(self, store: Store, record: RunRecord) -> None:
         self.store = store
-        self.record = record
-        self.folder = store.local_folder(record.run_id)  # None where only the engine reaches it
+        self.run_id = record.run_id
+        self.root = store.path("snapshots", record.run_id)
+        self.folder = self.root if store.is_local else None
 
     def path(self, *names: str) -> str:
         """Returns a path in the snapshot."""
-        return self.store.path("snapshots", self.record.run_id, *names)
+        return "/".join((self.root, *names))
 
     def table_uri(self, *names: str) -> str:
-        """Returns the address of a table, for the engine."""
-        return self.store.table_uri(self.record.run_id, *names)
+        """Returns the URI of a table, with its scheme: the engine may have another default file system."""
+        return ("file://" if self.folder else "") + self.path(*names)
 
     def take_lines(self, name: str) -> int | None:
-        """Counts the lines of the text files in a folder and removes it; None where only the engine can."""
+        """Counts the lines of the text files in a folder and removes it; returns None if only the engine can."""
         if self.folder is None:
             return None
         lines = sum(len(file.read_text().splitlines()) for file in Path(self.folder, name).glob("[!._]*"))
@@ -3612,18 +3650,18 @@ class Snapshot:
         return lines
 
     def files(self, *names: str) -> list[str]:
-        """Returns the paths of the data files of a table, in order; none where only the engine reaches them."""
+        """Returns the paths of a table's data files, in order; none if only the engine can reach them."""
         return sorted(glob.glob(os.path.join(glob.escape(self.path(*names)), "*.parquet"))) if self.folder else []
 
     def size(self, *names: str) -> int | None:
-        """Returns the bytes of a table's files; None where only the engine can tell."""
+        """Returns the bytes of a table's files; None if only the engine can reach them."""
         return sum(map(os.path.getsize, self.files(*names))) if self.folder else None
 
     def save_files(self, files: Iterable[LandedFile]) -> None:
-        """Keeps the list of the files that were read: what was received is published, or not, with the tables."""
+        """Writes the list of the files that were read, which is published, or not, together with the tables."""
         if self.folder:
             os.makedirs(self.folder, exist_ok=True)
-            read = [{**dataclasses.asdict(file), "run": self.record.run_id} for file in files if not file.problem]
+            read = [{**dataclasses.asdict(file), "run": self.run_id} for file in files if not file.problem]
             text = json.dumps(read, indent=1, ensure_ascii=False)
             Path(self.folder, "_files.json").write_text(text, encoding="utf-8", errors="surrogateescape")
 
@@ -3631,136 +3669,98 @@ class Snapshot:
         """Returns the SHA-256 of each data file by its path in the snapshot."""
         files = [file for layer, table in SNAPSHOT_TABLES for file in self.files(layer, table.name)]
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            return {
-                os.path.relpath(file, self.folder): sha
-                for file, sha in zip(files, pool.map(sha256, files), strict=True)
-            }
-
-    def publish(self) -> None:
-        """Makes this snapshot the one that readers see. Its record is saved first: a kill may follow."""
-        if lost := self.store.lost_lock():
-            raise lost
-        self.store.save_record(self.record)
-        self.store.set_status(self.record.run_id, AUDITED)
-        self.store.publish(self.record.run_id)
+            found = zip(files, pool.map(sha256, files), strict=True)
+            return {os.path.relpath(file, self.folder): sha for file, sha in found}
 
 
 class RunRecords:
-    """The run records of a data folder: `runs/<run id>.json`."""
+    """The run records, `runs/<run id>.json`, and Spark's logs beside them. On storage named by a URI there are none."""
 
-    def __init__(self, root: str) -> None:
-        self.root = root
-        self.is_local = not is_uri(root)
+    def __init__(self, folder: str, *, is_local: bool) -> None:
+        self.folder = folder
+        self.is_local = is_local
 
-    def path(self, *names: str) -> str:
-        """Returns a path below the data folder."""
-        return "/".join((self.root, *names))
+    def path(self, run_id: str) -> str:
+        """Returns the file of a record."""
+        return f"{self.folder}/{run_id}.json"
 
     def spark_log(self, run_id: str) -> str:
         """Returns the file for Spark's own log of a run."""
-        return self.path("runs", f"{run_id}.spark.log") if self.is_local else os.devnull
+        return f"{self.folder}/{run_id}.spark.log" if self.is_local else os.devnull
 
-    def _entries(self, *folders: str) -> list[os.DirEntry[str]]:
-        """Returns what lies in the folders under the id of a run, oldest first."""
-        found: list[os.DirEntry[str]] = []
-        for folder in folders if self.is_local else ():
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.path(folder)) as entries:
-                found += [entry for entry in entries if RUN_ID.match(entry.name)]
-        return sorted(found, key=lambda entry: entry.name)
-
-    def next_run_id(self) -> str:
-        """Returns a new id; ids rise from run to run, also when the clock was set back."""
-        now = _now()
-        newest = max((entry.name[:16] for entry in self._entries("runs", "snapshots")), default="")
-        if newest >= f"{now:{RUN_TIME}}":
-            try:
-                last = datetime.strptime(newest, RUN_TIME).replace(tzinfo=timezone.utc)
-            except ValueError:
-                raise PipelineError(f"{self.root} holds a run of an impossible time, {newest}: remove it") from None
-            if last > now:
-                logger.warning("The clock is behind the last run, of %s: run ids go on from there", last)
-            now = last + timedelta(seconds=1)
-        return f"{now:{RUN_TIME}}-{secrets.token_hex(2)}"
-
-    def write_atomic(self, name: str, text: str) -> None:
-        """Writes a file below the data folder whole or not at all."""
-        if not self.is_local:
-            return
-        path = self.path(name)
-        with open(f"{path}.next", "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.next", path)
-
-    def save_record(self, record: RunRecord) -> None:
-        """Writes a run record whole or not at all."""
-        self.write_atomic(f"runs/{record.run_id}.json", record.to_json())
+    def save(self, record: RunRecord) -> None:
+        """Writes a record whole or not at all."""
+        if self.is_local:
+            write_atomic(self.path(record.run_id), record.to_json())
 
     def _read(self, run_id: str) -> RunRecord | str:
         try:
-            return RunRecord.from_json(Path(self.path("runs", f"{run_id}.json")).read_text(encoding="utf-8"))
+            return RunRecord.from_json(Path(self.path(run_id)).read_text(encoding="utf-8"))
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             return f"unreadable record ({type(error).__name__}: {error})"
 
-    def records(self, newest: int = 0) -> Iterator[tuple[str, RunRecord | str]]:
-        """Returns run ids, oldest first, each with its record or with what is wrong with it; all, or the newest."""
-        for entry in [entry for entry in self._entries("runs") if entry.name.endswith(".json")][-newest:]:
-            yield (run_id := entry.name.removesuffix(".json")), self._read(run_id)
+    def all(self, newest: int = 0) -> Iterator[tuple[str, RunRecord | str]]:
+        """Returns the newest run ids, or all, oldest first, each with its record or with why it is unreadable."""
+        run_ids = [name.removesuffix(".json") for name in names_by_run(self.folder) if name.endswith(".json")]
+        return ((run_id, self._read(run_id)) for run_id in run_ids[-newest:])
 
-    def record(self, run_id: str | None) -> RunRecord | None:
-        """Returns the record of a run; None where there is none that can be read."""
+    def get(self, run_id: str | None) -> RunRecord | None:
+        """Returns the record of a run; None if it is missing or unreadable."""
         found = self._read(run_id) if run_id else None
         return found if isinstance(found, RunRecord) else None
 
     def history(self) -> list[RunRecord]:
         """Returns the readable records of the last runs, oldest first."""
-        return [record for _, record in self.records(HISTORY) if isinstance(record, RunRecord)]
+        return [record for _, record in self.all(HISTORY) if isinstance(record, RunRecord)]
+
+    def expire(self, keep: int, but: Collection[str]) -> None:
+        """Removes the records and logs of all but the newest runs and of those in `but`."""
+        by_run = itertools.groupby(names_by_run(self.folder), key=lambda name: name.partition(".")[0])
+        runs = [(run_id, list(names)) for run_id, names in by_run if RUN_ID.fullmatch(run_id)]
+        with best_effort("Old run records are not removed"):
+            for name in itertools.chain.from_iterable(names for run_id, names in runs[:-keep] if run_id not in but):
+                if name.endswith((".json", ".spark.log")):
+                    os.unlink(f"{self.folder}/{name}")
 
 
-class Store(RunRecords):
-    """The data folder, or storage named by a URI.
+class Store:
+    """The data folder, or storage named by a URI. Locks it, and decides which snapshots are kept and published.
 
-    A run writes into `snapshots/<run id>`, to which `current` leads once it is published. `bronze`, `silver`, `gold`
-    and `quarantine` lead through `current`, so that renaming this one link switches all of them at once.
+    A run writes into `snapshots/<run id>`, and `current` is a link to the published one. `bronze`, `silver`, `gold` and
+    `quarantine` are links through `current`, so renaming this one link switches all of them at once.
 
-    A URI has no links and no locks: each run leaves its snapshot there, and nothing else.
+    A URI has no links, locks or records: each run leaves its snapshot there, and nothing else.
     """
 
-    _lock_file: TextIO | None = None  # while this process holds the lock
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.is_local = not is_uri(root)
+        self.runs = RunRecords(self.path("runs"), is_local=self.is_local)
+        self._lock_file: TextIO | None = None  # while this process holds the lock
 
-    def table_uri(self, run_id: str, *names: str) -> str:
-        """Returns the address of a part of a snapshot, for the engine: with a scheme, since its default may differ."""
-        return ("file://" if self.is_local else "") + self.path("snapshots", run_id, *names)
-
-    def local_folder(self, run_id: str) -> str | None:
-        """Returns the folder of a snapshot; None where only the engine reaches it."""
-        return self.path("snapshots", run_id) if self.is_local else None
-
-    def readers_root(self, run_id: str) -> str:
-        """Returns where readers find the tables of a run once it is published."""
-        return self.root if self.is_local else self.path("snapshots", run_id)
+    def path(self, *names: str) -> str:
+        """Returns a path below the data folder."""
+        return "/".join((self.root, *names))
 
     def check(self, rows: int) -> None:
-        """Checks, before a run, that the data folder can be written and has room for so many records.
+        """Checks that the data folder can be written and has room for a run that receives so many rows.
 
         Raises:
-            PipelineError: it cannot, or something stands where this pipeline puts its links.
+            PipelineError: it cannot, or something else is in the place of the pipeline's own files and links.
         """
         if not self.is_local:
             server = re.match(r"hdfs://([^/:]+)(:\d+)?(/|$)", self.root)
-            if server and (server[2] or is_host(server[1])):  # else Hadoop's settings may say which servers it means
+            if server and (server[2] or is_host(server[1])):  # other names stand for servers in Hadoop's settings
                 check_reachable("no HDFS", server[1] + (server[2] or ":8020"), "correct data_dir")
             text = "On %s there is no link to publish by, and no lock: each run leaves its snapshot there"
             logger.warning(text, self.root)
             return
-        needed = 20 * MILLION + 150 * rows  # about what a run writes in all layers, rounded up
         for folder in (self.root, self.path("runs"), self.path("snapshots")):
-            with self.writing(folder):
+            with writing(folder):
                 os.makedirs(folder, exist_ok=True)
                 tempfile.TemporaryFile(dir=folder).close()
-        free = shutil.disk_usage(self.root).free
-        if free < needed:
+        needed = 20 * MILLION + 150 * rows  # about what a run writes in all layers, rounded up
+        if (free := shutil.disk_usage(self.root).free) < needed:
             raise PipelineError(
                 f"not enough room in data_dir {self.root}: {free / MILLION:,.0f} MB free, about "
                 f"{needed / MILLION:,.0f} MB needed; free some, or choose another with --data-dir"
@@ -3768,22 +3768,8 @@ class Store(RunRecords):
         check_layout(self)
 
     @contextlib.contextmanager
-    def writing(self, path: str, problem: str = "cannot write to data_dir") -> Iterator[None]:
-        """Raises PipelineError where a part of the data folder cannot be written; the message says whose it is."""
-        try:
-            yield
-        except OSError as error:
-            owner = ""
-            with contextlib.suppress(OSError, KeyError):  # there is none, or the system has no name for it
-                owner = f", which belongs to {Path(path).owner()}"
-            raise PipelineError(
-                f"{problem} {self.root}: {error.strerror or error}: {path}{owner}; choose another with "
-                "--data-dir, or run this as a user who may write there"
-            ) from None
-
-    @contextlib.contextmanager
     def lock(self, timeout: float) -> Iterator[None]:
-        """Lets one run write at a time; the lock of a dead process is gone with it.
+        """Lets one run write at a time. The operating system frees the lock of a process that dies.
 
         Raises:
             LockedError: another run still writes after `timeout` seconds.
@@ -3792,13 +3778,15 @@ class Store(RunRecords):
             yield
             return
         with contextlib.ExitStack() as stack:
-            with self.writing(self.path(".lock"), "cannot lock data_dir"):
+            with writing(self.path(".lock"), "cannot lock data_dir"):
                 file = stack.enter_context(open(self.path(".lock"), "a+"))
-                self._acquire(file, timeout)
+                acquire_lock(file, timeout, self.root)
+                file.truncate(0)
+            holder = f"process {os.getpid()} on {socket.gethostname()} since {_now():%Y-%m-%d %H:%M:%S} UTC\n"
+            # A rollback has to work on a full disk, and only another run's error message needs this line.
+            with best_effort(f"{self.path('.lock')} does not name this process"):
+                os.write(file.fileno(), holder.encode())
             self._lock_file = file
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()} since {_now():%Y-%m-%d %H:%M:%S} UTC\n")
-            file.flush()
             try:
                 yield
             finally:
@@ -3806,7 +3794,7 @@ class Store(RunRecords):
                 file.truncate(0)
 
     def lost_lock(self) -> LockedError | None:
-        """Returns the error of a run whose lock file somebody has removed or replaced: another run may write too."""
+        """Returns an error if the lock file was removed or replaced, so that another run may write as well."""
         with contextlib.suppress(FileNotFoundError):
             if not self._lock_file or os.path.samestat(os.fstat(self._lock_file.fileno()), os.stat(self.path(".lock"))):
                 return None
@@ -3815,23 +3803,23 @@ class Store(RunRecords):
             "nothing is published; leave that file alone, and run again"
         )
 
-    def _acquire(self, file: TextIO, timeout: float) -> None:
-        deadline = time.monotonic() + timeout
-        while True:
-            try:
-                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    file.seek(0)
-                    raise LockedError(
-                        f"another run is writing to {self.root} ({file.read().strip() or 'just started'}): "
-                        "wait for it, with --lock-timeout SECONDS for example, or choose another --data-dir"
-                    ) from None
-                time.sleep(0.1)
+    def next_run_id(self) -> str:
+        """Returns a new id. Ids rise from run to run, even if the clock was set back."""
+        now = _now()
+        newest = max((name[:16] for name in names_by_run(self.path("runs"), self.path("snapshots"))), default="")
+        if newest >= f"{now:{RUN_TIME}}":
+            last = datetime.strptime(newest, RUN_TIME).replace(tzinfo=timezone.utc)
+            if last > now:
+                logger.warning("The clock is behind the last run, of %s: run ids go on from there", last)
+            now = last + timedelta(seconds=1)
+        return f"{now:{RUN_TIME}}-{secrets.token_hex(2)}"
 
     @contextlib.contextmanager
-    def snapshot(self, record: RunRecord, keep: int) -> Iterator[Snapshot]:
-        """Gives a run its snapshot. One that is refused is kept and marked, one that failed is removed."""
+    def snapshot(self, record: RunRecord, keep: int, keep_runs: int) -> Iterator[Snapshot]:
+        """Gives a run its snapshot, and removes old ones and old records at its end.
+
+        A snapshot that is refused is kept and marked; one that failed is removed.
+        """
         try:
             yield Snapshot(self, record)
         except NotPublishedError:
@@ -3842,11 +3830,12 @@ class Store(RunRecords):
             raise
         finally:
             self.expire_snapshots(keep)
+            self.runs.expire(keep_runs, but={record.run_id, str(self.published()), *self.snapshots()})
 
     def snapshots(self, status: str | None = None) -> list[str]:
         """Returns the run ids of the snapshots, oldest first: those with the status, or all."""
-        # By the whole name: a copy called <run id>.backup is not ours, and is never removed.
-        found = [entry.name for entry in self._entries("snapshots") if RUN_ID.fullmatch(entry.name)]
+        # By the whole name: a user's copy, such as <run id>.backup, must never be removed.
+        found = filter(RUN_ID.fullmatch, names_by_run(self.path("snapshots")))
         return [name for name in found if status is None or os.path.exists(self.path("snapshots", name, status))]
 
     def published(self) -> str | None:
@@ -3856,11 +3845,23 @@ class Store(RunRecords):
         return None
 
     def set_status(self, run_id: str, status: str) -> None:
-        """Marks a snapshot as complete and good, or as refused."""
+        """Marks a snapshot as audited or as refused."""
         if self.is_local:
             Path(self.path("snapshots", run_id, status)).touch()
 
-    def publish(self, run_id: str) -> None:
+    def publish(self, record: RunRecord) -> None:
+        """Makes the snapshot of a run the one that readers see. Saves its record first: a kill may follow.
+
+        Raises:
+            LockedError: the lock was lost, so another run may be writing.
+        """
+        if lost := self.lost_lock():
+            raise lost
+        self.runs.save(record)
+        self.set_status(record.run_id, AUDITED)
+        self.switch_to(record.run_id)
+
+    def switch_to(self, run_id: str) -> None:
         """Switches all layers to a snapshot at once, or not at all."""
         if not self.is_local:
             return
@@ -3873,66 +3874,81 @@ class Store(RunRecords):
         os.symlink(f"snapshots/{run_id}", link)
         os.replace(link, self.path("current"))
 
-    def rollback(self, run_id: str, timeout: float) -> str:
-        """Publishes an earlier snapshot again, by default the newest whole one before the published one.
-
-        Returns its run id.
-
-        Raises:
-            PipelineError: there is no such snapshot, or the one that is named is not whole.
-        """
-        if not self.is_local:
-            raise PipelineError(f"{self.root} has no link to switch: point its readers to another snapshot instead")
-        check_layout(self)
-        if not os.path.isdir(self.root):
-            raise PipelineError(f"nothing to return to: there is no data folder {self.root}")
-        with self.lock(timeout):
-            self.recover()
-            published, known = self.published(), self.snapshots(AUDITED)
-            is_gone = published not in known or self.record(published) is None  # then a later one will do as well
-            before = [name for name in known if name != published and (is_gone or name < str(published))]
-            for chosen in [name for name in known if name == run_id] if run_id else reversed(before):
-                try:
-                    audit_again(self, chosen)
-                    self.publish(chosen)
-                    return chosen
-                except PipelineError as error:
-                    if run_id:
-                        raise
-                    logger.warning("Passed over: %s", error)
-            wanted = run_id or "that is whole before the published one"
-            kept = f"kept are {', '.join(known) or 'none'} (--list-runs shows them)"
-            raise PipelineError(f"no snapshot {wanted} in {self.root}: {kept}")
-
     def remove(self, run_ids: Iterable[str]) -> None:
-        """Removes snapshots but for the published one."""
+        """Removes snapshots, except the published one."""
         for run_id in set(run_ids) - {self.published()}:
-            for status in (AUDITED, REFUSED):  # first, so that one that is half gone has no mark
+            for status in (AUDITED, REFUSED):  # first, so that a snapshot that is partly removed has no mark
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self.path("snapshots", run_id, status))
-            # What cannot be removed now has no mark, so the next run finds it.
+            # The next run tries again: what remains has no mark.
             shutil.rmtree(folder := self.path("snapshots", run_id), ignore_errors=True)
             if os.path.exists(folder):
                 logger.warning("Cannot remove all of %s: are there files of another user?", folder)
-
-    def recover(self) -> None:
-        """Removes what dead runs left behind, and corrects their records. Only for the holder of the lock."""
-        known = {*self.snapshots(AUDITED), *self.snapshots(REFUSED)}
-        self.remove(run_id for run_id in self.snapshots() if run_id not in known)
-        for run_id, record in self.records():
-            if isinstance(record, RunRecord) and record.result == "running":
-                was_published = run_id == self.published()
-                self.save_record(dataclasses.replace(record, result="succeeded" if was_published else "killed"))
-                moment = "after" if was_published else "before"
-                logger.warning("Run %s was killed, %s its data was published", run_id, moment)
 
     def expire_snapshots(self, keep: int) -> None:
         """Removes all but the newest audited snapshots, and the newest refused one."""
         self.remove([*self.snapshots(AUDITED)[:-keep], *self.snapshots(REFUSED)[:-1]])
 
+    def recover(self) -> None:
+        """Removes snapshots of runs that died, and corrects their records. The caller holds the lock."""
+        known = {*self.snapshots(AUDITED), *self.snapshots(REFUSED)}
+        self.remove(run_id for run_id in self.snapshots() if run_id not in known)
+        for run_id, record in self.runs.all():
+            if isinstance(record, RunRecord) and record.result == "running":
+                was_published = run_id == self.published()
+                self.runs.save(dataclasses.replace(record, result="succeeded" if was_published else "killed"))
+                moment = "after" if was_published else "before"
+                logger.warning("Run %s was killed, %s its data was published", run_id, moment)
+
+
+def acquire_lock(file: TextIO, timeout: float, root: str) -> None:
+    """Locks a file for this process. Raises LockedError if another one still holds it after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                file.seek(0)
+                raise LockedError(
+                    f"another run is writing to {root} ({file.read().strip() or 'just started'}): "
+                    "wait for it, with --lock-timeout SECONDS for example, or choose another --data-dir"
+                ) from None
+            time.sleep(0.1)
+
+
+def roll_back(store: Store, run_id: str, timeout: float) -> str:
+    """Publishes an earlier snapshot again: the named one, or the newest intact one before the published one.
+
+    Returns its run id.
+
+    Raises:
+        PipelineError: no such snapshot exists, or the named one is damaged.
+    """
+    if not store.is_local:
+        raise PipelineError(f"{store.root} has no link to switch: point its readers to another snapshot instead")
+    check_layout(store)
+    with store.lock(timeout):
+        store.recover()
+        published, known = store.published(), store.snapshots(AUDITED)
+        is_gone = published not in known or store.runs.get(published) is None  # then a later one will do as well
+        before = [name for name in known if name != published and (is_gone or name < str(published))]
+        for chosen in [name for name in known if name == run_id] if run_id else reversed(before):
+            try:
+                audit_again(store, chosen)
+                store.switch_to(chosen)
+                return chosen
+            except PipelineError as error:
+                if run_id:
+                    raise
+                logger.warning("Passed over: %s", error)
+        wanted = run_id or "that is whole before the published one"
+        kept = f"kept are {', '.join(known) or 'none'} (--list-runs shows them)"
+        raise PipelineError(f"no snapshot {wanted} in {store.root}: {kept}")
+
 
 def check_layout(store: Store) -> None:
-    """Raises PipelineError where something stands in the data folder in the place of a link or of a page."""
+    """Raises PipelineError if something else is in the place of one of the pipeline's links and files."""
     targets = {layer: f"current/{layer}" for layer in LAYERS}
 
     def is_own(name: str, path: str) -> bool:
@@ -3942,7 +3958,7 @@ def check_layout(store: Store) -> None:
         return target == targets[name] if name in targets else bool(RUN_ID.fullmatch(os.path.basename(target)))
 
     for name in (*targets, "current", *OWN_FILES):
-        with store.writing(path := store.path(name)):
+        with writing(path := store.path(name)):
             if os.path.lexists(path) and not is_own(name, path):
                 problem = "is not this pipeline's, which would put its own there"
                 raise PipelineError(f"{path} {problem}: move it away, or choose another folder with --data-dir")
@@ -5371,7 +5387,7 @@ def check_controls(run: Run, controls: Sequence[Control]) -> None:
                 f"{CONTROLS}, or allow a difference by --control-tolerance"
             )
     store, periods = run.snapshot.store, sorted(control.period for control in controls)
-    before = store.record(store.published())
+    before = store.runs.get(store.published())
     run.record.controls = {
         "figures": [name for name in CONTROL_FIGURES if any(name in control.figures for control in controls)],
         "first": periods[0],
@@ -5387,7 +5403,7 @@ def check_controls(run: Run, controls: Sequence[Control]) -> None:
 
 def audit_again(store: Store, run_id: str) -> None:
     """Checks, without Spark, that a snapshot is still what its run audited. Raises PipelineError."""
-    record, problems = store.record(run_id), []
+    record, problems = store.runs.get(run_id), []
     if record is None:
         raise PipelineError(f"snapshot {run_id} cannot be checked: its run record is missing or unreadable")
     snapshot = Snapshot(store, record)
@@ -5606,7 +5622,8 @@ def new_record(config: DataPipelineConfig, store: Store, engine: Engine) -> RunR
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
         versions["pipeline"] = commit or None
     run_id, started_at = store.next_run_id(), _now().isoformat(timespec="seconds")
-    return RunRecord(run_id, started_at, store.readers_root(run_id), config.redacted(), versions)
+    readers_root = store.root if store.is_local else store.path("snapshots", run_id)
+    return RunRecord(run_id, started_at, readers_root, config.redacted(), versions)
 
 
 @contextlib.contextmanager
@@ -5619,7 +5636,7 @@ def recording(record: RunRecord, store: Store, engine: Engine) -> Iterator[None]
     logger.info("STARTING DATA PIPELINE EXECUTION")
     logger.info("Run %s as of %s, into %s", record.run_id, record.config["as_of_date"], store.root)
     started = time.perf_counter()
-    store.save_record(record)
+    store.runs.save(record)
     try:
         yield
         record.result, record.exit_code = "succeeded", 0
@@ -5637,7 +5654,7 @@ def recording(record: RunRecord, store: Store, engine: Engine) -> Iterator[None]
         record.sort()
         # A full disk must not hide what filled it.
         with best_effort("The run record is not complete"):
-            store.save_record(record)
+            store.runs.save(record)
     logger.info("PIPELINE EXECUTION COMPLETED SUCCESSFULLY")
     for line in record.summary():
         logger.info("%s", line)
@@ -5655,7 +5672,7 @@ def explained(error: BaseException, record: RunRecord, engine: Engine, store: St
         return lost
     if not isinstance(error, Exception) or isinstance(error, PipelineError):
         return error
-    spark_log = store.spark_log(record.run_id)
+    spark_log = store.runs.spark_log(record.run_id)
     if explanation := engine.explain(error, record.current_step, spark_log):
         explanation.__cause__ = error
         return explanation
@@ -5668,7 +5685,7 @@ def best_effort(problem: str) -> Iterator[None]:
     """Logs errors of the block as a warning that begins with `problem`: they must not change the result of a run."""
     try:
         yield
-    except OSError as error:
+    except (OSError, PipelineError) as error:
         logger.warning("%s: %s", problem, error)
     except Exception:
         logger.warning("%s", problem, exc_info=True)
@@ -5678,7 +5695,7 @@ def notify(record: RunRecord, store: Store, config: DataPipelineConfig) -> None:
     """Reports a run that has ended: by report, metrics and job summary, then by the webhook, which may be slow."""
     history: list[RunRecord] = []
     with best_effort("The records of the runs cannot be read"):
-        history = store.history()
+        history = store.runs.history()
     save_report(store, history)
     add_to_step_summary(lambda: job_summary(record))
     with best_effort("No alert could be sent"):
@@ -5692,17 +5709,17 @@ def save_report(store: Store, history: Sequence[RunRecord]) -> None:
     Nothing is written on storage that is named by a URI, and before the first run has ended.
     """
     history = [run for run in history if run.result in RESULTS]
-    published = store.record(store.published())
+    published = store.runs.get(store.published())
     for name, page in zip(OWN_FILES, (html_report, metrics), strict=True):
         with best_effort(f"{name} is not renewed"):
-            if history:
-                store.write_atomic(name, page(history, published))
+            if history and store.is_local:
+                write_atomic(store.path(name), page(history, published))
 
 
 def warn_of_anomalies(record: RunRecord, store: Store, factor: float) -> None:
     """Logs and records what differs much from the last runs. Anomalies do not block publishing."""
     with best_effort("The run is not compared with the last ones"):
-        found = anomalies(record, store.history(), factor)
+        found = anomalies(record, store.runs.history(), factor)
         record.anomalies += found
         for line in found:
             logger.warning("%s", line)
@@ -5920,7 +5937,7 @@ def list_runs(store: Store) -> Iterator[str]:
         raise PipelineError(f"{store.root} has no run records: the last line of a run's log names its snapshot")
     published, kept = store.published(), store.snapshots(AUDITED)
     yield f"  {'run':<21} {'started (UTC)':<20} {'as of':<11} {'rows':>14}  result"
-    for run_id, record in store.records():
+    for run_id, record in store.runs.all():
         sign = "*" if run_id == published else "+" if run_id in kept else " "
         if isinstance(record, str):
             yield f"{sign} {run_id:<21} {record}"
@@ -6097,8 +6114,8 @@ def execute(flags: argparse.Namespace, config: DataPipelineConfig, on_start: Cal
         elif flags.list_runs:
             print("\n".join(list_runs(store)), flush=True)
         else:
-            logger.info("Published again: %s", store.rollback(flags.rollback, config.lock_timeout))
-            save_report(store, store.history())
+            logger.info("Published again: %s", roll_back(store, flags.rollback, config.lock_timeout))
+            save_report(store, store.runs.history())
     except OSError as error:
         if error.filename is None:  # standard output is full or closed: Python would try again, and fail, at its end
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115

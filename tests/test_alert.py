@@ -126,7 +126,7 @@ def test_runs_that_tell(
     config = published
     for n in range(2):
         run_id = f"2020010{n + 1}T000000Z-0000"
-        data_pipeline.Store(config.root).save_record(as_read(first_run[1], run_id=run_id))
+        data_pipeline.Store(config.root).runs.save(as_read(first_run[1], run_id=run_id))
     config.alert_webhook = receiver.url
     config.max_quarantine_rate = 0.0
     receiver.status = 500
@@ -275,7 +275,7 @@ def test_records_that_cannot_be_read_cost_no_alert(
     def fail(_: Any) -> list[RunRecord]:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(data_pipeline.Store, "history", fail)
+    monkeypatch.setattr(data_pipeline.RunRecords, "history", fail)
     failed = dataclasses.replace(report, result="failed")
     data_pipeline.notify(failed, data_pipeline.Store(str(tmp_path)), DataPipelineConfig(alert_webhook=receiver.url))
     assert len(receiver.received) == 1
@@ -294,13 +294,13 @@ def test_rollback_after_a_kill_is_told(report: RunRecord, tmp_path: Path) -> Non
         "20260103T000000Z-0000": killed | {"quality": {}, "rows": {}},
     }
     for run_id, changes in runs.items():
-        store.save_record(as_read(report, run_id=run_id, bytes={}, **changes))
+        store.runs.save(as_read(report, run_id=run_id, bytes={}, **changes))
         if run_id < "20260103":
             shutil.copytree(Path(report.data_dir, "current"), store.path("snapshots", run_id))
-            store.publish(run_id)
+            store.switch_to(run_id)
     assert data_pipeline.main(["--rollback", "--data-dir", str(tmp_path)]) == 0
     assert store.published() == "20260101T000000Z-0000"
-    assert [run.result for run in store.history()] == ["succeeded", "succeeded", "killed"]
+    assert [run.result for run in store.runs.history()] == ["succeeded", "succeeded", "killed"]
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "killed</b> · run 20260103" in page
     assert "Published is run 20260101T000000Z-0000" in page

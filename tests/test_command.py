@@ -89,7 +89,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     for flags, message in (
         (["--num-custommers", "5"], "unknown argument --num-custommers; did you mean --num-customers"),
         (["--num-customers", "0"], "num_customers is 0, but num_transactions is 50000"),
-        (["--data-dir", "/dev/null/x"], "cannot write to data_dir /dev/null/x"),
+        (["--data-dir", "/dev/null/x"], "cannot write to data_dir: Not a directory: /dev/null/x"),
     ):
         code, log = run(tmp_path, *flags)
         assert code == 2

@@ -182,7 +182,7 @@ def test_every_field_is_a_flag_and_a_variable() -> None:
         "app_name": "x", "data_dir": "/x", "num_customers": "1", "num_transactions": "2", "num_products": "3",
         "seed": "4", "as_of_date": "2024-01-31", "history_days": "5", "defect_rate": "0.25", "silver_above": "6.50",
         "gold_above": "7", "premium_above": "8", "shuffle_partitions": "9", "spark_master": "local[3]",
-        "engine": "Sail", "log_level": "debug", "max_quarantine_rate": "0.1", "keep_snapshots": "2",
+        "engine": "Sail", "log_level": "debug", "max_quarantine_rate": "0.1", "keep_snapshots": "2", "keep_runs": "9",
         "lock_timeout": "1.5", "report_title": "My shop",
         "fast_start": "No", "alert_webhook": "https://x.example/y", "anomaly_factor": "2.5",
         "executor_memory": "4G", "executor_cores": "2", "driver_host": "10.0.0.5", "cluster_timeout": "60",

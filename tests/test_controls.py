@@ -74,7 +74,7 @@ def test_figures_that_agree_are_published_and_shown(
     )
     check_controls(later, open_source(config).controls)
     assert later.record.controls == first.controls, "they have agreed since the first run"
-    read_back = Store(first.data_dir).record(first.run_id)
+    read_back = Store(first.data_dir).runs.get(first.run_id)
     assert isinstance(read_back, RunRecord)
     page = re.sub(r"<[^>]+>", "", html_report([read_back], read_back))
     assert "Orders, revenue, returns agree with the shop's own report from 2025-12 to 2026-02" in page
@@ -102,7 +102,7 @@ def test_each_figure_that_differs_is_named(shop: Callable[..., DataPipelineConfi
         ("2026-03-01 revenue", "0.01", "0"),
     ]  # fmt: skip
     store = Store(config.root)
-    [(_, record)] = store.records()
+    [(_, record)] = store.runs.all()
     assert isinstance(record, RunRecord) and store.published() is None
     refused = started_run(config, spark, record)
     controls = [Control("2026-01", {"revenue": Decimal("61.00")})]

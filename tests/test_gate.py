@@ -406,4 +406,4 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     store = Store(str(root))
     audited = set(store.snapshots(data_pipeline.AUDITED))
     assert set(store.snapshots()) == audited, "the leftovers of the killed runs are gone"
-    assert {record.result for _, record in store.records() if isinstance(record, RunRecord)} <= {"succeeded", "killed"}
+    assert {record.result for _, record in store.runs.all() if isinstance(record, RunRecord)} <= {"succeeded", "killed"}

@@ -35,6 +35,8 @@ from data_pipeline import (
     list_runs,
     main,
     preflight,
+    roll_back,
+    write_atomic,
 )
 
 IDS = [f"2026030{day}T120000Z-00a{day}" for day in range(1, 7)]
@@ -61,11 +63,11 @@ def add(store: Store, run_id: str, mark: str | None = AUDITED, result: str = "su
 
 
 def save(store: Store, run_id: str, record: dict[str, Any]) -> None:
-    store.write_atomic(f"runs/{run_id}.json", json.dumps(record))
+    write_atomic(store.runs.path(run_id), json.dumps(record))
 
 
 def result_of(store: Store, run_id: str) -> str:
-    record = store.record(run_id)
+    record = store.runs.get(run_id)
     assert record is not None
     return record.result
 
@@ -78,7 +80,7 @@ def seen(store: Store) -> set[str]:
 def test_all_layers_switch_at_once(store: Store) -> None:
     for run_id in IDS[:3]:
         add(store, run_id)
-        store.publish(run_id)
+        store.switch_to(run_id)
         assert seen(store) == {run_id}
         assert store.published() == run_id
 
@@ -88,7 +90,7 @@ import itertools, sys
 from data_pipeline import Store
 store = Store(sys.argv[1])
 for run_id in itertools.cycle(sys.argv[2:]):
-    store.publish(run_id)
+    store.switch_to(run_id)
 """
 
 
@@ -118,14 +120,33 @@ def test_retention_keeps_the_newest_and_the_published(store: Store) -> None:
         add(store, run_id)
     add(store, IDS[4], REFUSED)
     add(store, IDS[5], REFUSED)
-    store.publish(IDS[0])
+    store.switch_to(IDS[0])
     store.expire_snapshots(2)
     assert store.snapshots() == [IDS[0], IDS[2], IDS[3], IDS[5]]
 
 
+def test_old_run_records_are_removed_but_not_those_of_snapshots(store: Store) -> None:
+    for run_id in IDS[:5]:
+        save(store, run_id, {})
+        Path(store.runs.spark_log(run_id)).touch()
+    others = [Path(store.path("runs", name)) for name in ("notes.json", f"{IDS[1]}.txt", f"{IDS[1]}-copy.json")]
+    for path in others:
+        path.touch()
+    add(store, IDS[0])
+    store.switch_to(IDS[0])
+    add(store, IDS[2], REFUSED)
+    with pytest.raises(LookupError), store.snapshot(RunRecord(IDS[5], "", store.root, {}, {}), keep=3, keep_runs=2):
+        save(store, IDS[5], {})
+        raise LookupError
+    left = {path.name for path in Path(store.path("runs")).iterdir()} - {path.name for path in others}
+    kept = [IDS[n] for n in (0, 2, 4, 5)]
+    assert left == {f"{run_id}.json" for run_id in kept} | {f"{run_id}.spark.log" for run_id in kept[:-1]}
+    assert all(path.exists() for path in others), "what no run made is left alone"
+
+
 def test_leftovers_of_a_dead_run_are_removed_and_said(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     add(store, IDS[0])
-    store.publish(IDS[0])
+    store.switch_to(IDS[0])
     add(store, IDS[1], mark=None, result="running")
     others = [Path(store.path("snapshots", name)) for name in ("notes of the team", f"{IDS[2]}.backup")]
     for other in others:
@@ -140,16 +161,10 @@ def test_leftovers_of_a_dead_run_are_removed_and_said(store: Store, caplog: pyte
 
 def test_run_killed_after_publishing_has_succeeded(store: Store) -> None:
     add(store, IDS[0], result="running")
-    store.publish(IDS[0])
+    store.switch_to(IDS[0])
     store.recover()
     assert result_of(store, IDS[0]) == "succeeded"
     assert seen(store) == {IDS[0]}
-
-
-def test_run_of_an_impossible_time_is_one_line(store: Store) -> None:
-    Path(store.path("snapshots", "99999999T999999Z-aaaa")).mkdir()
-    with pytest.raises(PipelineError, match="impossible time, 99999999T999999Z: remove it"):
-        store.next_run_id()
 
 
 @pytest.mark.parametrize(
@@ -159,7 +174,7 @@ def test_run_of_an_impossible_time_is_one_line(store: Store) -> None:
 def test_unreadable_record_is_named_and_passed_over(text: str, store: Store) -> None:
     add(store, IDS[0])
     Path(store.path("runs", f"{IDS[1]}.json")).write_text(text)
-    store.publish(IDS[0])
+    store.switch_to(IDS[0])
     store.recover()
     lines = list(list_runs(store))
     assert any(line.startswith(f"* {IDS[0]}") for line in lines)
@@ -170,7 +185,7 @@ def test_list_of_runs(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     add(store, IDS[0])
     add(store, IDS[1])
     add(store, IDS[2], REFUSED, result="refused")
-    store.publish(IDS[1])
+    store.switch_to(IDS[1])
     assert main(["--list-runs", "--data-dir", store.root]) == 0
     _, first, second, third, _ = capsys.readouterr().out.splitlines()
     assert first == f"+ {IDS[0]} 2026-03-01T12:00:00  2026-02-28           1,200  succeeded"
@@ -206,17 +221,17 @@ def add_whole(store: Store, run_id: str, tables: Path, **changes: Any) -> Path:
     rows = {f"{layer}.{table.name}": 0 for layer, table in SNAPSHOT_TABLES}
     record = RunRecord(run_id, "2026-03-01T12:00:00+00:00", store.root, {}, {}, result="succeeded", rows=rows)
     record.sha256 = Snapshot(store, record).checksums()
-    store.save_record(dataclasses.replace(record, **changes))
-    store.publish(run_id)
+    store.runs.save(dataclasses.replace(record, **changes))
+    store.switch_to(run_id)
     return folder
 
 
 def test_rollback(store: Store, empty_tables: Path) -> None:
     for run_id in IDS[:3]:
         add_whole(store, run_id, empty_tables)
-    assert store.rollback("", 0) == store.published() == IDS[1]
-    assert store.rollback("", 0) == store.published() == IDS[0]
-    assert store.rollback(IDS[2], 0) == store.published() == IDS[2]
+    assert roll_back(store, "", 0) == store.published() == IDS[1]
+    assert roll_back(store, "", 0) == store.published() == IDS[0]
+    assert roll_back(store, IDS[2], 0) == store.published() == IDS[2]
     assert {path.name for path in Path(store.path("snapshots", IDS[2])).iterdir()} == {*LAYERS, AUDITED}
 
 
@@ -256,9 +271,9 @@ def test_rollback_to_a_damaged_snapshot_is_refused(
     add_whole(store, IDS[2], empty_tables)
     damage(damaged / "gold" / "device_analytics" / "part-0.parquet")
     with pytest.raises(PipelineError, match=f"snapshot {IDS[1]} is not whole: .*gold[/.]device_analytics") as raised:
-        store.rollback(IDS[1], 0)
+        roll_back(store, IDS[1], 0)
     assert store.published() == IDS[2]
-    assert store.rollback("", 0) == store.published() == IDS[0], "where none is named, the newest that is whole"
+    assert roll_back(store, "", 0) == store.published() == IDS[0], "where none is named, the newest that is whole"
     assert caplog.messages == [f"Passed over: {raised.value}"]
 
 
@@ -266,7 +281,7 @@ def test_rollback_where_none_is_whole(store: Store, empty_tables: Path, caplog: 
     for run_id in IDS[:3]:
         add_whole(store, run_id, empty_tables)
     add_whole(store, IDS[3], empty_tables)
-    store.publish(IDS[2])
+    store.switch_to(IDS[2])
     os.unlink(store.path("runs", f"{IDS[1]}.json"))
     overwrite(Path(store.path("snapshots", IDS[0], "gold", "device_analytics", "part-0.parquet")))
     assert main(["--rollback", "--data-dir", store.root]) == 2
@@ -282,41 +297,41 @@ def test_rollback_audits_the_rows(store: Store, empty_tables: Path) -> None:
     add_whole(store, IDS[0], empty_tables, rows=rows, sha256={})
     add_whole(store, IDS[1], empty_tables)
     with pytest.raises(PipelineError, match=r"not whole: silver\.products_active: 1 rows were written, 0 are there"):
-        store.rollback(IDS[0], 0)
+        roll_back(store, IDS[0], 0)
     os.unlink(store.path("runs", f"{IDS[0]}.json"))
     with pytest.raises(PipelineError, match=f"snapshot {IDS[0]} cannot be checked: its run record is missing"):
-        store.rollback(IDS[0], 0)
+        roll_back(store, IDS[0], 0)
 
 
 def test_published_snapshot_that_is_gone(store: Store, empty_tables: Path) -> None:
     for run_id in IDS[:3]:
         add_whole(store, run_id, empty_tables)
-    store.publish(IDS[0])
+    store.switch_to(IDS[0])
     assert not [line for line in list_runs(store) if "gone" in line]
     os.unlink(store.path("runs", f"{IDS[0]}.json"))
     [line] = [line for line in list_runs(store) if "gone" in line]
     assert line.startswith(f"* {IDS[0]} is published, but runs/{IDS[0]}.json is gone")
-    assert store.rollback("", 0) == IDS[2], "the newest: nothing is known of the one to go back from"
-    store.publish(IDS[0])
+    assert roll_back(store, "", 0) == IDS[2], "the newest: nothing is known of the one to go back from"
+    store.switch_to(IDS[0])
     shutil.rmtree(store.path("snapshots", IDS[0]))
     assert f"snapshots/{IDS[0]} is gone" in "\n".join(list_runs(store))
-    assert store.rollback("", 0) == IDS[2], "the newest, since there is none to go back from"
+    assert roll_back(store, "", 0) == IDS[2], "the newest, since there is none to go back from"
     os.unlink(store.path("current"))
-    assert store.rollback("", 0) == IDS[2]
+    assert roll_back(store, "", 0) == IDS[2]
 
 
 def test_rollback_that_cannot_be(store: Store, tmp_path: Path) -> None:
     add(store, IDS[0])
     add(store, IDS[1], REFUSED)
     add(store, IDS[2])
-    store.publish(IDS[0])
+    store.switch_to(IDS[0])
     for wanted, message in (
         ("", f"no snapshot that is whole before the published one in {store.root}: kept are {IDS[0]}, {IDS[2]}"),
         (IDS[1], f"no snapshot {IDS[1]}"),
         ("../..", "no snapshot ../.."),
     ):
         with pytest.raises(PipelineError, match=message.replace(".", r"\.")):
-            store.rollback(wanted, 0)
+            roll_back(store, wanted, 0)
     assert main(["--rollback", "--data-dir", str(tmp_path / "nothing")]) == 2
     assert main(["--rollback", "--data-dir", "s3a://bucket/shop"]) == 2
     assert seen(store) == {IDS[0]}
@@ -325,7 +340,7 @@ def test_rollback_that_cannot_be(store: Store, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["report.html", "metrics.prom"])
 def test_page_that_is_not_ours_is_refused_and_left_alone(name: str, store: Store) -> None:
     add(store, IDS[0])
-    data_pipeline.save_report(store, store.history())
+    data_pipeline.save_report(store, store.runs.history())
     store.check(0)
     Path(store.path(name)).write_text("years of work")
     with pytest.raises(PipelineError, match=rf"{store.root}/{name} is not this pipeline's.*move it away"):
@@ -356,7 +371,7 @@ def test_page_of_an_earlier_release_is_replaced(name: str, store: Store) -> None
     add(store, IDS[0])
     Path(store.path(name)).write_text(OF_EARLIER_RELEASES[name], encoding="utf-8")
     store.check(0)
-    data_pipeline.save_report(store, store.history())
+    data_pipeline.save_report(store, store.runs.history())
     assert Path(store.path(name)).read_text(encoding="utf-8") != OF_EARLIER_RELEASES[name]
 
 
@@ -424,21 +439,21 @@ def test_lock_of_a_killed_process_does_not_block(store: Store) -> None:
 
 def test_record_is_replaced_whole(store: Store) -> None:
     record = RunRecord(IDS[0], "2026-03-01T12:00:00+00:00", store.root, {"size": "x" * 100_000}, {})
-    store.save_record(record)
+    store.runs.save(record)
     with pytest.raises(TypeError):
-        store.save_record(dataclasses.replace(record, config={("not", "a", "key"): 1}))  # type: ignore[dict-item]
-    assert store.record(IDS[0]) == record
+        store.runs.save(dataclasses.replace(record, config={("not", "a", "key"): 1}))  # type: ignore[dict-item]
+    assert store.runs.get(IDS[0]) == record
 
 
 def test_replaced_lock_is_noticed_before_publishing(store: Store) -> None:
     for name, replace in (("removed", os.unlink), ("replaced", lambda path: os.replace(Path(store.root, "new"), path))):
         Path(store.root, "new").touch()
         record = RunRecord(IDS[0], "2026-03-01T12:00:00+00:00", store.root, {}, {})
-        with store.lock(0), store.snapshot(record, keep=3) as snapshot:
+        with store.lock(0), store.snapshot(record, keep=3, keep_runs=3):
             assert store.lost_lock() is None
             replace(store.path(".lock"))
             with pytest.raises(LockedError, match=r"\.lock was removed or replaced .* nothing is published"):
-                snapshot.publish()
+                store.publish(record)
         assert store.published() is None, name
 
 
@@ -487,17 +502,64 @@ def test_hdfs_that_does_not_answer_is_named_and_a_name_of_several_servers_is_lef
 @pytest.mark.parametrize("name", ["runs", "snapshots"])
 def test_part_that_is_a_file_is_named(name: str, tmp_path: Path) -> None:
     (tmp_path / name).touch()
-    with pytest.raises(
-        PipelineError, match=rf"cannot write to data_dir {tmp_path}: File exists: {tmp_path}/{name}, which"
-    ):
+    with pytest.raises(PipelineError, match=rf"cannot write to data_dir: File exists: {tmp_path}/{name}, which"):
         Store(str(tmp_path)).check(0)
 
 
 def test_lock_that_is_no_file_is_named(store: Store) -> None:
     os.mkfifo(store.path(".lock"))
-    with pytest.raises(PipelineError, match=rf"cannot lock data_dir .*seekable.*: {store.root}/\.lock, which"):
+    with pytest.raises(PipelineError, match=rf"cannot lock data_dir: .*seekable.*: {store.root}/\.lock, which"):
         with store.lock(0):
             pass
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of its own, which a test can fill."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "none", folder], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("no right to mount a disk here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def fill(folder: Path) -> None:
+    with pytest.raises(OSError, match="No space left"), (folder / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4_096))
+
+
+def test_rollback_on_a_full_disk(full_disk: Path, empty_tables: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It returns to the snapshot before; it ends with one line if a killed run's record cannot be corrected."""
+    for folder in ("runs", "snapshots"):
+        (full_disk / folder).mkdir()
+    store = Store(str(full_disk))
+    for run_id in IDS[:3]:
+        add_whole(store, run_id, empty_tables)
+    fill(full_disk)
+    assert main(["--rollback", "--data-dir", store.root]) == 0
+    assert store.published() == IDS[1]
+    assert f"{store.root}/.lock does not name this process: [Errno 28] No space left on device" in caplog.messages
+    assert f"Published again: {IDS[1]}" in caplog.messages
+    (full_disk / "filler").unlink()
+    killed = {"run_id": IDS[3], "result": "running", "started_at": "", "config": {}, "rows": {}}
+    save(store, IDS[3], killed)
+    fill(full_disk)
+    caplog.clear()
+    assert main(["--rollback", "--data-dir", store.root]) == 2
+    assert f"data_dir: No space left on device: {store.runs.path(IDS[3])};" in caplog.text
+    assert "or free some room" in caplog.text
+
+
+def test_full_disk_names_the_file_and_what_to_do(full_disk: Path) -> None:
+    fill(full_disk)
+    path = str(full_disk / "page")
+    with pytest.raises(PipelineError, match=f"data_dir: No space left on device: {path};.* or free some room"):
+        write_atomic(path, "text" * 10_000)
 
 
 @pytest.mark.parametrize("flag", ["--list-runs", "--rollback"])

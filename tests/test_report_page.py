@@ -14,7 +14,16 @@ import duckdb
 import pytest
 from conftest import one
 
-from data_pipeline import DataPipelineConfig, RunRecord, Store, anomalies, html_report, save_report, tables
+from data_pipeline import (
+    DataPipelineConfig,
+    RunRecord,
+    Store,
+    anomalies,
+    html_report,
+    save_report,
+    tables,
+    write_atomic,
+)
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 # Where to leave pictures of the page, to look at.
@@ -32,7 +41,7 @@ def as_read(record: dict[str, Any]) -> RunRecord:
 
 
 def save(store: Store, record: dict[str, Any]) -> None:
-    store.write_atomic(f"runs/{record['run_id']}.json", json.dumps(record))
+    write_atomic(store.runs.path(record["run_id"]), json.dumps(record))
 
 
 @pytest.fixture(scope="module")
@@ -225,8 +234,8 @@ def test_records_of_an_older_version(
     for record in (older, newer):
         os.makedirs(store.path("snapshots", record["run_id"]))
         save(store, record)
-        store.publish(record["run_id"])
-        save_report(store, store.history())
+        store.switch_to(record["run_id"])
+        save_report(store, store.runs.history())
     assert caplog.text == ""
     assert newer["run_id"] in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "data_pipeline_last_run_result" in (tmp_path / "metrics.prom").read_text()
@@ -249,8 +258,8 @@ def test_record_of_version_1_is_read_by_its_own_names(report: RunRecord, tmp_pat
     }
     assert {"at", "offsets", "highlights", "missed"} < set(older) and "kept" in older["quality"]["customers"]
     save(store, older)
-    assert store.history() == [as_read(today)]
-    save_report(store, store.history())
+    assert store.runs.history() == [as_read(today)]
+    save_report(store, store.runs.history())
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert f"{report.quality['transactions'].accepted:,} accepted" in page
     assert "rule_failing_rows" in (tmp_path / "metrics.prom").read_text()
@@ -264,7 +273,7 @@ def test_thirty_runs(report: RunRecord, tmp_path: Path) -> None:
     for n in range(50):
         run_id, started = f"209901{n // 24 + 1:02}T{n % 24:02}0000Z-0000", f"2099-01-{n // 24 + 1:02}T{n % 24:02}:00:00"
         save(store, record | {"run_id": run_id, "started_at": started})
-    save_report(store, store.history())
+    save_report(store, store.runs.history())
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "2099-01-03 01:00" in page
     assert "2099-01-01 20:00" in page

@@ -154,7 +154,7 @@ def test_run_whose_record_cannot_be_saved_sends_one_alert(
         raise OSError(28, "No space left on device")
 
     sent: list[str] = []
-    monkeypatch.setattr(data_pipeline.Store, "save_record", full)
+    monkeypatch.setattr(data_pipeline.RunRecords, "save", full)
     monkeypatch.setattr(data_pipeline, "send_alert", lambda webhook, text: sent.append(text))
     root = small(**TINY).data_dir
     assert data_pipeline.main(["--data-dir", root, "--alert-webhook", "http://127.0.0.1:9/x"]) == 1

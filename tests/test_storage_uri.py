@@ -13,7 +13,15 @@ from conftest import ENGINE
 from mini_hdfs import mini_hdfs
 from pyspark.sql import SparkSession
 
-from data_pipeline import DataPipelineConfig, NotPublishedError, PipelineError, RunRecord, Store, run_pipeline
+from data_pipeline import (
+    DataPipelineConfig,
+    NotPublishedError,
+    PipelineError,
+    RunRecord,
+    Store,
+    roll_back,
+    run_pipeline,
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -53,7 +61,7 @@ def test_runs_leave_their_snapshots_on_hdfs(
     assert folders(root) == ["snapshots"]
 
     with pytest.raises(PipelineError, match="has no link to switch"):
-        Store(root).rollback("", 0.0)
+        roll_back(Store(root), "", 0.0)
 
 
 def test_landed_files_become_tables_on_hdfs(
