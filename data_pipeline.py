@@ -5029,11 +5029,11 @@ def expression(landed: str, column: str, kind: str, values: Sequence[str]) -> st
 
 
 # ── Inspection ───────────────────────────────────────────────────────────────────────────────────────────────────
-# What is asked of finished tables, in SQL that DuckDB, Spark and Sail answer alike: it counts, adds up and compares,
-# and never divides, rounds or formats. Tables are named as in `gold.customer_analytics`; times are in UTC, zoneless.
+# Queries of finished tables, in SQL that DuckDB, Spark and Sail answer alike: it counts, adds and compares, and never
+# divides, rounds or formats. Tables are named as in `gold.customer_analytics`; times are in UTC, without a zone.
 
 PREVIEW_ROWS = 10  # rows of each gold table, and of each ranking, that the run record holds
-DUCKDB_ROWS = 50 * MILLION  # of a table, at most; measured: the profile of 48 million took 22 s and 1 GB
+DUCKDB_ROWS = 50 * MILLION  # the largest table that DuckDB reads; its profile of 48 million rows took 22 s and 1 GB
 
 # What the report shows besides the first rows of gold: a few rows at any size.
 SUMMARIES: Mapping[str, str] = {
@@ -5069,16 +5069,15 @@ Answer: TypeAlias = list[dict[str, Any]]  # rows
 
 
 def inspect(run: Run, queries: Mapping[Key, str]) -> dict[Key, Answer]:
-    """Returns the answers to queries of finished tables: DuckDB's where it reaches the files, else the engine's."""
+    """Returns the answers to queries of finished tables, by DuckDB if it can read the files, else by the engine."""
     here = {key: sql for key, sql in queries.items() if all(answered_by_duckdb(run, *name) for name in named(sql))}
-    answers = inspect_files(run.snapshot, here) if here else {}
-    elsewhere = [key for key in queries if key not in here]
-    return answers | run.parallel(lambda key: inspect_by_engine(run, queries[key]), elsewhere)
+    elsewhere = run.parallel(lambda key: inspect_by_engine(run, queries[key]), queries.keys() - here.keys())
+    return {**(inspect_files(run.snapshot, here) if here else {}), **elsewhere}
 
 
-def named(sql: str) -> set[tuple[str, str]]:
+def named(sql: str) -> list[tuple[str, str]]:
     """Returns layer and name of the tables in a query."""
-    return set(TABLE_NAME.findall(sql))
+    return sorted(set(TABLE_NAME.findall(sql)))
 
 
 def answered_by_duckdb(run: Run, layer: str, name: str) -> bool:
@@ -5087,7 +5086,8 @@ def answered_by_duckdb(run: Run, layer: str, name: str) -> bool:
     return local and run.record.rows[f"{layer}.{name}"] <= DUCKDB_ROWS
 
 
-def _columns_in_utc(layer: str, name: str, zoneless: str) -> list[str]:
+def columns_in_utc(layer: str, name: str, zoneless: str) -> list[str]:
+    """Returns the columns of a table as SQL, with timestamps as the type `zoneless`."""
     columns = TABLES[name].columns(layer)
     return [f"CAST({column} AS {zoneless}) AS {column}" if kind == "timestamp" else column for column, kind in columns]
 
@@ -5100,10 +5100,11 @@ def inspect_files(snapshot: Snapshot, queries: Mapping[Key, str]) -> dict[Key, A
     """
     answers = {}
     with duckdb_connection(snapshot.path()) as connection:
-        for layer, name in sorted(set().union(*map(named, queries.values()))):
-            _create_view(connection, snapshot, layer, name)
         for key, sql in queries.items():
             try:
+                for layer, name in named(sql):
+                    rows = connection.read_parquet(snapshot.files(layer, name))
+                    rows.project(", ".join(columns_in_utc(layer, name, "TIMESTAMP"))).create_view(f"{layer}_{name}")
                 answers[key] = ask_duckdb(connection, TABLE_NAME.sub(r"\1_\2", sql))
             except Exception as error:
                 raise RuntimeError(f"{', '.join('.'.join(table) for table in named(sql))}: {error}") from error
@@ -5112,13 +5113,13 @@ def inspect_files(snapshot: Snapshot, queries: Mapping[Key, str]) -> dict[Key, A
 
 @contextlib.contextmanager
 def duckdb_connection(folder: str) -> Iterator[duckdb.DuckDBPyConnection]:
-    """Opens an empty DuckDB database in memory, which keeps what is too large for it in a folder."""
+    """Opens an empty DuckDB database in memory, which spills to a folder."""
     import duckdb
 
     settings: dict[str, Any] = {
         "threads": os.cpu_count() or 1,
-        "memory_limit": "1GB",  # by default most of the machine, where Java is too
-        "temp_directory": os.path.join(folder, ".duckdb"),  # by default in the working directory
+        "memory_limit": "1GB",  # the default is most of the machine's memory, which Java needs too
+        "temp_directory": os.path.join(folder, ".duckdb"),  # the default is the working directory
     }
     with duckdb.connect(config=settings) as connection:
         connection.execute("SET TimeZone = 'UTC'")
@@ -5126,14 +5127,14 @@ def duckdb_connection(folder: str) -> Iterator[duckdb.DuckDBPyConnection]:
 
 
 def ask_duckdb(connection: duckdb.DuckDBPyConnection, sql: str) -> Answer:
-    """Returns the answer to a query, or nothing when it is interrupted."""
+    """Returns the answer to a query. An interrupt stops the query."""
 
     def ask() -> Answer:
         answer = connection.execute(sql)
         columns = [column for column, *_ in answer.description or ()]
         return [dict(zip(columns, row, strict=True)) for row in answer.fetchall()]
 
-    # In a thread, since DuckDB reports an interrupt of its own thread as another error.
+    # In a thread, because DuckDB reports an interrupt of its own thread as another error.
     asking = call_in_thread(ask)
     try:
         return asking.result()
@@ -5143,51 +5144,43 @@ def ask_duckdb(connection: duckdb.DuckDBPyConnection, sql: str) -> Answer:
         raise
 
 
-def _create_view(connection: duckdb.DuckDBPyConnection, snapshot: Snapshot, layer: str, name: str) -> None:
-    try:
-        rows = connection.read_parquet(snapshot.files(layer, name))
-        rows.project(", ".join(_columns_in_utc(layer, name, "TIMESTAMP"))).create_view(f"{layer}_{name}")
-    except Exception as error:
-        raise RuntimeError(f"{layer}.{name}: {error}") from error
-
-
 def inspect_by_engine(run: Run, sql: str) -> Answer:
     """Returns the engine's answer."""
     with contextlib.ExitStack() as stack:
         views = {}
         for layer, name in named(sql):
-            rows = run.read(layer, TABLES[name]).selectExpr(*_columns_in_utc(layer, name, "TIMESTAMP_NTZ"))
+            rows = run.read(layer, TABLES[name]).selectExpr(*columns_in_utc(layer, name, "TIMESTAMP_NTZ"))
             views[layer, name] = stack.enter_context(run.engine.view(rows))
         with_views = TABLE_NAME.sub(lambda found: views[found[1], found[2]], sql)
         return [row.asDict() for row in run.engine.spark.sql(with_views).collect()]
 
 
 def profile(run: Run) -> None:
-    """Reads the profile of each bronze column into the record: nulls, distinct values, the least and the greatest.
+    """Records the profile of each bronze column: rows, nulls, distinct values, min and max.
 
-    Distinct values are exact where DuckDB counts them; the engine counts them to about 5 %, in little memory.
+    DuckDB counts distinct values exactly; the engine estimates them to about 5 %, in little memory.
     """
-    queries = {}
-    for table in tables(BRONZE):
-        exact = answered_by_duckdb(run, BRONZE, table.name)
-        for name, kind in table.columns():
-            # As text, since Sail does not count the distinct values of a DOUBLE.
-            approximate = f"approx_count_distinct({f'CAST({name} AS STRING)' if kind == 'double' else name})"
-            distinct = f"count(DISTINCT {name})" if exact else approximate
-            queries[table.name, name, exact] = (
-                f"SELECT count(*) AS row_count, count({name}) AS filled, {distinct} AS different, "
-                f"min({name}) AS least, max({name}) AS greatest FROM {BRONZE}.{table.name}"
-            )
+
+    def query(table: str, column: str, kind: str) -> str:
+        distinct = f"count(DISTINCT {column})"
+        if not exact[table]:  # as text, because Sail does not count the distinct values of a DOUBLE
+            distinct = f"approx_count_distinct({f'CAST({column} AS STRING)' if kind == 'double' else column})"
+        figures = f"count(*) AS row_count, count({column}) AS filled, {distinct} AS different"
+        return f"SELECT {figures}, min({column}) AS least, max({column}) AS greatest FROM {BRONZE}.{table}"
+
+    exact = {name: answered_by_duckdb(run, BRONZE, name) for name in names(BRONZE)}
+    columns = [(table.name, name, kind) for table in tables(BRONZE) for name, kind in table.columns()]
     with run.step("profile"):
-        answers = inspect(run, queries)
-    for (table_name, name, exact), [found] in answers.items():
+        answers = inspect(run, {(table, name): query(table, name, kind) for table, name, kind in columns})
+    for table, name, _ in columns:
+        [found] = answers[table, name]
         rows, filled = found["row_count"], found["filled"]
-        run.record.profile.setdefault(table_name, {})[name] = {
+        run.record.profile.setdefault(table, {})[name] = {
             "rows": rows,
             "nulls": rows - filled,
             "completeness": 100.0 * filled / rows if rows else 100.0,
             "distinct": found["different"],
-            "distinct_is_exact": exact,
+            "distinct_is_exact": exact[table],
             "min": None if found["least"] is None else str(found["least"]),
             "max": None if found["greatest"] is None else str(found["greatest"]),
         }
@@ -5195,17 +5188,17 @@ def profile(run: Run) -> None:
 
 def describe_profile(table: str, profile: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """Returns the profile of a table as lines for the log."""
-    yield f"{table:<28} {'nulls':>10} {'complete':>9} {'distinct':>11} {'repeated':>9}  least … greatest"
+    yield f"{table:<28} {'nulls':>10} {'complete':>9} {'distinct':>11} {'repeated':>9}  min … max"
     for name, column in profile.items():
         repeated = f"{column['duplicates']:,}" if "duplicates" in column else ""
-        least, greatest = (str(column[bound] if column[bound] is not None else "-")[:24] for bound in ("min", "max"))
+        bounds = " … ".join("-" if column[bound] is None else str(column[bound])[:24] for bound in ("min", "max"))
         complete = f"{column['completeness']:.1f}%"
         distinct = f"{'' if column['distinct_is_exact'] else '~'}{column['distinct']:,}"
-        yield f"  {name:<26} {column['nulls']:>10,} {complete:>9} {distinct:>11} {repeated:>9}  {least} … {greatest}"
+        yield f"  {name:<26} {column['nulls']:>10,} {complete:>9} {distinct:>11} {repeated:>9}  {bounds}"
 
 
 def example_rows(run: Run, table: Table, where: str) -> Answer:
-    """Returns the first three quarantined rows for which a condition is true, without nulls."""
+    """Returns the first three quarantined rows that meet a condition, without their nulls."""
     order = ", ".join(f"{name} NULLS FIRST" for name, _ in table.columns(QUARANTINE))
     query = f"SELECT * FROM {QUARANTINE}.{table.name} WHERE {where} ORDER BY {order} LIMIT 3"
     return [{name: value for name, value in row.items() if value is not None} for row in inspect(run, {0: query})[0]]
@@ -5226,9 +5219,9 @@ def find_rejects_by_file(run: Run) -> None:
 
 
 def audit_queries() -> dict[tuple[str, Table], str]:
-    """Returns the query of each table of a snapshot: its rows, different keys, and revenue.
+    """Returns a query for each table of a snapshot: its rows, distinct keys and revenue.
 
-    It reads every value, by the greatest of each column: a count may come from the statistics of the files.
+    Each query computes max() of each column, which reads every value. A count may come from file statistics.
     """
     queries = {}
     for layer, table in SNAPSHOT_TABLES:
@@ -5246,7 +5239,7 @@ def audit_queries() -> dict[tuple[str, Table], str]:
 
 
 def audit_problems(record: RunRecord, found: Mapping[tuple[str, Table], Answer]) -> Iterator[str]:
-    """Returns what is wrong with the tables of a run, a line each, from the answers to `audit_queries`."""
+    """Returns a line for each problem that the answers to `audit_queries` show."""
     for (layer, table), [row] in found.items():
         name, rows = f"{layer}.{table.name}", row["row_count"]
         written, quality = record.rows[name], record.quality.get(table.from_table)
@@ -5271,8 +5264,7 @@ def audit(run: Run) -> None:
     """Reads the snapshot back, checks rows, keys and revenue, and records the checksums of the files.
 
     Raises:
-        NotPublishedError: a table cannot be read or lacks rows, a key is repeated, a row is unaccounted for, or two
-            tables differ in the revenue.
+        NotPublishedError: a table cannot be read, rows are missing, keys repeat, or revenues differ.
     """
     failed = "AUDIT FAILED, nothing is published: "
     with run.step("audit"):
@@ -5402,13 +5394,13 @@ def check_controls(run: Run, controls: Sequence[Control]) -> None:
 
 
 def audit_again(store: Store, run_id: str) -> None:
-    """Checks, without Spark, that a snapshot is still what its run audited. Raises PipelineError."""
+    """Checks, without Spark, that a snapshot is still as its run audited it. Raises PipelineError."""
     record, problems = store.runs.get(run_id), []
     if record is None:
         raise PipelineError(f"snapshot {run_id} cannot be checked: its run record is missing or unreadable")
     snapshot = Snapshot(store, record)
     try:
-        if record.sha256:  # of files that were audited; a version before this one may have had other tables
+        if record.sha256:  # an earlier version may have had other tables, so that the queries do not fit
             changed = sorted(dict(record.sha256.items() ^ snapshot.checksums().items()))
             problems = [f"{file} is not as it was written" for file in changed]
         else:
@@ -5420,7 +5412,7 @@ def audit_again(store: Store, run_id: str) -> None:
 
 
 def summarize(run: Run) -> None:
-    """Reads the first rows of gold and the summaries into the record."""
+    """Records the first rows of each gold table and the summaries."""
 
     def preview(table: Table) -> str:
         order = (f"{by[1:]} DESC NULLS LAST" if by.startswith("-") else f"{by} NULLS FIRST" for by in table.order)
@@ -5440,7 +5432,7 @@ def summarize(run: Run) -> None:
 RESULTS = ("succeeded", "refused", "failed", "interrupted", "killed")  # of a run that has ended
 VERSIONS = ("pipeline", "python", "spark", "java", "sail")  # that a run record names
 
-# The fields of a record of schema version 1, and of its `quality`, by the names that they have since version 2.
+# The names that fields of a record, and of its `quality`, had in schema version 1, with those that they have now.
 RENAMED_FIELDS: Mapping[str, str] = {
     "at": "current_step", "offsets": "started_after", "highlights": "previews", "missed": "gate_failures",
     "kept": "accepted", "failed": "violations",
@@ -5449,12 +5441,12 @@ RENAMED_FIELDS: Mapping[str, str] = {
 
 @dataclass(slots=True, repr=False)
 class RunRecord:
-    """What a run did; written to `runs/<run id>.json`, whose fields are these.
+    """One record per run, in memory and in `runs/<run id>.json`.
 
     `result` is running, succeeded, refused (by the gate or the audit), failed, interrupted or killed. `current_step`
-    is the table or step that the run works on, or ended in. `seconds` and `started_after` are by layer, table and
-    step; `rows` and `bytes` by table (`silver.customers_enriched`), `quality` by bronze table, `profile` by bronze
-    table and column.
+    is the table or step that the run works on, or ended in. The keys of `seconds` and `started_after` are layers,
+    tables and steps; those of `rows` and `bytes` are tables, such as `silver.customers_enriched`. `quality` is by
+    bronze table, `profile` by bronze table and column.
     """
 
     run_id: str
@@ -5476,24 +5468,24 @@ class RunRecord:
     profile: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     delivery: dict[str, dict[str, Any]] = field(default_factory=dict)  # by source: files, bytes, rows, left_out
     rejects: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # by bronze table: file, rejected
-    currency: str | None = "USD"  # of the amounts; None where the source does not say
+    currency: str | None = "USD"  # of the amounts; None if the source does not name it
     revenue: Decimal | None = None  # of completed orders
     orders: int | None = None  # completed orders; the rows with one order_id are one
     returns: int | None = None
-    refunds: Decimal | None = None  # what was paid back for the returns
-    controls: dict[str, Any] | None = None  # figures, first, last, since: what agrees with the shop's own report
+    refunds: Decimal | None = None  # amount paid back for the returns
+    controls: dict[str, Any] | None = None  # figures, first, last, since: agreement with the shop's own report
     previews: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # the first rows of each gold table
     summaries: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # by the names of SUMMARIES
-    anomalies: list[str] = field(default_factory=list)  # what differs much from the last runs, a line each
+    anomalies: list[str] = field(default_factory=list)  # a line for each figure far from those of the last runs
     gate_failures: list[dict[str, Any]] = field(default_factory=list)  # table, rule, rows, message, examples
     error: dict[str, str] | None = None  # type, message, traceback
 
     @classmethod
     def from_json(cls, text: str) -> RunRecord:
-        """Returns a record that was written by this version or by an earlier one; what it lacks is empty.
+        """Returns a record written by this version or by an earlier one; fields that it lacks are empty.
 
         Raises:
-            ValueError, TypeError, LookupError, AttributeError, ArithmeticError: the text is no record.
+            ValueError, TypeError, LookupError, AttributeError, ArithmeticError: the text is not a record.
         """
 
         def renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -5525,12 +5517,12 @@ class RunRecord:
 
     @property
     def net_revenue(self) -> Decimal | None:
-        """The revenue less the refunds; None before both are known."""
+        """The revenue minus the refunds; None until both are known."""
         return None if self.revenue is None or self.refunds is None else self.revenue - self.refunds
 
     @property
     def duration(self) -> float | None:
-        """Seconds of the whole run; None where it was killed."""
+        """Seconds of the whole run; None if it was killed."""
         return self.seconds.get("total")
 
     def fail(self, error: BaseException) -> None:
@@ -5542,7 +5534,7 @@ class RunRecord:
         self.error = {"type": type(error).__name__, "message": str(error), "traceback": trace}
 
     def sort(self) -> None:
-        """Puts the tables in the order of their declaration, instead of that in which they were finished."""
+        """Sorts tables by their declaration; threads finish them in any order."""
         order = [name for layer, table in SNAPSHOT_TABLES for name in (f"{layer}.{table.name}", table.name)]
         parts: tuple[dict[str, Any], ...] = (self.rows, self.bytes, self.quality, self.profile, self.previews)
         for part in parts:
@@ -5552,14 +5544,13 @@ class RunRecord:
 
     def violated(self, *, warnings: bool) -> list[dict[str, Any]]:
         """Returns the violated rules that warn, or those that reject, with their rows; the most rows first."""
-        kept = {WARN}
-        if orphans_are_kept(self.config.get("orphans"), self.config.get("source_dir")):
-            kept.add(ORPHAN)
+        keeps_orphans = orphans_are_kept(self.config.get("orphans"), self.config.get("source_dir"))
+        warning = (WARN, ORPHAN) if keeps_orphans else (WARN,)
         warn = {
             (table.name, rule.name)
             for table in tables(BRONZE)
             for rule in (*table.rules, *key_rules(table))
-            if rule.severity in kept
+            if rule.severity in warning
         }
         found = [
             {"rule": f"{name}: {rule}", "rows": rows}
@@ -5571,30 +5562,39 @@ class RunRecord:
 
     @property
     def weeks(self) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-        """The revenue of the weeks that were over on the as-of date, and of the one that was not."""
+        """The revenue of the weeks that are complete on the as-of date, and of the week that is not."""
         as_of, weeks = date.fromisoformat(str(self.config["as_of_date"])), self.summaries.get("revenue_by_week", [])
         over = [week for week in weeks if date.fromisoformat(str(week["week"])) + timedelta(days=6) <= as_of]
         return over, weeks[-1] if len(weeks) > len(over) else None
 
-    def figures(self) -> dict[str, str]:
-        """Returns the figures that a notebook shows."""
-        return {
-            "run": self.run_id,
-            "result": self.result,
-            "as of": str(self.config.get("as_of_date")),
-            "rows received": _shown(self.received, "count"),
-            "quarantined": _shown(self.quarantine_rate, "percent"),
-            "revenue": _shown(self.revenue, "money", self.currency),
-            "refunds": _shown(self.refunds, "money", self.currency),
-            "duration": _shown(self.duration, "seconds"),
-            "data": self.data_dir,
+    @property
+    def figures(self) -> dict[str, tuple[Any, str]]:
+        """The business figures by name, each with its key in FORMATS; empty before the audit."""
+        if self.revenue is None:
+            return {}
+        figures: dict[str, tuple[Any, str]] = {"Revenue": (self.revenue, "money")}
+        if self.returns:
+            figures |= {"Refunds": (self.refunds, "money"), "Net revenue": (self.net_revenue, "money")}
+            figures["Returns"] = (self.returns, "count")
+        figures["Completed orders"] = (self.orders or self.rows.get("silver.transactions_clean"), "count")
+        return figures | {"Customers": (self.rows.get("silver.customers_enriched"), "count")}
+
+    def _overview(self) -> dict[str, str]:
+        figures = {
+            "rows received": (self.received, "count"),
+            "quarantined": (self.quarantine_rate, "percent"),
+            "duration": (self.duration, "seconds"),
+            **self.figures,
         }
+        shown = {name.lower(): _shown(value, kind, self.currency) for name, (value, kind) in figures.items()}
+        run = {"run": self.run_id, "result": self.result, "as of": str(self.config.get("as_of_date"))}
+        return {**run, **shown, "data": self.data_dir}
 
     def __repr__(self) -> str:
-        return f"RunRecord({', '.join(f'{name}: {figure}' for name, figure in self.figures().items())})"
+        return f"RunRecord({', '.join(f'{name}: {figure}' for name, figure in self._overview().items())})"
 
     def _repr_html_(self) -> str:
-        rows = (f"<tr><th>{name}</th><td>{html.escape(figure)}</td></tr>" for name, figure in self.figures().items())
+        rows = (f"<tr><th>{name}</th><td>{html.escape(figure)}</td></tr>" for name, figure in self._overview().items())
         return f"<table>{''.join(rows)}</table>"
 
     def summary(self) -> Iterator[str]:
@@ -5614,7 +5614,7 @@ class RunRecord:
 
 
 def new_record(config: DataPipelineConfig, store: Store, engine: Engine) -> RunRecord:
-    """Returns the record of a run that begins."""
+    """Returns the record of a new run, with a new id."""
     versions: dict[str, str | None] = dict.fromkeys(VERSIONS) | engine.versions()
     versions["python"] = sys.version.split()[0]
     command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
@@ -5628,10 +5628,10 @@ def new_record(config: DataPipelineConfig, store: Store, engine: Engine) -> RunR
 
 @contextlib.contextmanager
 def recording(record: RunRecord, store: Store, engine: Engine) -> Iterator[None]:
-    """Logs and saves the record of a run at its start and, however it ends, at its end.
+    """Saves the record of a run at its start and, whether it succeeds or not, at its end.
 
     Raises:
-        PipelineError: in place of an error for which machines or disks are the reason.
+        PipelineError: in place of an error that machines or disks have caused.
     """
     logger.info("STARTING DATA PIPELINE EXECUTION")
     logger.info("Run %s as of %s, into %s", record.run_id, record.config["as_of_date"], store.root)
@@ -5652,7 +5652,7 @@ def recording(record: RunRecord, store: Store, engine: Engine) -> Iterator[None]
         record.finished_at = _now().isoformat(timespec="seconds")
         record.seconds["total"] = time.perf_counter() - started
         record.sort()
-        # A full disk must not hide what filled it.
+        # The error of a run must reach its user even if the record cannot be saved.
         with best_effort("The run record is not complete"):
             store.runs.save(record)
     logger.info("PIPELINE EXECUTION COMPLETED SUCCESSFULLY")
@@ -5661,7 +5661,7 @@ def recording(record: RunRecord, store: Store, engine: Engine) -> Iterator[None]
 
 
 def explained(error: BaseException, record: RunRecord, engine: Engine, store: Store) -> BaseException:
-    """Returns the interrupt that led to the error, else the store's or the engine's explanation, else the error.
+    """Returns the interrupt or the explanation of an error, by the store or the engine; or the error itself.
 
     Logs the step that was interrupted, or that failed without an explanation.
     """
@@ -5682,7 +5682,7 @@ def explained(error: BaseException, record: RunRecord, engine: Engine, store: St
 
 @contextlib.contextmanager
 def best_effort(problem: str) -> Iterator[None]:
-    """Logs errors of the block as a warning that begins with `problem`: they must not change the result of a run."""
+    """Logs errors of the block as a warning that begins with `problem`, so that they do not fail a run."""
     try:
         yield
     except (OSError, PipelineError) as error:
@@ -5706,7 +5706,7 @@ def notify(record: RunRecord, store: Store, config: DataPipelineConfig) -> None:
 def save_report(store: Store, history: Sequence[RunRecord]) -> None:
     """Writes `report.html` and `metrics.prom` beside the data, each whole or not at all; a failure is a warning.
 
-    Nothing is written on storage that is named by a URI, and before the first run has ended.
+    Writes nothing to storage that is named by a URI, or before the first run has ended.
     """
     history = [run for run in history if run.result in RESULTS]
     published = store.runs.get(store.published())
@@ -5717,7 +5717,7 @@ def save_report(store: Store, history: Sequence[RunRecord]) -> None:
 
 
 def warn_of_anomalies(record: RunRecord, store: Store, factor: float) -> None:
-    """Logs and records what differs much from the last runs. Anomalies do not block publishing."""
+    """Logs and records the anomalies of a run. They do not block publishing."""
     with best_effort("The run is not compared with the last ones"):
         found = anomalies(record, store.runs.history(), factor)
         record.anomalies += found
@@ -5725,36 +5725,37 @@ def warn_of_anomalies(record: RunRecord, store: Store, factor: float) -> None:
             logger.warning("%s", line)
 
 
-def anomalies(record: RunRecord, history: Sequence[RunRecord], factor: float) -> list[str]:
-    """Returns a line for each table whose rows or quarantine rate differ by more than `factor` from the median.
+def compared_figures(record: RunRecord) -> dict[tuple[str, str, float], float]:
+    """Returns the rows and quarantine rates of a run's tables by table, format, and the difference that is noise."""
+    rows = {name: rows for name, rows in record.rows.items() if not name.startswith(QUARANTINE)}
+    return {(name, "{:,.0f} rows", 1.0): float(found) for name, found in rows.items()} | {
+        (name, "{:.2%} of the rows quarantined", 0.001): quality.quarantine_rate
+        for name, quality in record.quality.items()
+    }
 
-    The median is that of the last runs that succeeded, of which there have to be three. Before they are compared, one
-    is added to numbers of rows, and 0.1 % to rates: what comes and goes in so small a part is no anomaly.
+
+def anomalies(record: RunRecord, history: Sequence[RunRecord], factor: float) -> list[str]:
+    """Returns a line for each figure that differs by more than `factor` from its median.
+
+    The median is that of the last runs that succeeded, of which there must be at least three. The noise of a figure is
+    added to both sides, so that 1 row instead of none is no anomaly.
     """
-    earlier = [run for run in history if run.result == "succeeded"]
-    if len(earlier) < 3:
-        return []
-    compared: list[tuple[str, str, float, list[float], float]] = [
-        (name, "{:,.0f} rows", rows, [run.rows[name] for run in earlier if name in run.rows], 1.0)
-        for name, rows in record.rows.items()
-        if not name.startswith(QUARANTINE)
-    ]
-    for name, quality in record.quality.items():
-        rates = [run.quality[name].quarantine_rate for run in earlier if name in run.quality]
-        compared.append((name, "{:.2%} of the rows quarantined", quality.quarantine_rate, rates, 0.001))
+    earlier = [compared_figures(run) for run in history if run.result == "succeeded"]
     found = []
-    for name, text, value, values, least in compared:
+    for figure, value in compared_figures(record).items() if len(earlier) >= 3 else ():
+        name, text, noise = figure
+        values = [figures[figure] for figures in earlier if figure in figures]
         median = statistics.median(values) if values else value
-        if not 1 / factor <= (value + least) / (median + least) <= factor:
+        if not 1 / factor <= (value + noise) / (median + noise) <= factor:
             found.append(f"{name}: {text.format(value)}, against {text.format(median)} in the last {len(values)} runs")
     return found
 
 
 def alert(record: RunRecord, history: Sequence[RunRecord]) -> str | None:
-    """Returns the text that the webhook is sent about a run; None for one that is as good as the one before."""
+    """Returns the text to send about a run; None if it succeeded without anomalies, as did the run before."""
     before = [run.result for run in history if run.run_id < record.run_id]
     where = f"run {record.run_id} on {socket.gethostname()}, {record.data_dir}"
-    # Who presses Ctrl-C knows; what sends SIGTERM, systemd or a runner for example, may tell nobody.
+    # The user who presses Ctrl-C knows; systemd or a runner, which send SIGTERM, may inform nobody.
     if record.result in ("failed", "refused") or record.exit_code == Stopped(signal.SIGTERM).exit_code:
         reason = (record.error or {}).get("message", "").partition("\n")[0][:500]
         return f"❌ {record.config['app_name']} {record.result} in {record.current_step}: {reason} ({where})"
@@ -5767,9 +5768,9 @@ def alert(record: RunRecord, history: Sequence[RunRecord]) -> str | None:
 
 
 def send_alert(webhook: str, text: str, timeout: float = 10.0) -> bool:
-    """Posts the text to a webhook and returns whether it arrived; if not, a warning says why, without the secret URL.
+    """Posts the text to a webhook and returns whether it arrived. A warning gives the reason, without the secret URL.
 
-    The three characters that Slack reads as markup are escaped.
+    Escapes the three characters that Slack reads as markup.
     """
     import urllib.request
 
@@ -5780,12 +5781,12 @@ def send_alert(webhook: str, text: str, timeout: float = 10.0) -> bool:
         urllib.request.urlopen(request, timeout=timeout).close()  # noqa: S310
 
     try:
-        # In a thread, since the limit of urllib starts anew with every byte that arrives.
+        # In a thread, because urllib restarts its timeout with every byte that arrives.
         call_in_thread(post).result(timeout)
         return True
     except TimeoutError:
         reason = f"no answer within {timeout:g} seconds"
-    except Exception as error:  # whatever it is: its text may hold the URL
+    except Exception as error:  # without its text, which may contain the URL
         inner = getattr(error, "reason", None)
         cause = inner if isinstance(inner, OSError) else error
         detail = getattr(error, "code", None) or getattr(cause, "strerror", None) or ""
@@ -5801,47 +5802,43 @@ def _seconds(time_text: str) -> float:
 def metrics(history: Sequence[RunRecord], published: RunRecord | None) -> str:
     """Returns the metrics of the last run for Prometheus, as text for node_exporter's textfile collector.
 
-    Rules and quarantine are those of the last run that got to them; rows, revenue and anomalies those of the published
-    one. Each has the label `data_dir`, so that several pipelines of a machine can be told apart.
+    Rules and quarantine are those of the last run that reached the gate; rows, revenue and anomalies those of the
+    published one. The label `data_dir` of each metric tells several pipelines on one machine apart.
     """
     from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
-    last = history[-1]
-    checked = last if last.quality else published
-    registry = CollectorRegistry()
+    last, registry = history[-1], CollectorRegistry()
 
-    def gauge(name: str, help: str, values: Mapping[Any, Any], *labels: str) -> None:
+    def gauge(name: str, help: str, values: Any, *labels: str) -> None:
         metric = Gauge(f"data_pipeline_{name}", help, ["data_dir", *labels], registry=registry)
-        for key, value in values.items():
-            metric.labels(last.data_dir, *key).set(float(value))
-
-    def only(value: Any) -> dict[tuple[()], Any]:
-        return {} if value is None else {(): value}
+        for key, value in (values if labels else {(): values}).items():
+            if value is not None:
+                metric.labels(last.data_dir, *((key,) if isinstance(key, str) else key)).set(float(value))
 
     good = [run for run in (published, *history) if run and run.result == "succeeded"]
     finished = max((_seconds(run.finished_at) for run in good if run.finished_at), default=None)
-    results = {(result,): last.result == result for result in RESULTS}
-    stages = {(name,): value for name, value in last.seconds.items() if name != "total"}
-    gauge("last_run_timestamp_seconds", "When the last run began.", only(_seconds(last.started_at)))
-    gauge("last_success_timestamp_seconds", "When the last run that succeeded ended.", only(finished))
-    gauge("last_run_result", "1 for what became of the last run, 0 for the others.", results, "result")
-    gauge("run_duration_seconds", "How long the last run took.", only(last.duration))
+    stages = {name: value for name, value in last.seconds.items() if name != "total"}
+    gauge("last_run_timestamp_seconds", "When the last run began.", _seconds(last.started_at))
+    gauge("last_success_timestamp_seconds", "When the last run that succeeded ended.", finished)
+    results = {result: last.result == result for result in RESULTS}
+    gauge("last_run_result", "1 for the result of the last run, 0 for the others.", results, "result")
+    gauge("run_duration_seconds", "How long the last run took.", last.duration)
     gauge("stage_duration_seconds", "How long the layers and tables of the last run took.", stages, "stage")
-    if checked:
+    if checked := last if last.quality else published:
         quality = checked.quality.items()
         violations = {(name, rule): rows for name, found in quality for rule, rows in found.violations.items()}
         gauge("rule_failing_rows", "Rows received that violate a rule.", violations, "table", "rule")
-        rates = {(name,): found.quarantine_rate for name, found in quality}
         for unit in ("files", "rows", "bytes"):
-            read = {(name,): delivery[unit] for name, delivery in checked.delivery.items()}
+            read = {name: delivery[unit] for name, delivery in checked.delivery.items()}
             gauge(f"delivery_{unit}", f"Landed {unit} that the run has read.", read, "source")
+        rates = {name: found.quarantine_rate for name, found in quality}
         gauge("quarantine_ratio", "Share of the rows received that were rejected, 0 to 1.", rates, "table")
     if published:
         rows = {tuple(name.split(".")): rows for name, rows in published.rows.items()}
         gauge("table_rows", "Rows of the published tables.", rows, "layer", "table")
-        gauge("revenue_dollars", "Revenue of completed orders, in dollars.", only(published.revenue))
-        odd = only(len(published.anomalies))
-        gauge("anomalies", "Figures of the published run that are far from those of the runs before.", odd)
+        gauge("revenue_dollars", "Revenue of completed orders, in dollars.", published.revenue)
+        odd = "Figures of the published run that are far from those of the runs before."
+        gauge("anomalies", odd, len(published.anomalies))
     return generate_latest(registry).decode()
 
 
@@ -5864,13 +5861,13 @@ def _in_words(name: str) -> str:
 
 
 def _markdown(value: Any) -> str:
-    """Returns a value as text that Markdown leaves alone, whatever was in the data."""
+    """Returns a value as text in which no character is Markdown, whatever the data contains."""
     text = f"{value:,}" if isinstance(value, int | Decimal) else f"{value:,.2f}" if isinstance(value, float) else value
     return re.sub(r"([\\`*_\[\]<>|#~$@])", r"\\\1", " ".join(str(text).split()))
 
 
 def render(template: str, currency: str | None, **values: Any) -> str:
-    """Fills a template of the folder `monitoring`; amounts are in the currency, missing values are empty."""
+    """Renders a template of the folder `monitoring`; amounts are in the currency, missing values are empty."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -5886,7 +5883,7 @@ def render(template: str, currency: str | None, **values: Any) -> str:
 
 
 def html_report(history: Sequence[RunRecord], published: RunRecord | None) -> str:
-    """Returns the page on the last run and the published data: HTML and SVG without anything from elsewhere."""
+    """Returns the page on the last run and the published data: HTML and SVG that load nothing."""
 
     def derived(name: str) -> Iterator[str]:
         for table in TABLES.values():
@@ -5906,32 +5903,32 @@ def job_summary(record: RunRecord) -> str:
 
 
 class Annotations(logging.Handler):
-    """Repeats warnings and errors as the workflow commands of GitHub Actions, which shows them beside the run."""
+    """Repeats warnings and errors as workflow commands of GitHub Actions, which shows them beside the run."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Writes one command; of a stack trace, which the log has, it has the last line."""
+        """Writes one command, with the last line of a stack trace, which the log has in full."""
         kind = "error" if record.levelno >= logging.ERROR else "warning"
         text = record.getMessage()
         if record.exc_info and record.exc_info[1]:
             text += ": " + "".join(traceback.format_exception_only(record.exc_info[1])).partition("\n")[0]
-        # The runner takes each line for a command, and % for the beginning of an escape.
+        # The runner reads each line as a command, and % as the beginning of an escape.
         for character in "%\r\n":
             text = text.replace(character, f"%{ord(character):02X}")
         print(f"::{kind}::{text}", flush=True)
 
 
 def add_to_step_summary(markdown: Callable[[], str]) -> None:
-    """Appends to the page that GitHub Actions shows of a job; does nothing elsewhere."""
+    """Appends to the page that GitHub Actions shows for a job; does nothing elsewhere."""
     if path := os.environ.get("GITHUB_STEP_SUMMARY"):
         with best_effort("Cannot write the job summary"), open(path, "a", encoding="utf-8") as file:
             file.write(markdown() + "\n")
 
 
 def list_runs(store: Store) -> Iterator[str]:
-    """Returns a line per run: whether it is published or can be returned to, its id, date, rows and result.
+    """Returns a line per run: whether it is published or kept for a rollback, its id, date, rows and result.
 
     Raises:
-        PipelineError: the storage, named by a URI, has no run records.
+        PipelineError: the storage is named by a URI, so it has no run records.
     """
     if not store.is_local:
         raise PipelineError(f"{store.root} has no run records: the last line of a run's log names its snapshot")

@@ -350,7 +350,7 @@ def test_disk_that_fills_up(
 
 def test_disk_that_is_read_only(small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    with pytest.raises(PipelineError, match=r"cannot write to data_dir .*Read-only file system"):
+    with pytest.raises(PipelineError, match=r"cannot write to data_dir: Read-only file system"):
         data_pipeline.preflight(DataPipelineConfig(data_dir=str(small_disk / "data")))
 
 

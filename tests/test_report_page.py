@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,30 @@ def test_notebook_shows_a_few_figures(report: RunRecord, result: str) -> None:
     assert "<shop>" not in page
     if result == "succeeded":
         assert f"revenue: ${report.revenue:,}" in repr(record)
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_figures_of_tiles_are_on_one_line(browser: Any, report: RunRecord, width: int, tmp_path: Path) -> None:
+    """Amounts of a large shop in another currency, and a source with a long name."""
+    large = dataclasses.replace(
+        report, revenue=Decimal("998904754.30"), refunds=Decimal("10904754.30"), returns=23_456, currency="CHF",
+        delivery={"orders_of_the_shop_in_zurich": {"files": 3, "rows": 9, "bytes": 12_345_678_901, "left_out": []}},
+    )  # fmt: skip
+    path = tmp_path / "report.html"
+    path.write_text(html_report([large], large), encoding="utf-8")
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.goto(path.as_uri())
+    tiles = page.locator(".facts dd").all()
+    assert "CHF 998,904,754.30" in [tile.inner_text() for tile in tiles]
+    for tile in tiles:
+        lines = tile.evaluate("e => { const r = document.createRange(); r.selectNodeContents(e);"
+                              " return new Set([...r.getClientRects()].map(b => b.top)).size }")  # fmt: skip
+        assert lines <= 1, tile.inner_text()
+    assert page.evaluate("[...document.querySelectorAll('.facts > div')].every(e => e.scrollWidth <= e.clientWidth)")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "wider than the screen"
+    if SCREENSHOTS:
+        page.screenshot(path=Path(SCREENSHOTS, f"tiles-{width}.png"), full_page=True)
+    page.close()
 
 
 def test_failed_run_shows_what_is_published(report: RunRecord) -> None:
