@@ -58,7 +58,6 @@ import functools
 import glob
 import gzip
 import hashlib
-import html
 import importlib
 import importlib.metadata
 import importlib.util
@@ -5439,6 +5438,9 @@ RENAMED_FIELDS: Mapping[str, str] = {
 }  # fmt: skip
 
 
+Figure: TypeAlias = tuple[int | float | Decimal | None, str]  # a value, and its key in FORMATS
+
+
 @dataclass(slots=True, repr=False)
 class RunRecord:
     """One record per run, in memory and in `runs/<run id>.json`.
@@ -5544,14 +5546,10 @@ class RunRecord:
 
     def violated(self, *, warnings: bool) -> list[dict[str, Any]]:
         """Returns the violated rules that warn, or those that reject, with their rows; the most rows first."""
-        keeps_orphans = orphans_are_kept(self.config.get("orphans"), self.config.get("source_dir"))
-        warning = (WARN, ORPHAN) if keeps_orphans else (WARN,)
-        warn = {
-            (table.name, rule.name)
-            for table in tables(BRONZE)
-            for rule in (*table.rules, *key_rules(table))
-            if rule.severity in warning
-        }
+        kept = orphans_are_kept(self.config.get("orphans"), self.config.get("source_dir"))
+        warning = {WARN, ORPHAN} if kept else {WARN}
+        rules = [(table.name, rule) for table in tables(BRONZE) for rule in (*table.rules, *key_rules(table))]
+        warn = {(name, rule.name) for name, rule in rules if rule.severity in warning}
         found = [
             {"rule": f"{name}: {rule}", "rows": rows}
             for name, quality in self.quality.items()
@@ -5568,34 +5566,27 @@ class RunRecord:
         return over, weeks[-1] if len(weeks) > len(over) else None
 
     @property
-    def figures(self) -> dict[str, tuple[Any, str]]:
+    def figures(self) -> dict[str, Figure]:
         """The business figures by name, each with its key in FORMATS; empty before the audit."""
         if self.revenue is None:
             return {}
-        figures: dict[str, tuple[Any, str]] = {"Revenue": (self.revenue, "money")}
+        figures: dict[str, Figure] = {"Revenue": (self.revenue, "money")}
         if self.returns:
             figures |= {"Refunds": (self.refunds, "money"), "Net revenue": (self.net_revenue, "money")}
             figures["Returns"] = (self.returns, "count")
         figures["Completed orders"] = (self.orders or self.rows.get("silver.transactions_clean"), "count")
         return figures | {"Customers": (self.rows.get("silver.customers_enriched"), "count")}
 
-    def _overview(self) -> dict[str, str]:
-        figures = {
+    def __repr__(self) -> str:
+        figures: dict[str, Figure] = {
             "rows received": (self.received, "count"),
             "quarantined": (self.quarantine_rate, "percent"),
             "duration": (self.duration, "seconds"),
             **self.figures,
         }
-        shown = {name.lower(): _shown(value, kind, self.currency) for name, (value, kind) in figures.items()}
-        run = {"run": self.run_id, "result": self.result, "as of": str(self.config.get("as_of_date"))}
-        return {**run, **shown, "data": self.data_dir}
-
-    def __repr__(self) -> str:
-        return f"RunRecord({', '.join(f'{name}: {figure}' for name, figure in self._overview().items())})"
-
-    def _repr_html_(self) -> str:
-        rows = (f"<tr><th>{name}</th><td>{html.escape(figure)}</td></tr>" for name, figure in self._overview().items())
-        return f"<table>{''.join(rows)}</table>"
+        shown = (f"{name.lower()}: {_shown(*figure, self.currency)}" for name, figure in figures.items())
+        as_of = self.config.get("as_of_date")
+        return f"RunRecord({self.run_id} {self.result}, as of: {as_of}, {', '.join(shown)}, data: {self.data_dir})"
 
     def summary(self) -> Iterator[str]:
         """Returns the lines that close the log."""
@@ -5726,12 +5717,13 @@ def warn_of_anomalies(record: RunRecord, store: Store, factor: float) -> None:
 
 
 def compared_figures(record: RunRecord) -> dict[tuple[str, str, float], float]:
-    """Returns the rows and quarantine rates of a run's tables by table, format, and the difference that is noise."""
-    rows = {name: rows for name, rows in record.rows.items() if not name.startswith(QUARANTINE)}
-    return {(name, "{:,.0f} rows", 1.0): float(found) for name, found in rows.items()} | {
+    """Returns the rows and quarantine rates of a run by table, format, and the noise to ignore."""
+    figures = {(name, "{:,.0f} rows", 1.0): float(rows) for name, rows in record.rows.items()}
+    rates = {
         (name, "{:.2%} of the rows quarantined", 0.001): quality.quarantine_rate
         for name, quality in record.quality.items()
     }
+    return {figure: value for figure, value in (figures | rates).items() if not figure[0].startswith(QUARANTINE)}
 
 
 def anomalies(record: RunRecord, history: Sequence[RunRecord], factor: float) -> list[str]:

@@ -194,11 +194,8 @@ def test_notebook_shows_a_few_figures(report: RunRecord, result: str) -> None:
     """Of a run that has not got to its figures, too."""
     begun = RunRecord(report.run_id, report.started_at, "/data/<shop>", report.config, report.versions)
     record = report if result == "succeeded" else begun
-    page = record._repr_html_()
-    assert len(repr(record)) < 400 and len(page) < 800
-    assert f"result: {result}, as of: 2026-03-04, rows received: {record.received:,}, " in repr(record)
-    assert f"<tr><th>result</th><td>{result}</td></tr>" in page
-    assert "<shop>" not in page
+    assert len(repr(record)) < 400
+    assert f" {result}, as of: 2026-03-04, rows received: {record.received:,}, " in repr(record)
     if result == "succeeded":
         assert f"revenue: ${report.revenue:,}" in repr(record)
 
