@@ -557,7 +557,7 @@ def preflight(config: DataPipelineConfig, spark: SparkSession | None = None) -> 
     store = Store(config.root)
     engine = choose_engine(config, source, spark)
     reader = ("pyarrow", "python_calamine") if config.source_dir else ()
-    check_packages("requirements.txt", "duckdb", "faker", "jinja2", "prometheus_client", *reader)
+    check_packages("requirements.txt", "duckdb", "faker", "jinja2", *reader)
     store.check(engine.expected_rows)
     if config.source_dir and is_uri(config.root) and engine.shares_storage:
         raise ConfigurationError(
@@ -5787,51 +5787,16 @@ def send_alert(webhook: str, text: str, timeout: float = 10.0) -> bool:
     return False
 
 
-def _seconds(time_text: str) -> float:
-    return datetime.fromisoformat(time_text).timestamp()
-
-
 def metrics(history: Sequence[RunRecord], published: RunRecord | None) -> str:
     """Returns the metrics of the last run for Prometheus, as text for node_exporter's textfile collector.
 
     Rules and quarantine are those of the last run that reached the gate; rows, revenue and anomalies those of the
     published one. The label `data_dir` of each metric tells several pipelines on one machine apart.
     """
-    from prometheus_client import CollectorRegistry, Gauge, generate_latest
-
-    last, registry = history[-1], CollectorRegistry()
-
-    def gauge(name: str, help: str, values: Any, *labels: str) -> None:
-        metric = Gauge(f"data_pipeline_{name}", help, ["data_dir", *labels], registry=registry)
-        for key, value in (values if labels else {(): values}).items():
-            if value is not None:
-                metric.labels(last.data_dir, *((key,) if isinstance(key, str) else key)).set(float(value))
-
     good = [run for run in (published, *history) if run and run.result == "succeeded"]
-    finished = max((_seconds(run.finished_at) for run in good if run.finished_at), default=None)
-    stages = {name: value for name, value in last.seconds.items() if name != "total"}
-    gauge("last_run_timestamp_seconds", "When the last run began.", _seconds(last.started_at))
-    gauge("last_success_timestamp_seconds", "When the last run that succeeded ended.", finished)
-    results = {result: last.result == result for result in RESULTS}
-    gauge("last_run_result", "1 for the result of the last run, 0 for the others.", results, "result")
-    gauge("run_duration_seconds", "How long the last run took.", last.duration)
-    gauge("stage_duration_seconds", "How long the layers and tables of the last run took.", stages, "stage")
-    if checked := last if last.quality else published:
-        quality = checked.quality.items()
-        violations = {(name, rule): rows for name, found in quality for rule, rows in found.violations.items()}
-        gauge("rule_failing_rows", "Rows received that violate a rule.", violations, "table", "rule")
-        for unit in ("files", "rows", "bytes"):
-            read = {name: delivery[unit] for name, delivery in checked.delivery.items()}
-            gauge(f"delivery_{unit}", f"Landed {unit} that the run has read.", read, "source")
-        rates = {name: found.quarantine_rate for name, found in quality}
-        gauge("quarantine_ratio", "Share of the rows received that were rejected, 0 to 1.", rates, "table")
-    if published:
-        rows = {tuple(name.split(".")): rows for name, rows in published.rows.items()}
-        gauge("table_rows", "Rows of the published tables.", rows, "layer", "table")
-        gauge("revenue_dollars", "Revenue of completed orders, in dollars.", published.revenue)
-        odd = "Figures of the published run that are far from those of the runs before."
-        gauge("anomalies", odd, len(published.anomalies))
-    return generate_latest(registry).decode()
+    finished = max((run.finished_at for run in good if run.finished_at), default=None)
+    runs = {"last": history[-1], "published": published, "finished": finished, "results": RESULTS}
+    return render("metrics.prom.jinja", None, **runs)
 
 
 # Formats for people.
@@ -5845,6 +5810,10 @@ def _shown(value: Any, kind: str, currency: str | None = None) -> str:
     if kind != "money" or not currency:
         return text
     return f"${text}" if currency == "USD" else f"{currency} {text}"
+
+
+def _timestamp(time_text: str) -> float:
+    return datetime.fromisoformat(time_text).timestamp()
 
 
 def _in_words(name: str) -> str:
@@ -5870,7 +5839,7 @@ def render(template: str, currency: str | None, **values: Any) -> str:
         lstrip_blocks=True,
     )
     shown = functools.partial(_shown, currency=currency)
-    environment.filters |= {"shown": shown, "markdown": _markdown, "in_words": _in_words}
+    environment.filters |= {"shown": shown, "markdown": _markdown, "in_words": _in_words, "timestamp": _timestamp}
     return environment.get_template(template).render(**values)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import http.server
 import json
@@ -36,6 +37,17 @@ def promtool(*arguments: str, stdin: str = "") -> None:
 
 def test_metrics_are_well_formed(report: RunRecord, config: DataPipelineConfig) -> None:
     promtool("check", "metrics", stdin=Path(config.data_dir, "metrics.prom").read_text())
+
+
+def test_names_with_quotes_are_well_formed(report: RunRecord) -> None:
+    """Names that users choose: the data folder, and a landed source."""
+    odd = 'my "best"\\\nshop'
+    delivery = {odd: {"files": 1, "rows": 2, "bytes": 3, "left_out": []}}
+    run = dataclasses.replace(report, data_dir=odd, delivery=delivery)
+    text = data_pipeline.metrics([run], None)
+    promtool("check", "metrics", stdin=text)
+    name = r"my \"best\"\\\nshop"
+    assert f'data_pipeline_delivery_rows{{data_dir="{name}",source="{name}"}} 2.0\n' in text
 
 
 def test_alert_rules() -> None:
