@@ -5098,12 +5098,14 @@ def inspect_files(snapshot: Snapshot, queries: Mapping[Key, str]) -> dict[Key, A
         RuntimeError: files are missing or cannot be read.
     """
     answers = {}
+    views: set[tuple[str, str]] = set()
     with duckdb_connection(snapshot.path()) as connection:
         for key, sql in queries.items():
             try:
-                for layer, name in named(sql):
+                for layer, name in set(named(sql)) - views:
                     rows = connection.read_parquet(snapshot.files(layer, name))
                     rows.project(", ".join(columns_in_utc(layer, name, "TIMESTAMP"))).create_view(f"{layer}_{name}")
+                    views.add((layer, name))
                 answers[key] = ask_duckdb(connection, TABLE_NAME.sub(r"\1_\2", sql))
             except Exception as error:
                 raise RuntimeError(f"{', '.join('.'.join(table) for table in named(sql))}: {error}") from error
