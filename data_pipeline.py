@@ -93,7 +93,7 @@ from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Protocol, TextIO, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TextIO, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     import duckdb
@@ -120,6 +120,7 @@ MILLION = 1_000_000
 STOP_WITHIN = 2.0  # seconds that jobs, or a JVM that starts, may take to end after an interrupt
 BRONZE, SILVER, GOLD, QUARANTINE = "bronze", "silver", "gold", "quarantine"
 LAYERS = (BRONZE, SILVER, GOLD, QUARANTINE)
+ENVIRONMENT_PREFIX = "PIPELINE_"
 
 
 class PipelineError(Exception):
@@ -166,13 +167,8 @@ def _now() -> datetime:
     return datetime.now(timezone.utc)
 
 
-def _option(default: Any, help: str, **limits: Any) -> Any:
-    """Declares a field with its documentation.
-
-    `limits` are `min`, `max` and `choices`; `secret` for a value that is never shown; `spark` for Spark's name of it.
-    """
-    kind = "default_factory" if callable(default) else "default"
-    return field(**{kind: default}, repr="secret" not in limits, metadata={"help": help, **limits})
+def _today() -> date:
+    return _now().date()
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
@@ -180,112 +176,96 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
-def _whole_number(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ValueError
-    return int(value)
+def _character(text: str) -> str:
+    return "\t" if text in ("tab", "\\t") else text
 
 
-def _money(value: Any) -> Decimal:
-    amount = Decimal(str(value))
-    if amount != amount.quantize(Decimal("0.01")):
-        raise ValueError
-    return amount
+def _encoding(text: str) -> str:
+    "".encode(text)  # raises LookupError for codecs that do not encode text, such as base64
+    return codecs.lookup(text).name
 
 
-def _calendar_date(value: Any) -> date:
-    if isinstance(value, date) and not isinstance(value, datetime):
-        return value
-    return date.fromisoformat(value)
+def _words(text: str) -> tuple[str, ...]:
+    # Silver spells them in the same way.
+    return tuple(re.sub("[ _-]+", "_", word.strip().lower()) for word in text.split(","))
 
 
-def _yes_or_no(value: Any) -> bool:
-    return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[str(value).lower()]
+class FieldType(NamedTuple):
+    """Describes a type of setting: its name in errors, the conversion from text, and the pattern of that text."""
+
+    expected: str
+    convert: Callable[[str], Any] = str
+    pattern: str = ".+"
 
 
-def _text(value: Any) -> str:
-    text = os.fspath(value)
-    if not isinstance(text, str) or not text.strip() or not text.isprintable():
-        raise ValueError
-    return text.strip()
-
-
-def _text_like(pattern: str, change: Callable[[str], str] = str) -> Callable[[Any], str]:
-    """Returns a parser of texts that match the whole pattern, after the change."""
-
-    def parse(value: Any) -> str:
-        if not re.fullmatch(pattern, text := change(_text(value))):
-            raise ValueError
-        return text
-
-    return parse
-
-
-def _words(value: Any) -> tuple[str, ...]:
-    given = value.split(",") if isinstance(value, str) else value
-    # Spelled as silver spells them.
-    words = tuple(re.sub("[ _-]+", "_", str.strip(word).lower()) for word in given)
-    if not words or not all(re.fullmatch(r"\w+", word) for word in words):
-        raise ValueError
-    return words
-
-
-def _url(value: Any) -> str:
-    text = _text(value)
-    address = urllib.parse.urlsplit(text)
-    if address.scheme not in ("http", "https") or not address.hostname or address.port == 0 or re.search(r"\s", text):
-        raise ValueError
-    return text
-
-
-def _character(value: Any) -> str:
-    text = {"tab": "\t", "\\t": "\t"}.get(value, value)
-    if not isinstance(text, str) or len(text) != 1 or text in "\r\n" or not text.isascii():
-        raise ValueError
-    return text
-
-
-def _encoding(value: Any) -> str:
-    "".encode(encoding := codecs.lookup(_text(value)).name)  # raises LookupError where it is none of text
-    return encoding
-
-
-def _time_zone(value: Any) -> str:
-    return zoneinfo.ZoneInfo(_text(value)).key
-
-
-Url: TypeAlias = str
+Words: TypeAlias = tuple[str, ...]
 Character: TypeAlias = str
 Encoding: TypeAlias = str
 TimeZone: TypeAlias = str
-Words: TypeAlias = tuple[str, ...]
+Url: TypeAlias = str
 Memory: TypeAlias = str
 Master: TypeAlias = str
 Currency: TypeAlias = str
 
-_SERVER = r"[^\s,/]+:\d+"
-_MASTER = (
-    r"local(\[(\*|[1-9]\d*)(, ?\d+)?\])?|local-cluster\[.+\]|yarn"
-    rf"|spark://{_SERVER}(,{_SERVER})*|(k8s|mesos)://\S+"
-)
+_WORD, _SERVER = r"\s*\w[\w -]*", r"[^\s,/]+:\d+"
+_MASTER = rf"local(\[(\*|[1-9]\d*)(, ?\d+)?\])?|yarn|spark://{_SERVER}(,{_SERVER})*|(k8s|mesos)://\S+"
+_URL = r"(?i)https?://(\[[\da-f:]+\]|[\w.-]+)(:[1-6]?\d{1,4})?([/?#]\S*)?"
 
-# The parser of each type of field, for attributes, flags and variables alike, and how an error names the type.
-PARSERS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
-    "int": (_whole_number, "a whole number"),
-    "float": (lambda value: float(str(value)), "a number"),
-    "Decimal": (_money, "an amount in dollars and cents"),
-    "date": (_calendar_date, "a date such as 2026-01-31"),
-    "bool": (_yes_or_no, "true or false"),
-    "str": (_text, "a text without line breaks"),
-    "Words": (_words, "names separated by commas, such as credit_card,paypal"),
-    "Character": (_character, "one ASCII character, or tab"),
-    "Encoding": (_encoding, "an encoding such as utf-8 or latin-1"),
-    "TimeZone": (_time_zone, "a time zone such as Europe/Berlin"),
-    "Url": (_url, "a URL that begins with https:// or http://"),
-    "Memory": (_text_like(r"[1-9]\d*[mgt]b?", str.lower), "an amount of memory such as 4g or 800m"),
-    "Master": (_text_like(_MASTER), "local[*], yarn, or a URL such as spark://host:7077"),
-    "Currency": (_text_like(r"[A-Z]{3}", str.upper), "the three letters of a currency such as EUR"),
+FIELD_TYPES: Mapping[str, FieldType] = {
+    "int": FieldType("a whole number", int),
+    "float": FieldType("a number", float),
+    "Decimal": FieldType("an amount in dollars and cents", Decimal, r"[+-]?\d+(\.\d\d?0*)?"),
+    "date": FieldType("a date such as 2026-01-31", date.fromisoformat),
+    "bool": FieldType("true or false", lambda text: text.lower() in ("true", "yes", "1"), "(?i)true|yes|1|false|no|0"),
+    "str": FieldType("a text without line breaks", str.strip, r"(?=.*\S)[^\x00-\x1f]+"),
+    "Words": FieldType("names separated by commas, such as credit_card,paypal", _words, f"{_WORD}(,{_WORD})*"),
+    "Character": FieldType("one ASCII character, or tab", _character, r"[\x01-\x09\x0e-\x7f]|tab|\\t"),
+    "Encoding": FieldType("an encoding such as utf-8 or latin-1", _encoding),
+    "TimeZone": FieldType("a time zone such as Europe/Berlin", lambda text: zoneinfo.ZoneInfo(text).key),
+    "Url": FieldType("a URL that begins with https:// or http://", pattern=_URL),
+    "Memory": FieldType("an amount of memory such as 4g or 800m", str.lower, r"(?ai)[1-9]\d*[mgt]b?"),
+    "Master": FieldType("local[*], yarn, or a URL such as spark://host:7077", pattern=_MASTER),
+    "Currency": FieldType("the three letters of a currency such as EUR", str.upper, "(?ai)[a-z]{3}"),
 }
+
+
+def parse_setting(name: str, value: Any) -> Any:
+    """Returns a value, or its text, as the type of a setting of DataPipelineConfig has it.
+
+    Raises:
+        ConfigurationError: the value is not of that type, or out of range. The message does not show a secret.
+    """
+    option = DataPipelineConfig.__dataclass_fields__[name]
+    kind, _, optional = str(option.type).partition(" | ")
+    if value is None and optional:
+        return None
+    limits = option.metadata
+    expected, convert, pattern = FIELD_TYPES[kind]
+    if "min" in limits:
+        expected += f" from {limits['min']}" + (f" to {limits['max']}" if "max" in limits else " up")
+    if choices := {choice.lower(): choice for choice in limits.get("choices", ())}:
+        expected, convert = f"one of {', '.join(choices.values())}", lambda text: choices[text.lower()]
+    try:
+        text = ",".join(value) if isinstance(value, Collection) and not isinstance(value, str | bytes) else str(value)
+        if value is None or isinstance(value, bytes) or not re.fullmatch(pattern, text):
+            raise ValueError
+        result = convert(text)
+        # A comparison with NaN is always false, so NaN is rejected.
+        if not limits.get("min", result) <= result <= limits.get("max", result):
+            raise ValueError
+    except (ValueError, TypeError, LookupError, ArithmeticError, OSError):
+        shown = "" if limits.get("secret") else f", not {value!r}"
+        raise ConfigurationError(f"{name} must be {expected}{shown}") from None
+    return result
+
+
+def _option(default: Any, help: str, **limits: Any) -> Any:
+    """Declares a setting.
+
+    `limits` are `min`, `max` and `choices`; `secret` for a value that is never shown; `spark` for its name in Spark.
+    """
+    kind = "default_factory" if callable(default) else "default"
+    return field(**{kind: default}, repr="secret" not in limits, metadata={"help": help, **limits})
 
 
 @dataclass(slots=True)
@@ -299,138 +279,79 @@ class DataPipelineConfig:
         AttributeError: an attribute that does not exist; the message names the nearest one that does.
     """
 
-    ENVIRONMENT_PREFIX: ClassVar[str] = "PIPELINE_"
-
     app_name: str = _option("EcommerceDataPipeline", "name of the Spark application")
     data_dir: str = _option("~/pipeline-data", "folder of the tables; ~ and $VARIABLES are expanded")
     num_customers: int = _option(10_000, "customer records to generate", min=0, max=MILLION**2)
     num_transactions: int = _option(50_000, "transaction records to generate", min=0, max=MILLION**2)
     num_products: int = _option(200, "product records to generate", min=0, max=MILLION**2)
     seed: int = _option(42, "the same seed and as-of date give the same rows", min=-(2**63), max=2**63 - 1)
-    as_of_date: date = _option(
-        lambda: _now().date(), "last day of the data, in UTC (default: today)", min=date(2000, 1, 1)
-    )
+    as_of_date: date = _option(_today, "last day of the data, in UTC (default: today)", min=date(2000, 1, 1))
     source_dir: str | None = _option(None, "folder of landed files to read, instead of generating records")
-    models: str | None = _option(
-        None, "folder of staging models, <table>.sql, or the name of ready ones (default: the source folder)"
-    )
-    source_delimiter: Character | None = _option(
-        None, "what separates the fields of CSV (default: found in each file, of , ; tab and |)"
-    )
-    source_quote: Character = _option('"', "what quotes the fields of CSV; doubled within them")
+    models: str | None = _option(None, "folder of staging models, or the name of ready ones (default: source_dir)")
+    source_delimiter: Character | None = _option(None, "field separator of CSV (default: detected in each file)")
+    source_quote: Character = _option('"', "quote character of CSV; doubled inside a field")
     source_encoding: Encoding = _option("utf-8", "encoding of landed text without a byte order mark")
     source_decimal: str = _option(".", "decimal separator of landed text", choices=(".", ","))
-    source_time_zone: TimeZone = _option("UTC", "time zone of landed timestamps that name none")
-    settle_seconds: float = _option(5.0, "age that the youngest landed file must have reached", min=0.0, max=86_400.0)
-    on_bad_file: str = _option(
-        "refuse", "what to do about a landed file that cannot be read", choices=("refuse", "quarantine")
-    )
-    history_days: int = _option(730, "days of history, the as-of date included", min=1, max=3_650)
-    defect_rate: float = _option(0.02, "share of the records that are given a defect", min=0.0, max=0.5)
+    source_time_zone: TimeZone = _option("UTC", "time zone of landed timestamps without one")
+    settle_seconds: float = _option(5.0, "minimum age of the youngest landed file", min=0.0, max=86_400.0)
+    on_bad_file: str = _option("refuse", "treatment of unreadable landed files", choices=("refuse", "quarantine"))
+    history_days: int = _option(730, "days of history, including the as-of date", min=1, max=3_650)
+    defect_rate: float = _option(0.02, "share of generated records with a defect", min=0.0, max=0.5)
     silver_above: Decimal = _option(Decimal(500), "customers who spent more than this are Silver", min=Decimal(0))
     gold_above: Decimal = _option(Decimal(1500), "customers who spent more than this are Gold", min=Decimal(0))
     premium_above: Decimal = _option(Decimal(3000), "customers who spent more than this are Premium", min=Decimal(0))
-    shuffle_partitions: int | None = _option(
-        None, "partitions of a shuffle (default: by rows and cores)", min=1, max=100_000
-    )
+    shuffle_partitions: int | None = _option(None, "partitions of a shuffle (default: automatic)", min=1, max=100_000)
     engine: str = _option("spark", "Spark, or Sail, which needs no Java", choices=("spark", "sail"))
     spark_master: Master | None = _option(
         None, "Spark master (default: SPARK_MASTER, else spark-submit's or spark-defaults', else local[*])"
     )
-    executor_memory: Memory | None = _option(
-        None, "memory of each executor on a cluster, such as 4g (default: Spark's, 1g)", spark="spark.executor.memory"
-    )
-    executor_cores: int | None = _option(
-        None, "cores of each executor on a cluster (default: all of a worker's)", min=1, spark="spark.executor.cores"
-    )
-    driver_host: str | None = _option(
-        None, "address by which a cluster reaches this machine (default: its host name)", spark="spark.driver.host"
-    )
-    cluster_timeout: float = _option(
-        300.0, "seconds that a cluster may leave a run without any executor, at its start or later", min=1.0, max=1e6
-    )
-    max_quarantine_rate: float = _option(
-        0.05, "largest share of a table's rows that may be rejected; above it nothing is published", min=0.0, max=1.0
-    )
-    payment_methods: Words | None = _option(
-        None,
-        "payment methods to accept, in any case and with space, - or _ between words (default: any that is landed)",
-    )
+    executor_memory: Memory | None = _option(None, "memory of an executor, such as 4g", spark="spark.executor.memory")
+    executor_cores: int | None = _option(None, "cores per executor (default: all)", min=1, spark="spark.executor.cores")
+    driver_host: str | None = _option(None, "this machine's address for a cluster", spark="spark.driver.host")
+    cluster_timeout: float = _option(300.0, "seconds to wait while a cluster has no executor", min=1.0, max=1e6)
+    max_quarantine_rate: float = _option(0.05, "share of a table's rows that may be rejected", min=0.0, max=1.0)
+    payment_methods: Words | None = _option(None, "payment methods to accept (default: any that is landed)")
     orphans: str | None = _option(
         None,
-        "what to do with orders of an unknown customer or product (default: keep landed ones, reject generated ones)",
+        "how to treat orders of an unknown customer or product (default: keep landed ones, reject generated ones)",
         choices=("keep", "reject"),
     )
-    currency: Currency | None = _option(
-        None, "currency of all amounts, such as EUR; orders in another one are rejected (default: the one received)"
-    )
-    control_tolerance: float = _option(
-        0.0, "share by which a figure may differ from the one in controls.csv of the source folder", min=0.0, max=1.0
-    )
-    keep_snapshots: int = _option(3, "snapshots to keep, the published one included", min=1)
+    currency: Currency | None = _option(None, "currency of all amounts, such as EUR; orders in others are rejected")
+    control_tolerance: float = _option(0.0, "share by which a figure may differ from controls.csv", min=0.0, max=1.0)
+    keep_snapshots: int = _option(3, "snapshots to keep, including the published one", min=1)
     keep_runs: int = _option(400, "run records and Spark logs to keep, besides those of kept snapshots", min=1)
     lock_timeout: float = _option(0.0, "seconds to wait for another run on the same data folder", min=0.0, max=1e9)
-    fast_start: bool = _option(
-        True, "start Spark from an archive of its classes, in ~/.cache, which the first run makes in the background"
-    )
-    alert_webhook: Url | None = _option(
-        None, 'webhook that gets {"text": …} for runs that fail, are refused, recover or look odd', secret=True
-    )
+    fast_start: bool = _option(True, "start Spark from an archive of its classes in ~/.cache, made by the first run")
+    alert_webhook: Url | None = _option(None, "webhook for alerts about runs that fail or look odd", secret=True)
     anomaly_factor: float = _option(
         3.0, "warn when rows or quarantine rate differ by this factor from the median of the last runs", min=1.0
     )
     report_title: str | None = _option(None, "title of report.html (default: the application's name)")
     log_level: str = _option(
-        "INFO", "what to log; DEBUG adds Spark's own log", choices=("DEBUG", "INFO", "WARNING", "ERROR")
+        "INFO", "messages to log; DEBUG adds Spark's own log", choices=("DEBUG", "INFO", "WARNING", "ERROR")
     )
 
-    if not TYPE_CHECKING:  # a type checker knows the attributes, and finds a mistyped one by itself
+    if not TYPE_CHECKING:  # a type checker finds mistyped attributes by itself
 
         def __setattr__(self, name: str, value: Any) -> None:
-            known = self.__dataclass_fields__.get(name)
-            if known is None or name.isupper():
-                raise self._unknown(name)
-            object.__setattr__(self, name, self._checked(known, value))
+            if name not in self.__dataclass_fields__:
+                self.__getattr__(name)
+            object.__setattr__(self, name, parse_setting(name, value))
 
         def __getattr__(self, name: str) -> NoReturn:
-            raise self._unknown(name)
-
-    def _unknown(self, name: str) -> AttributeError:
-        nearest = _nearest(name, [known.name for known in dataclasses.fields(self)])
-        return AttributeError(f"DataPipelineConfig has no attribute {name}{nearest}")
-
-    @staticmethod
-    def _checked(option: dataclasses.Field[Any], value: Any) -> Any:
-        kind, _, optional = str(option.type).partition(" | ")
-        if value is None and optional:
-            return None
-        parse, expected = PARSERS[kind]
-        limits = option.metadata
-        try:
-            result = parse(value)
-            if choices := {choice.lower(): choice for choice in limits.get("choices", ())}:
-                expected = "one of " + ", ".join(choices.values())
-                result = choices[result.lower()]
-            # Written so that NaN, for which no comparison holds, is rejected.
-            elif not limits.get("min", result) <= result <= limits.get("max", result):
-                expected += f" from {limits['min']}" + (f" to {limits['max']}" if "max" in limits else " up")
-                raise ValueError
-        except (ValueError, TypeError, LookupError, ArithmeticError):
-            shown = "" if "secret" in limits else f", not {value!r}"
-            raise ConfigurationError(f"{option.name} must be {expected}{shown}") from None
-        return result
+            nearest = _nearest(name, self.__dataclass_fields__)
+            raise AttributeError(f"DataPipelineConfig has no attribute {name}{nearest}")
 
     def redacted(self) -> dict[str, Any]:
         """Returns the values by field, with *** in place of a secret."""
-        secret = [option.name for option in dataclasses.fields(self) if "secret" in option.metadata]
-        return {name: "***" if name in secret and value else value for name, value in dataclasses.asdict(self).items()}
+        return dataclasses.asdict(self) | {"alert_webhook": "***" if self.alert_webhook else None}
 
     @property
     def root(self) -> str:
-        """The data folder: an absolute path, or a URI as it was given.
+        """The data folder: an absolute path, or the URI as given.
 
         Raises:
-            ConfigurationError: a user or variable that does not exist, or a character that Spark reads as a pattern.
+            ConfigurationError: an unknown user or variable, or a character that Spark reads as a pattern.
         """
         if is_uri(self.data_dir):
             return self.data_dir.rstrip("/")
@@ -441,12 +362,12 @@ class DataPipelineConfig:
 
     @property
     def keeps_orphans(self) -> bool:
-        """Whether an order of an unknown customer or product is kept, under an unknown member."""
-        return orphans_are_kept(self.orphans, self.source_dir)
+        """True if orders of an unknown customer or product are kept: by default, if they were landed."""
+        return (self.orphans or ("keep" if self.source_dir else "reject")) == "keep"
 
     @property
     def rule_values(self) -> Mapping[str, str | None]:
-        """The values that rules name, as Spark SQL; None where there is nothing to compare with."""
+        """The values that rules name, as Spark SQL; None disables the comparison."""
         methods = self.payment_methods or (() if self.source_dir else PAYMENT_METHODS)
         return {
             ":as_of_date": f"DATE'{self.as_of_date}'",
@@ -456,7 +377,7 @@ class DataPipelineConfig:
 
     @property
     def segments(self) -> Mapping[str, Decimal | None]:
-        """The customer segments, lowest first, each with the most that a customer in it has spent."""
+        """The customer segments, lowest first, each with its maximum spending; None means no maximum."""
         return dict(zip(SEGMENTS, (self.silver_above, self.gold_above, self.premium_above, None), strict=True))
 
     @property
@@ -465,13 +386,8 @@ class DataPipelineConfig:
         return self.as_of_date - timedelta(days=self.history_days - 1)
 
 
-def orphans_are_kept(orphans: str | None, source_dir: str | None) -> bool:
-    """Returns whether orders of unknown customers and products are kept: as set, else those of landed files."""
-    return (orphans or ("keep" if source_dir else "reject")) == "keep"
-
-
 def expanded(name: str, folder: str) -> str:
-    """Returns the absolute path of the folder of a field. Raises ConfigurationError."""
+    """Returns the absolute path of the folder that a setting names. Raises ConfigurationError."""
     path = os.path.expanduser(os.path.expandvars(folder))
     if unknown := re.match(r"~\w*|.*?(\$\w+|\$\{\w+\})", path):
         raise ConfigurationError(f"{name} names {unknown[1] or unknown[0]}, which does not exist here: {folder}")
@@ -479,10 +395,10 @@ def expanded(name: str, folder: str) -> str:
 
 
 def check_config(config: DataPipelineConfig) -> None:
-    """Checks values against each other; source and engine check theirs themselves.
+    """Checks values against each other; source and engine check their own.
 
     Raises:
-        ConfigurationError: values that do not fit each other, or a data folder that cannot be named.
+        ConfigurationError: values that contradict each other, or a data folder that cannot be named.
     """
     if not config.silver_above < config.gold_above < config.premium_above:
         raise ConfigurationError(
@@ -491,7 +407,7 @@ def check_config(config: DataPipelineConfig) -> None:
         )
     if config.source_delimiter == config.source_quote:
         raise ConfigurationError(f"source_delimiter and source_quote are both {config.source_quote!r}: change one")
-    if config.as_of_date > (today := _now().date()):
+    if config.as_of_date > (today := _today()):
         raise ConfigurationError(f"as_of_date {config.as_of_date} lies in the future: today is {today} in UTC")
     config.root  # noqa: B018 - raises when the folder cannot be named
 
@@ -2911,12 +2827,11 @@ def is_local(master: str) -> bool:
 
 def own_master(config: DataPipelineConfig) -> str:
     """Returns the master of the flag or of `SPARK_MASTER`; empty leaves it to Spark. Raises ConfigurationError."""
-    parse, expected = PARSERS["Master"]
-    master = config.spark_master or os.environ.get("SPARK_MASTER", "")
+    master = config.spark_master or os.environ.get("SPARK_MASTER") or None
     try:
-        return str(parse(master)) if master else ""
-    except ValueError:
-        raise ConfigurationError(f"SPARK_MASTER must be {expected}, not {master!r}") from None
+        return parse_setting("spark_master", master) or ""
+    except ConfigurationError as error:
+        raise ConfigurationError(f"SPARK_MASTER: {error}") from None
 
 
 def find_master(config: DataPipelineConfig) -> str:
@@ -5548,7 +5463,8 @@ class RunRecord:
 
     def violated(self, *, warnings: bool) -> list[dict[str, Any]]:
         """Returns the violated rules that warn, or those that reject, with their rows; the most rows first."""
-        kept = orphans_are_kept(self.config.get("orphans"), self.config.get("source_dir"))
+        orphans, source_dir = self.config.get("orphans"), self.config.get("source_dir")
+        kept = DataPipelineConfig(orphans=orphans, source_dir=source_dir).keeps_orphans
         warning = {WARN, ORPHAN} if kept else {WARN}
         rules = [(table.name, rule) for table in tables(BRONZE) for rule in (*table.rules, *key_rules(table))]
         warn = {(name, rule.name) for name, rule in rules if rule.severity in warning}
@@ -5914,53 +5830,35 @@ def list_runs(store: Store) -> Iterator[str]:
 # ── Command line ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class _TerminalFormatter(logging.Formatter):
-    """Formats log lines with the time dimmed, and warnings, errors and achievements in colour."""
-
-    DIM, END = "\033[2m", "\033[0m"
-    RED, GREEN, YELLOW, BOLD = "\033[31m", "\033[32m", "\033[33m", "\033[1m"
+class _ColourFormatter(logging.Formatter):
+    """Formats log lines for a terminal, with warnings in yellow and errors in red."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Returns the line, coloured by its level, or else by how it begins."""
-        text = record.getMessage()
-        begins = {"✓": self.GREEN, "PIPELINE": self.GREEN, "[": self.DIM} | {
-            layer.upper(): self.BOLD for layer in LAYERS
-        }
-        colour = next((colour for start, colour in begins.items() if text.startswith(start)), "")
-        if record.levelno >= logging.WARNING:
-            colour = self.RED if record.levelno >= logging.ERROR else self.YELLOW
+        """Returns the line in the colour of its level."""
+        colour = {logging.WARNING: "\033[33m", logging.ERROR: "\033[31m"}.get(record.levelno)
         line = super().format(record)
-        return line.replace(text, f"{colour}{text}{self.END}" if colour else text, 1)
+        return f"{colour}{line}\033[0m" if colour else line
 
 
-def _log_handler() -> logging.Handler:
-    """Returns a handler to standard error: in colour on a terminal, unless NO_COLOR is set, else plain lines."""
-    line, times = "%(asctime)s - %(levelname)s - %(message)s", "%Y-%m-%d %H:%M:%S"
-    handler, formatter = logging.StreamHandler(), logging.Formatter(line, times)
-    logging.addLevelName(PROGRESS, "INFO")
-    if not _on_terminal():
-        handler.addFilter(lambda record: record.levelno != PROGRESS)
-    elif not os.environ.get("NO_COLOR"):
-        line = f"{_TerminalFormatter.DIM}%(asctime)s{_TerminalFormatter.END} %(message)s"
-        formatter = _TerminalFormatter(line, "%H:%M:%S")
-    formatter.converter = time.gmtime  # as run ids, records and reports
-    handler.setFormatter(formatter)
-    return handler
-
-
-def _on_terminal() -> bool:
-    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-
-
-class _Parser(argparse.ArgumentParser):
-    """Raises errors as one line; the usage, which argparse adds, would hide it."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(message)
+def configure_logging() -> None:
+    """Sends the log to standard error; in GitHub Actions also as annotations. All times are in UTC."""
+    coloured = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+    formatter = (_ColourFormatter if coloured else logging.Formatter)(
+        "%(asctime)s - %(levelname)s - %(message)s", "%Y-%m-%d %H:%M:%S"
+    )
+    formatter.converter = time.gmtime
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    handlers[0].setFormatter(formatter)
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        handlers.append(Annotations(logging.WARNING))
+    # CRITICAL for other loggers: Py4J logs errors that it also raises.
+    logging.basicConfig(handlers=handlers, level=logging.CRITICAL)
+    logging.addLevelName(PROGRESS, "PROGRESS")
+    logger.setLevel(logging.INFO)
 
 
 def _variable(name: str) -> str:
-    return DataPipelineConfig.ENVIRONMENT_PREFIX + name.upper()
+    return ENVIRONMENT_PREFIX + name.upper()
 
 
 def _flag(name: str) -> str:
@@ -5968,48 +5866,41 @@ def _flag(name: str) -> str:
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Reads the command line; the fields of the configuration are still text, None where not given.
+    """Reads the command line; settings are still text, None if not given.
 
     Raises:
         ConfigurationError: an unknown flag, or a flag without its value.
     """
-    parser = _Parser(
+    parser = argparse.ArgumentParser(
         description=(__doc__ or "").partition("\n")[0],
-        epilog="A flag wins over its environment variable, and that over the default.",
+        epilog="A flag overrides its environment variable, and that overrides the default.",
         allow_abbrev=False,
+        exit_on_error=False,
     )
-    loudness = parser.add_mutually_exclusive_group()
     for option in dataclasses.fields(DataPipelineConfig):
-        shown = "" if option.default in (None, dataclasses.MISSING) else f" (default: {option.default})"
-        (loudness if option.name == "log_level" else parser).add_argument(
+        default = "" if option.default in (None, dataclasses.MISSING) else f" (default: {option.default})"
+        kind = str(option.type).partition(" ")[0].upper()
+        parser.add_argument(
             _flag(option.name),
-            metavar=str(option.type).partition(" ")[0].upper(),
-            help=f"{option.metadata['help']}{shown} [{_variable(option.name)}]".replace("%", "%%"),
+            metavar="|".join(option.metadata.get("choices", [kind])),
+            help=f"{option.metadata['help']}{default} [{_variable(option.name)}]".replace("%", "%%"),
         )
-    loudness.add_argument(
-        "--quiet", action="store_true", help="log warnings and errors only, as --log-level WARNING does"
+    parser.add_argument(
+        "--quiet", dest="log_level", action="store_const", const="WARNING", help="short for --log-level WARNING"
     )
     instead = parser.add_argument_group("instead of a run").add_mutually_exclusive_group()
-    instead.add_argument("--list-runs", action="store_true", help="show the runs and what became of them")
-    instead.add_argument(
-        "--rollback",
-        metavar="RUN",
-        nargs="?",
-        const="",
-        help="publish an earlier run again (default: the newest whole one before)",
-    )
-    instead.add_argument(
-        "--inspect-source",
-        metavar="DIR",
-        nargs="?",
-        const="",
-        help="show what lies in a source folder, and a model for it",
-    )
+    instead.add_argument("--list-runs", action="store_true", help="show the runs and their results")
+    text = "publish an earlier run again (default: the newest complete one before)"
+    instead.add_argument("--rollback", metavar="RUN", nargs="?", const="", help=text)
+    text = "show the contents of a source folder, and a model for it"
+    instead.add_argument("--inspect-source", metavar="DIR", nargs="?", const="", help=text)
     instead.add_argument("--test-alert", action="store_true", help="send a test alert to the webhook")
-    flags, unknown = parser.parse_known_args(arguments)
+    try:
+        flags, unknown = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ConfigurationError(str(error)) from None
     if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        name = unknown[0].partition("=")[0]
+        name, known = unknown[0].partition("=")[0], map(_flag, vars(flags))
         raise ConfigurationError(f"unknown argument {name}{_nearest(name, known)} (--help lists them)")
     return flags
 
@@ -6017,53 +5908,40 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def load_config(
     flags: argparse.Namespace, environment: Mapping[str, str], config: DataPipelineConfig | None = None
 ) -> DataPipelineConfig:
-    """Returns the configuration with the environment's values over its own, and the flags' over those.
+    """Returns the configuration with values from the environment and, overriding those, from the flags.
 
     Raises:
         ConfigurationError: an unknown variable, or a value that cannot be used.
     """
     config = config or DataPipelineConfig()
-    variables = {_variable(option.name): option.name for option in dataclasses.fields(config)}
-    for variable in environment:
-        if variable.startswith(config.ENVIRONMENT_PREFIX) and variable not in variables:
-            raise ConfigurationError(f"unknown variable {variable}{_nearest(variable, variables)} (--help lists them)")
-    for variable, name in variables.items():
-        for origin, value in ((variable, environment.get(variable)), (_flag(name), getattr(flags, name))):
-            if value is not None:
-                try:
-                    setattr(config, name, value)
-                except ConfigurationError as error:
-                    raise ConfigurationError(f"{origin}: {error}") from None
+    known = {_variable(option.name): option.name for option in dataclasses.fields(config)}
+    given = [(name, known.get(name), value) for name, value in environment.items()]
+    given = [setting for setting in given if setting[0].startswith(ENVIRONMENT_PREFIX)]
+    given += [(_flag(name), name, getattr(flags, name)) for name in known.values() if getattr(flags, name) is not None]
+    for origin, name, value in given:
+        if name is None:
+            raise ConfigurationError(f"unknown variable {origin}{_nearest(origin, known)} (--help lists them)")
+        try:
+            setattr(config, name, value)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{origin}: {error}") from None
     return config
 
 
-def notify_not_started(error: BaseException, flags: argparse.Namespace | None) -> None:
-    """Reports a run that has no record. The webhook is used even where other settings are wrong."""
-    add_to_step_summary(lambda: f"## ❌ Nothing was run\n\n{_markdown(error)}\n")
-    webhook = (flags and flags.alert_webhook) or os.environ.get(_variable("alert_webhook"))
-    with contextlib.suppress(ValueError):
-        if webhook:
-            parse, _ = PARSERS["Url"]
-            send_alert(parse(webhook), f"❌ No run of the data pipeline on {socket.gethostname()}: {error}")
-
-
 def is_instead_of_run(flags: argparse.Namespace) -> bool:
-    """Returns whether the flags ask for something else than a run."""
+    """Returns whether the flags ask for something other than a run."""
     return flags.list_runs or flags.test_alert or flags.rollback is not None or flags.inspect_source is not None
 
 
-def execute(flags: argparse.Namespace, config: DataPipelineConfig, on_start: Callable[[RunRecord], None]) -> None:
-    """Runs the pipeline, or does what the flags ask for instead. Raises PipelineError where that cannot be done."""
+def execute(flags: argparse.Namespace, config: DataPipelineConfig) -> None:
+    """Does what the flags ask for instead of a run. Raises PipelineError if that cannot be done."""
     store = Store(config.root)
-    if not is_instead_of_run(flags):
-        run_pipeline(config, on_start=on_start)
-        return
     try:
         if flags.test_alert:
             if not config.alert_webhook:
                 raise ConfigurationError(f"there is no webhook to test: set {_variable('alert_webhook')}")
             if not send_alert(config.alert_webhook, f"{config.app_name}: a test alert from {socket.gethostname()}"):
-                raise PipelineError("the test alert did not arrive: correct alert_webhook, or what receives it")
+                raise PipelineError("the test alert did not arrive: correct alert_webhook, or its receiver")
             logger.info("The test alert was delivered")
         elif flags.inspect_source is not None:
             config.source_dir = flags.inspect_source or config.source_dir
@@ -6077,16 +5955,19 @@ def execute(flags: argparse.Namespace, config: DataPipelineConfig, on_start: Cal
             logger.info("Published again: %s", roll_back(store, flags.rollback, config.lock_timeout))
             save_report(store, store.runs.history())
     except OSError as error:
-        if error.filename is None:  # standard output is full or closed: Python would try again, and fail, at its end
+        if error.filename is None:  # standard output is full or closed: Python would flush it again at exit, and fail
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         raise PipelineError(
             f"cannot read or write {error.filename or 'standard output'}: {error.strerror}; "
-            "run this as a user who may, on a disk with room"
+            "check the permissions and the free space of the disk"
         ) from None
 
 
 def report_failure(error: BaseException, flags: argparse.Namespace | None, *, has_record: bool) -> int:
-    """Logs what ended the process, sends an alert unless the run record led to one, and returns the exit code."""
+    """Logs the error that ended the process and returns the exit code.
+
+    Sends an alert if the run has no record. The webhook is used even if other settings are wrong.
+    """
     error = interruption(error) or error
     interrupted, expected = isinstance(error, KeyboardInterrupt), isinstance(error, PipelineError)
     if not interrupted:
@@ -6094,50 +5975,59 @@ def report_failure(error: BaseException, flags: argparse.Namespace | None, *, ha
     elif not has_record:
         logger.error("INTERRUPTED before the run began: %s", error)
     exit_code = getattr(error, "exit_code", 130 if interrupted else 1)
-    # Who presses Ctrl-C knows.
-    if not (has_record or exit_code == 130 or (flags and is_instead_of_run(flags))):
-        notify_not_started(error, flags)
+    # Nobody needs an alert about their own Ctrl-C.
+    if has_record or exit_code == 130 or (flags and is_instead_of_run(flags)):
+        return exit_code
+    add_to_step_summary(lambda: f"## ❌ Nothing was run\n\n{_markdown(error)}\n")
+    webhook = (flags and flags.alert_webhook) or os.environ.get(_variable("alert_webhook"))
+    with contextlib.suppress(ConfigurationError):
+        if webhook := parse_setting("alert_webhook", webhook):
+            send_alert(webhook, f"❌ No run of the data pipeline on {socket.gethostname()}: {error}")
     return exit_code
+
+
+@contextlib.contextmanager
+def stoppable(is_over: Callable[[], bool]) -> Iterator[None]:
+    """Raises Stopped in the block at the first SIGINT or SIGTERM, unless it is over; ignores later signals."""
+    stopped = False
+
+    def stop(number: int, _: Any) -> None:
+        nonlocal stopped
+        if not stopped and not is_over():
+            stopped = True
+            raise Stopped(number)
+
+    # Signals that the parent process ignores stay ignored.
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
+    for number in previous:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_IGN if stopped else handler)  # a stopped process is about to end
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the pipeline from the command line and returns the exit code."""
-    # Where it is closed, the next file that is opened would become the standard error of Java.
+    # If standard error is closed, the next file that is opened would become the standard error of Java.
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    # CRITICAL for the loggers of others: Py4J logs what it also raises.
-    logging.basicConfig(handlers=[_log_handler()], level=logging.CRITICAL)
-    logger.setLevel(logging.INFO)
+    configure_logging()
     flags = None
     started: list[RunRecord] = []  # a run that has a record reports its own failure
-    annotations = Annotations(logging.WARNING)
-    if os.environ.get("GITHUB_ACTIONS") == "true":
-        logger.addHandler(annotations)
-    stopped = threading.Event()
-
-    def stop(number: int, _: Any) -> None:
-        # The first signal stops the run. No other one, and none after the result, keeps the run from reporting it.
-        if not stopped.is_set() and not (started and started[0].exit_code is not None):
-            stopped.set()
-            raise Stopped(number)
-
-    # What is ignored already, as in a background job of a script, stays ignored.
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number, handler in previous.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, stop)
-    try:
-        flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-        config = load_config(flags, os.environ)
-        if flags.quiet:
-            config.log_level = "WARNING"
-        logger.setLevel(PROGRESS if config.log_level == "INFO" and _on_terminal() else config.log_level)
-        execute(flags, config, started.append)
-    except (KeyboardInterrupt, Exception) as error:
-        return report_failure(error, flags, has_record=bool(started))
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, signal.SIG_IGN if stopped.is_set() else handler)  # this process is about to end
-        logger.removeHandler(annotations)
+    with stoppable(lambda: bool(started) and started[0].exit_code is not None):
+        try:
+            flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+            config = load_config(flags, os.environ)
+            # Only a terminal shows the progress.
+            logger.setLevel(PROGRESS if config.log_level == "INFO" and sys.stderr.isatty() else config.log_level)
+            if is_instead_of_run(flags):
+                execute(flags, config)
+            else:
+                run_pipeline(config, on_start=started.append)
+        except (KeyboardInterrupt, Exception) as error:
+            return report_failure(error, flags, has_record=bool(started))
     return 0
 
 

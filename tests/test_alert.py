@@ -363,7 +363,7 @@ def test_terminal(
     log: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A run shows how far it is, in colour; and a good one that follows no bad one sends no alert."""
+    """A run shows its progress; and a good one that follows no bad one sends no alert."""
     size = ["--num-customers", "50", "--num-transactions", "200", "--num-products", "10", "--engine", config.engine]
     stderr = Terminal()
     with monkeypatch.context() as patch:
@@ -376,7 +376,7 @@ def test_terminal(
     assert receiver.received == []
     for number, table in enumerate(data_pipeline.TABLES.values(), start=1):
         assert f"[{number}/{len(data_pipeline.TABLES)}] {table.layer}.{table.name} …" in shown
-    assert "\033[32m✓ Saved" in shown
+    assert "\033" not in shown, "only warnings and errors are in colour"
 
 
 @pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=["NO_COLOR", "dumb"])
@@ -384,7 +384,8 @@ def test_terminal_without_colour(tmp_path: Path, environment: dict[str, str]) ->
     shown = terminal("--data-dir", str(tmp_path), "--num-products", "0", **environment)
     assert "ERROR - num_products is 0" in shown
     assert "\033" not in shown
-    assert "\033[31mnum_products is 0" in terminal("--data-dir", str(tmp_path), "--num-products", "0")
+    coloured = terminal("--data-dir", str(tmp_path), "--num-products", "0")
+    assert coloured.startswith("\033[31m") and "num_products is 0" in coloured
 
 
 def test_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -396,15 +397,3 @@ def test_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     finally:
         data_pipeline.logger.setLevel(level)
     assert capfd.readouterr().err == ""
-
-
-def test_quiet_and_a_log_level_contradict() -> None:
-    done = subprocess.run(
-        [sys.executable, data_pipeline.__file__, "--quiet", "--log-level", "INFO"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert "not allowed with argument" in done.stderr

@@ -39,7 +39,7 @@ sys.path.insert(0, str(REPOSITORY / "tests"))
 
 from compare_runs import differences, rows
 
-from data_pipeline import BRONZE, GOLD, MILLION, DataPipelineConfig, preflight, tables
+from data_pipeline import BRONZE, ENVIRONMENT_PREFIX, GOLD, MILLION, DataPipelineConfig, preflight, tables
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
@@ -424,7 +424,7 @@ def compare(sizes: Sequence[str], rounds: int, scratch: Path) -> None:
     Raises:
         BenchmarkError: a program failed, or does other work than the pipeline.
     """
-    for variable in [name for name in os.environ if name.startswith(DataPipelineConfig.ENVIRONMENT_PREFIX)]:
+    for variable in [name for name in os.environ if name.startswith(ENVIRONMENT_PREFIX)]:
         del os.environ[variable]
     # Leads all programs to the Java that the pipeline would find for itself.
     preflight(DataPipelineConfig(data_dir=str(scratch / "preflight")))
