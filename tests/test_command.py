@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -243,6 +244,44 @@ import os, signal, sys, data_pipeline
 data_pipeline.preflight = lambda *_: os.kill(os.getpid(), signal.{signal})
 sys.exit(data_pipeline.main())
 """
+
+
+INTERRUPTED_IMPORT = """
+import os, signal
+os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+def test_interrupt_during_imports(tmp_path: Path) -> None:
+    (tmp_path / "argparse.py").write_text(INTERRUPTED_IMPORT)
+    assert run(tmp_path, PYTHONPATH=str(tmp_path)) == (130, "")
+
+
+def inline_metadata() -> dict[str, Any]:
+    """The metadata at the head of the module, as PEP 723 reads it."""
+    text = Path(data_pipeline.__file__).read_text(encoding="utf-8")
+    [block] = re.findall(r"(?m)^# /// script\n((?:#.*\n)+?)# ///$", text)
+    return tomllib.loads("".join(line[2:] for line in block.splitlines(keepends=True)))
+
+
+def test_inline_metadata_equals_the_requirements() -> None:
+    path = Path(data_pipeline.__file__).with_name("requirements.txt")
+    required = [line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    assert inline_metadata()["dependencies"] == [line for line in required if line]
+    version = inline_metadata()["requires-python"].removeprefix(">=")
+    assert f"sys.version_info < ({version.replace('.', ', ')})" in Path(data_pipeline.__file__).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(ENGINE != "spark", reason="its packages are those of Spark")
+def test_uv_installs_and_runs_the_pipeline(tmp_path: Path) -> None:
+    uv = ("-m", "uv", "run", "--no-python-downloads", "--python", sys.executable)
+    cache = {"UV_CACHE_DIR": str(tmp_path / "cache"), "HOME": str(tmp_path / "home")}
+    (tmp_path / "home").mkdir()
+    code, log = run(tmp_path, *SMALL, program=(*uv, data_pipeline.__file__), **cache)
+    assert code == 0, log
+    assert "Spark 3.5" in log
+    assert (tmp_path / "home" / "pipeline-data" / "report.html").exists()
 
 
 def test_signal_before_there_is_a_record(tmp_path: Path, receiver: Receiver) -> None:  # noqa: F811
