@@ -505,9 +505,15 @@ def preflight(config: DataPipelineConfig, spark: SparkSession | None = None) -> 
 class Received(NamedTuple):
     """A bronze table as it was written, with the counts that were taken meanwhile."""
 
+    table: Table
     rows: DataFrame
     violations: Mapping[str, int]  # rows that violate a rule, by its name
-    sound: Mapping[str, int]  # rows that violate no rule by themselves, by the parts of `part_counts`
+    passing: Mapping[str, int]  # rows that no rule rejects, by the parts of `part_counts`
+
+    @property
+    def violated_rules(self) -> list[Rule]:
+        """The rules that a row violates: the others need not be evaluated again."""
+        return [rule for rule in self.table.rules if self.violations[rule.name]]
 
 
 def ingest_bronze(run: Run, source: Source) -> dict[str, Received]:
@@ -516,10 +522,10 @@ def ingest_bronze(run: Run, source: Source) -> dict[str, Received]:
     def ingest(name: str) -> Received:
         table = TABLES[name]
         violations = violation_counts(table.rules, run.config)
-        sound = part_counts(table, is_sound(table.rules, run.config))
+        passing = part_counts(table, passes_rules(table.rules, run.config))
         with run.step(f"{BRONZE}.{name}"):
             rows = with_lineage(source.delivery(run.engine.spark, name), table, run.record)
-            counts = run.write(BRONZE, table, rows, {**violations, **sound})
+            counts = run.write(BRONZE, table, rows, {**violations, **passing})
         if counts["rows"] != (delivered := source.delivered_rows.get(name, counts["rows"])):
             raise PipelineError(
                 f"{counts['rows']:,} rows came of {delivered:,} records of {name}: a model makes one row of each "
@@ -528,9 +534,8 @@ def ingest_bronze(run: Run, source: Source) -> dict[str, Received]:
         if joined := source.joined_rows.get(name):
             records = ", ".join(f"{joined_source} {number:,} records" for joined_source, number in joined.items())
             logger.info("%s: %s rows from %s", name, f"{counts['rows']:,}", records)
-        return Received(
-            run.read(BRONZE, table), {rule: counts[rule] for rule in violations}, {part: counts[part] for part in sound}
-        )
+        violated, passed = ({key: counts[key] for key in metrics} for metrics in (violations, passing))
+        return Received(table, run.read(BRONZE, table), violated, passed)
 
     with run.step("source"):
         source.receive(run)
@@ -553,21 +558,24 @@ def with_lineage(rows: DataFrame, table: Table, record: RunRecord) -> DataFrame:
 
 def clean(run: Run, bronze: Mapping[str, Received]) -> dict[str, DataFrame]:
     """Writes rejected rows to quarantine, with the reasons; returns the valid rows of each table, one per key."""
-    found = find_violations(run, bronze)
+    with run.step("survey"):
+        failing_keys = find_failing_keys(run, bronze)
 
-    def separate(name: str) -> Separated:
-        separated = separate_rows(run, TABLES[name], bronze[name], found[name])
+    def separate(name: str) -> DataFrame:
+        valid, rejected, quality = separate_rows(run, bronze[name], failing_keys[name])
         with run.step(f"{QUARANTINE}.{name}"):
-            quarantined = run.write(QUARANTINE, TABLES[name], separated.rejected)["rows"]
-        run.record.quality[name] = dataclasses.replace(separated.quality, quarantined=quarantined)
-        return separated
+            quarantined = run.write(QUARANTINE, TABLES[name], rejected)["rows"]
+        run.record.quality[name] = dataclasses.replace(quality, quarantined=quarantined)
+        surplus = (keys.surplus for keys in failing_keys[name] if keys.flag == "_duplicate_key")
+        run.record.profile[name][TABLES[name].key[0]]["duplicates"] = next(surplus, 0)
+        return valid
 
-    separated = run.parallel(separate, bronze)
+    valid = run.parallel(separate, bronze)
     for name in bronze:
         for line in (*describe_profile(name, run.record.profile[name]), run.record.quality[name].describe(name)):
             logger.info("%s", line)
     find_rejects_by_file(run)
-    return {name: rows.valid for name, rows in separated.items()}
+    return valid
 
 
 def check_gate(run: Run, source: Source, valid: Mapping[str, DataFrame]) -> None:
@@ -2327,104 +2335,67 @@ def generate_transactions(spark: SparkSession, config: DataPipelineConfig) -> Da
 
 
 # ── Quality ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# The few rows that are rejected or share their key are set aside, and each gets an outcome: it is rejected, kept as
+# the latest of its key, or a duplicate. All other rows are valid, and need no shuffle.
+
+FEW_KEYS = 1_000  # up to so many hashes are literals of a query, which is faster than a join
 
 
-FEW_KEYS = 1_000  # the hashes of so many are literals of the plans; the hashes of more are joined
+class FailingKeys(NamedTuple):
+    """Keys of a bronze table that several rows share, or that have no parent."""
 
-
-class Keys(NamedTuple):
-    """Duplicate or orphan keys of a table, by their hashes."""
-
-    rows: int  # rows that carry one of the keys
+    flag: str  # the column that marks their rows
+    columns: tuple[str, ...]
+    rows: int  # rows with one of the keys
     surplus: int  # rows besides the first of each key
     hashes: str | DataFrame  # few as a list in Spark SQL, many as a table
 
 
-class Violations(NamedTuple):
-    """The rules that some row of a bronze table violates, and its keys that are not unique or have no parent.
-
-    A rule or a kind of key that no row violates costs nothing later.
-    """
-
-    rules: Sequence[Rule]
-    duplicate_keys: Keys | None
-    orphan_keys: Mapping[str, Keys]  # by foreign key; only those that have any
-
-    def rejecting(self, table: Table, config: DataPipelineConfig) -> list[Rule]:
-        """Returns the violated rules that reject a row; not the conflict, which is found later."""
-        rules = (*self.rules, *(rule for rule in key_rules(table) if rule.column in self.orphan_keys))
-        return [rule for rule in rules if rule.rejects(config)]
+def duplicate_keys(rows: DataFrame, key: Sequence[str]) -> DataFrame:
+    """One row per key that several rows share: `key_hash`, and `rows`, the number of rows with the key."""
+    # Nearly all keys differ: a count in each partition before the shuffle would fill the memory and save nothing.
+    hashes = rows.select(F.xxhash64(*key).alias("key_hash")).repartition("key_hash")
+    return hashes.groupBy("key_hash").agg(F.count(F.lit(1)).alias("rows")).where("rows > 1")
 
 
-class KeyCheck(NamedTuple):
-    """A check of the keys of a table: that each is there once, or that a foreign key has a parent."""
-
-    table: str
-    foreign_key: str = ""
-
-    def suspects(self, received: Mapping[str, DataFrame], sound: Mapping[str, DataFrame]) -> DataFrame:
-        """One row per duplicate or orphan key: `key_hash`, and `rows`, the number of rows that carry the key."""
-        table, rows, count = TABLES[self.table], received[self.table], F.count(F.lit(1)).alias("rows")
-        if not self.foreign_key:
-            # Nearly all differ: to count those of each partition first would fill the memory, and save no shuffle.
-            hashes = rows.select(F.xxhash64(*table.key).alias("key_hash")).repartition("key_hash")
-            return hashes.groupBy("key_hash").agg(count).where("rows > 1")
-        parents = sound[table.foreign_keys[self.foreign_key]].select(self.foreign_key)
-        carried = rows.where(F.col(self.foreign_key).isNotNull()).groupBy(self.foreign_key).agg(count)
-        orphans = carried.join(parents, self.foreign_key, how="left_anti")
-        return orphans.select(F.xxhash64(self.foreign_key).alias("key_hash"), "rows")
+def orphan_keys(rows: DataFrame, parents: DataFrame, key: str) -> DataFrame:
+    """One row per key without a parent: `key_hash`, and `rows`, the number of rows with the key."""
+    children = rows.where(F.col(key).isNotNull()).groupBy(key).agg(F.count(F.lit(1)).alias("rows"))
+    orphans = children.join(parents.select(key), key, how="left_anti")
+    return orphans.select(F.xxhash64(key).alias("key_hash"), "rows")
 
 
-def suspect_keys(
-    checks: Sequence[KeyCheck], received: Mapping[str, DataFrame], sound: Mapping[str, DataFrame]
-) -> DataFrame:
-    """One row per duplicate or orphan key: the number of its `check`, `key_hash`, and `rows`."""
-    found = (
-        check.suspects(received, sound).select(F.lit(number).alias("check"), "key_hash", "rows")
-        for number, check in enumerate(checks)
-    )
-    return functools.reduce(lambda one, other: one.unionAll(other), found)
+def find_failing_keys(run: Run, bronze: Mapping[str, Received]) -> dict[str, list[FailingKeys]]:
+    """Returns the duplicate and orphan keys of each bronze table. One query finds them all."""
+    checks, queries = [], []
+    for name, received in bronze.items():
+        table = received.table
+        checks.append((name, "_duplicate_key", table.key))
+        queries.append(duplicate_keys(received.rows, table.key))
+        for key, parent in table.foreign_keys.items():
+            parents = bronze[parent].rows.where(passes_rules(bronze[parent].violated_rules, run.config))
+            checks.append((name, f"_{key}_unknown", (key,)))
+            queries.append(orphan_keys(received.rows, parents, key))
+    numbered = (query.select(F.lit(n).alias("number"), "key_hash", "rows") for n, query in enumerate(queries))
+    keys = run.cached(functools.reduce(lambda one, other: one.unionAll(other), numbered))
+    found: dict[str, list[FailingKeys]] = {name: [] for name in bronze}
+    for number, rows, surplus, hashes in grouped_keys(keys):
+        name, flag, columns = checks[number]
+        found[name].append(FailingKeys(flag, columns, rows, surplus, hashes))
+    return found
 
 
-def find_keys(run: Run, checks: Sequence[KeyCheck], suspects: DataFrame) -> dict[KeyCheck, Keys]:
-    """Returns the duplicate or orphan keys that each check finds; without the checks that find none."""
-    suspects = run.cached(suspects)
-    few = suspects.limit(FEW_KEYS + 1).collect()
+def grouped_keys(keys: DataFrame) -> Iterator[tuple[int, int, int, str | DataFrame]]:
+    """Returns the number of each check that failed, with the fields of its FailingKeys."""
+    few = keys.limit(FEW_KEYS + 1).collect()
     if len(few) > FEW_KEYS:
-        counts = suspects.groupBy("check").agg(F.sum("rows"), F.sum(F.col("rows") - 1)).collect()
-        return {
-            checks[number]: Keys(rows, surplus, suspects.where(F.col("check") == number).select("key_hash"))
-            for number, rows, surplus in counts
-        }
-    by_check = {number: [row for row in few if row["check"] == number] for number in {row["check"] for row in few}}
-    return {
-        checks[number]: Keys(
-            sum(row["rows"] for row in rows),
-            sum(row["rows"] - 1 for row in rows),
-            f"({', '.join(str(row['key_hash']) for row in rows)})",
-        )
-        for number, rows in by_check.items()
-    }
-
-
-def find_violations(run: Run, bronze: Mapping[str, Received]) -> dict[str, Violations]:
-    """Finds the rules that are violated, and the duplicate and orphan keys of all tables."""
-    rules = {
-        name: [rule for rule in TABLES[name].rules if received.violations[rule.name]]
-        for name, received in bronze.items()
-    }
-    received = {name: table.rows for name, table in bronze.items()}
-    sound = {name: rows.where(is_sound(rules[name], run.config)) for name, rows in received.items()}
-    checks = [KeyCheck(name, key) for name in bronze for key in ("", *TABLES[name].foreign_keys)]
-    with run.step("survey"):
-        found = find_keys(run, checks, suspect_keys(checks, received, sound))
-    violations = {}
-    for name in bronze:
-        duplicates = found.get(KeyCheck(name))
-        run.record.profile[name][TABLES[name].key[0]]["duplicates"] = duplicates.surplus if duplicates else 0
-        orphans = {key: found[check] for key in TABLES[name].foreign_keys if (check := KeyCheck(name, key)) in found}
-        violations[name] = Violations(rules[name], duplicates, orphans)
-    return violations
+        for number, rows, count in keys.groupBy("number").agg(F.sum("rows"), F.count("rows")).collect():
+            yield number, rows, rows - count, keys.where(F.col("number") == number).select("key_hash")
+        return
+    for number in sorted({row["number"] for row in few}):
+        rows = [row["rows"] for row in few if row["number"] == number]
+        hashes = ", ".join(str(row["key_hash"]) for row in few if row["number"] == number)
+        yield number, sum(rows), sum(rows) - len(rows), f"({hashes})"
 
 
 def is_rejected(rules: Iterable[Rule], config: DataPipelineConfig) -> str:
@@ -2432,114 +2403,65 @@ def is_rejected(rules: Iterable[Rule], config: DataPipelineConfig) -> str:
     return " OR ".join(rule.is_violated(config) for rule in rules if rule.rejects(config)) or "false"
 
 
-def is_sound(rules: Iterable[Rule], config: DataPipelineConfig) -> str:
+def passes_rules(rules: Iterable[Rule], config: DataPipelineConfig) -> str:
     """Returns whether none of the rules rejects the row, as Spark SQL; never null."""
     return f"NOT ({is_rejected(rules, config)})"
 
 
 def violation_counts(rules: Iterable[Rule], config: DataPipelineConfig) -> dict[str, str]:
-    """Returns counts of the rows that violate each rule, by its name, as Spark SQL."""
+    """Returns the number of rows that violate each rule, as Spark SQL by the name of the rule."""
     return {rule.name: f"count_if({rule.is_violated(config)})" for rule in rules}
 
 
-def part_counts(table: Table, among: str = "true") -> dict[str, str]:
-    """Returns counts of a bronze table's rows, as Spark SQL: `accepted`, all of them, and by silver table.
+def part_counts(table: Table, among: str) -> dict[str, str]:
+    """Returns the number of rows for which a condition holds: `accepted`, all of them, and those of each silver table.
 
-    Only the rows count for which the condition `among` holds.
+    Counts and condition are Spark SQL.
     """
     parts = {"accepted": "true"} | {made.name: made.where for made in tables(SILVER) if made.from_table == table.name}
     return {part: f"count_if(({among}) AND ({condition}))" for part, condition in parts.items()}
 
 
-def _suspects(table: Table, found: Violations, config: DataPipelineConfig) -> Iterator[tuple[str, str, Keys]]:
-    """Returns the flag of each kind of suspect keys, the hash of a row's key in Spark SQL, and the keys."""
-    if found.duplicate_keys is not None:
-        yield "_duplicate_key", f"xxhash64({', '.join(table.key)})", found.duplicate_keys
-    for rule in key_rules(table):
-        if rule.column in found.orphan_keys and rule.rejects(config):
-            yield rule.violation, f"xxhash64({rule.column})", found.orphan_keys[rule.column]
-
-
-def valid_unique_rows(received: DataFrame, table: Table, found: Violations, config: DataPipelineConfig) -> DataFrame:
-    """Returns the rows, as received, that no rule rejects and whose key no other row carries."""
-    rows = received.where(is_sound(found.rules, config))
-    for _, key_hash, keys in _suspects(table, found, config):
-        if isinstance(keys.hashes, str):
-            rows = rows.where(f"{key_hash} NOT IN {keys.hashes}")
+def flag_rows(
+    rows: DataFrame, keys: Iterable[FailingKeys], rules: Sequence[Rule], config: DataPipelineConfig
+) -> DataFrame:
+    """Adds `_rejected`, `_duplicate_key` and the other flags of failing keys; the rows stay as they are."""
+    flagged, flags = rows, {"_duplicate_key": "false"}
+    needed = {"_duplicate_key", *(rule.violation for rule in rules if rule.rejects(config))}
+    for flag, columns, *_, hashes in (found for found in keys if found.flag in needed):
+        key_hash = f"xxhash64({', '.join(columns)})"
+        if isinstance(hashes, str):
+            flags[flag] = f"{key_hash} IN {hashes}"
         else:
-            rows = rows.join(keys.hashes, F.expr(f"{key_hash} = key_hash"), how="left_anti")
-    return rows
-
-
-def flag_rows(received: DataFrame, table: Table, found: Violations, config: DataPipelineConfig) -> DataFrame:
-    """Adds flags to the rows received for a bronze table, and leaves them whole.
-
-    `_rejected` says whether a rule rejects the row, `_duplicate_key` whether other rows carry its key too, and
-    `_<key>_unknown`, for each foreign key that has orphans, whether it is one.
-    """
-    rows, flags = received, {"_duplicate_key": "false"}
-    for flag, key_hash, keys in _suspects(table, found, config):
-        if isinstance(keys.hashes, str):
-            flags[flag] = f"{key_hash} IN {keys.hashes}"
-        else:
-            hashes = keys.hashes.select(F.col("key_hash").alias(f"{flag}_hash"))
-            rows = rows.join(hashes, F.expr(f"{key_hash} = {flag}_hash"), how="left")
+            other = hashes.select(F.col("key_hash").alias(f"{flag}_hash"))
+            flagged = flagged.join(other, F.expr(f"{key_hash} = {flag}_hash"), how="left")
             flags[flag] = f"{flag}_hash IS NOT NULL"
-    rejected = {"_rejected": is_rejected(found.rejecting(table, config), config)}
-    return rows.select(*received.columns, *named_columns(flags)).select("*", *named_columns(rejected))
+    rejected = {"_rejected": is_rejected(rules, config)}
+    return flagged.select(*rows.columns, *named_columns(flags)).select("*", *named_columns(rejected))
 
 
-def _received_columns(flagged: DataFrame, table: Table) -> list[str]:
-    present = flagged.columns
-    return [name for name, _ in table.columns(BRONZE) if name in present]
+def rank_versions(rows: DataFrame, table: Table) -> DataFrame:
+    """Ranks the valid rows of each key, and marks those in conflict.
 
-
-def rejected_rows(flagged: DataFrame, table: Table, found: Violations, config: DataPipelineConfig) -> DataFrame:
-    """Returns the rejected rows as received, with `_reasons`: the names of the rules that reject them."""
-    rules = found.rejecting(table, config)
-    reasons = ", ".join(f"CASE WHEN {rule.is_violated(config)} THEN '{rule.name}' END" for rule in rules)
-    added = {"_reasons": f"array_compact(CAST(array({reasons}) AS ARRAY<STRING>))"}
-    return flagged.where("_rejected").select(*_received_columns(flagged, table), *named_columns(added))
-
-
-def valid_rows(flagged: DataFrame, table: Table) -> DataFrame:
-    """Returns the rows that no rule rejects, as received."""
-    return flagged.where("NOT _rejected").select(*_received_columns(flagged, table))
-
-
-def nullified(rows: DataFrame, rules: Iterable[Rule], config: DataPipelineConfig) -> DataFrame:
-    """Returns the rows with null for values that a rule nullifies."""
-    kept = {
-        rule.column: F.expr(f"CASE WHEN NOT {rule.is_violated(config)} THEN {rule.column} END")
-        for rule in rules
-        if rule.nullify
-    }
-    return rows.withColumns(kept) if kept else rows
-
-
-LATEST = "_order = 1 AND NOT _disputed"  # the ranked record that silver keeps
-
-
-def rank_versions(records: DataFrame, table: Table) -> DataFrame:
-    """Ranks the valid records of each key, and marks those in conflict.
-
-    `_order` is 1 for the latest record: the greatest by `sequence_by`, then by delivery, then by all columns in order.
-    `_versions` is the number of different records of the key. In a table that carries money, `_conflict` marks records
-    to reject: those of a key that differ in a column of `constant`, or else several latest ones, equal in
-    `sequence_by` and delivery, that differ in another column. `_disputed`: the key has such records, and no winner.
+    `_order` is 1 for the latest row: the largest by `sequence_by`, then by delivery, then by all columns in order.
+    `_versions` is the number of different rows of the key. In a table that carries money, two kinds of rows are a
+    `_conflict`: rows of a key that differ in a column of `constant`, and several latest rows, equal in `sequence_by`
+    and delivery, that differ in another column. A key with a conflict is `_disputed`: no row of it is kept.
     """
-    key = f"PARTITION BY {', '.join(table.key)}"
+    columns = [name for name, _ in table.columns(BRONZE)]
+    # Rejected rows take no part: each is a key of its own.
+    key = f"PARTITION BY {', '.join(table.key)}, CASE WHEN _rejected THEN xxhash64({', '.join(columns)}) END"
     sequence = [f"{by} DESC NULLS LAST" for by in (*table.sequence_by, "_delivery")]
-    columns = [f"{name} DESC NULLS LAST" for name in records.columns]
+    all_columns = [f"{name} DESC NULLS LAST" for name in columns]
 
     def differ(text: str) -> str:
         return f"coalesce(min({text}) OVER ({key}) <> max({text}) OVER ({key}), false)"
 
-    def as_json(columns: Iterable[str]) -> str:  # in which null is a value like another
-        return f"to_json({named_struct({name: name for name in columns})})"
+    def as_json(names: Iterable[str]) -> str:  # JSON compares nulls as values
+        return f"to_json({named_struct({name: name for name in names})})"
 
     ranked = {
-        "_order": f"row_number() OVER ({key} ORDER BY {', '.join([*sequence, *columns])})",
+        "_order": f"row_number() OVER ({key} ORDER BY {', '.join([*sequence, *all_columns])})",
         "_rank": f"rank() OVER ({key} ORDER BY {', '.join(sequence)})",
         "_constant": as_json(table.constant) if table.constant else "''",
         "_values": as_json(name for name, _ in table.columns()),
@@ -2551,7 +2473,30 @@ def rank_versions(records: DataFrame, table: Table) -> DataFrame:
         "_conflict": f"{constants_differ} OR (_rank = 1 AND {latest_differ})",
         "_disputed": f"{constants_differ} OR {latest_differ}",
     }
-    return records.select("*", *named_columns(ranked)).select(*records.columns, "_order", *named_columns(flags))
+    return rows.select("*", *named_columns(ranked)).select(*rows.columns, "_order", *named_columns(flags))
+
+
+def with_outcome(set_aside: DataFrame, table: Table, rules: Iterable[Rule], config: DataPipelineConfig) -> DataFrame:
+    """Adds the `_outcome` of rows that are rejected or share their key, and the `_reasons` of those rejected."""
+    reasons = {rule.name: rule.is_violated(config) for rule in rules if rule.rejects(config)}
+    reasons[f"{table.key[0]}_conflict"] = "_conflict"
+    cases = ", ".join(f"CASE WHEN {condition} THEN '{name}' END" for name, condition in reasons.items())
+    outcome = (
+        "CASE WHEN _rejected OR _conflict THEN 'rejected' "
+        "WHEN _order = 1 AND NOT _disputed THEN 'kept' ELSE 'duplicate' END"
+    )
+    added = {"_outcome": outcome, "_reasons": f"array_compact(array({cases}))"}
+    return rank_versions(set_aside, table).select("*", *named_columns(added))
+
+
+def nullified(rows: DataFrame, rules: Iterable[Rule], config: DataPipelineConfig) -> DataFrame:
+    """Returns the rows with null for values that a rule nullifies."""
+    kept = {
+        rule.column: F.expr(f"CASE WHEN NOT {rule.is_violated(config)} THEN {rule.column} END")
+        for rule in rules
+        if rule.nullify
+    }
+    return rows.withColumns(kept) if kept else rows
 
 
 @dataclass(slots=True)
@@ -2600,67 +2545,47 @@ class Separated(NamedTuple):
     quality: Quality
 
 
-class Versions(NamedTuple):
-    """The latest record of each duplicate key, the records in conflict, and their counts."""
-
-    latest: DataFrame
-    conflicts: DataFrame  # as received, with `_reasons`
-    counts: Mapping[str, int]  # `conflicts`, `duplicates`, `superseded`, and those of `part_counts`
-
-
-def resolve_versions(run: Run, table: Table, records: DataFrame) -> Versions:
-    """Finds the latest of the valid records of each duplicate key, unless they are in conflict."""
-    columns, files = records.columns, 1 + run.record.rows[f"{BRONZE}.{table.name}"] // ROWS_PER_FILE
-    ranked = run.cached(run.engine.coalesced(rank_versions(records, table), files))
-    superseded = f"CASE WHEN {LATEST} THEN _versions - 1 WHEN _disputed AND NOT _conflict THEN 1 ELSE 0 END"
-    counts = aggregate(ranked, {
+def separate_rows(run: Run, received: Received, keys: Sequence[FailingKeys]) -> Separated:
+    """Separates the valid rows of a bronze table, one per key, from the rejected rows."""
+    table, config = received.table, run.config
+    total = run.record.rows[f"{BRONZE}.{table.name}"]
+    violations = {**received.violations, **{rule.name: 0 for rule in key_rules(table)}}
+    violations |= {found.flag.removeprefix("_"): found.rows for found in keys if found.flag != "_duplicate_key"}
+    rules = [rule for rule in (*table.rules, *key_rules(table)) if violations[rule.name]]
+    flagged = flag_rows(received.rows, keys, rules, config)
+    set_aside = with_outcome(flagged.where("_rejected OR _duplicate_key"), table, rules, config)
+    set_aside = run.cached(run.engine.coalesced(set_aside, 1 + total // ROWS_PER_FILE))
+    kept = part_counts(table, "_outcome = 'kept'")
+    counted = part_counts(table, passes_rules(table.rules, config))  # with the bronze rows, before keys were compared
+    metrics = {
+        "rejected": "count_if(_outcome = 'rejected')",
         "conflicts": "count_if(_conflict)",
-        "duplicates": f"count_if(NOT (_conflict OR ({LATEST})))",
-        "superseded": f"coalesce(sum({superseded}), 0)",
-        **part_counts(table, LATEST),
-    })  # fmt: skip
-    reasons = named_columns({"_reasons": f"array('{table.key[0]}_conflict')"})
-    latest, conflicts = ranked.where(LATEST).select(*columns), ranked.where("_conflict").select(*columns, *reasons)
-    return Versions(latest, conflicts, counts)
-
-
-def separate_rows(run: Run, table: Table, received: Received, found: Violations) -> Separated:
-    """Separates valid rows, one per key, from rejected ones.
-
-    The few rows that are rejected or share their key are set aside, so that the others need no shuffle.
-    """
-    config = run.config
-    flagged = flag_rows(received.rows, table, found, config)
-    set_aside = run.cached(flagged.where("_rejected OR _duplicate_key"))
-    sound = part_counts(table, is_sound(found.rules, config))
-    metrics = {"rejected": "count_if(_rejected)", **sound}
-    nothing = found.duplicate_keys is None and not found.rejecting(table, config)
-    counts = dict.fromkeys(metrics, 0) if nothing else aggregate(set_aside, metrics)
-    rejected = rejected_rows(set_aside, table, found, config)
-    rows = valid_unique_rows(received.rows, table, found, config)
-    several: Mapping[str, int] = dict.fromkeys(("conflicts", "duplicates", "superseded", *sound), 0)
-    if found.duplicate_keys is not None:
-        versions = resolve_versions(run, table, valid_rows(set_aside, table))
-        rows, rejected, several = (
-            rows.unionByName(versions.latest),
-            rejected.unionByName(versions.conflicts),
-            versions.counts,
-        )
-    # The sound rows, less those that were set aside, and the latest row of each duplicate key.
-    accepted = {part: received.sound[part] - counts[part] + several[part] for part in sound}
-    quarantined = counts["rejected"] + several["conflicts"]
-    on_keys = {key: keys.rows for key, keys in found.orphan_keys.items()} | {table.key[0]: several["conflicts"]}
+        "duplicates": "count_if(_outcome = 'duplicate')",
+        "superseded": """coalesce(sum(CASE WHEN _outcome = 'kept' THEN _versions - 1
+            WHEN _outcome = 'duplicate' AND _disputed THEN 1 END), 0)""",
+        **{part: f"{kept[part]} - {counted[part]}" for part in kept},
+    }
+    is_clean = not keys and not any(rule.rejects(config) for rule in rules)
+    counts = dict.fromkeys(metrics, 0) if is_clean else aggregate(set_aside, metrics)
+    if table.constant:
+        violations[f"{table.key[0]}_conflict"] = counts["conflicts"]
+    accepted = {part: received.passing[part] + counts[part] for part in kept}
     quality = Quality(
-        received=run.record.rows[f"{BRONZE}.{table.name}"],
+        received=total,
         accepted=accepted.pop("accepted"),
-        quarantined=quarantined,
-        duplicates=several["duplicates"],
-        violations={**received.violations, **{rule.name: on_keys.get(rule.column, 0) for rule in key_rules(table)}},
+        quarantined=counts["rejected"],
+        duplicates=counts["duplicates"],
+        violations=violations,
         silver=accepted,
-        superseded=several["superseded"],
+        superseded=counts["superseded"],
     )
-    rejected = run.engine.coalesced(rejected, 1 + quarantined // ROWS_PER_FILE)
-    return Separated(nullified(rows, found.rules, config), rejected, quality)
+    columns = [name for name, _ in table.columns(BRONZE)]
+    valid = flagged.where("NOT _rejected AND NOT _duplicate_key").select(columns)
+    if not is_clean:
+        valid = valid.unionByName(set_aside.where("_outcome = 'kept'").select(columns))
+    rejected = set_aside.where("_outcome = 'rejected'").select(*columns, "_reasons")
+    rejected = run.engine.coalesced(rejected, 1 + counts["rejected"] // ROWS_PER_FILE)
+    return Separated(nullified(valid, rules, config), rejected, quality)
 
 
 # ═════════════════════════════════ Below this line is machinery. ═════════════════════════════════════════════════

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from datetime import date, datetime
 from decimal import Decimal
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,27 +14,23 @@ from pyspark.sql import functions as F
 import data_pipeline
 from data_pipeline import (
     ABORT,
-    LATEST,
     ORPHAN,
     REJECT,
     TABLES,
     WARN,
     DataPipelineConfig,
-    KeyCheck,
+    FailingKeys,
     Rule,
     Table,
-    Violations,
-    find_keys,
+    duplicate_keys,
     flag_rows,
+    grouped_keys,
     key_rules,
     named_columns,
     names,
     nullified,
-    rank_versions,
-    rejected_rows,
-    suspect_keys,
-    valid_rows,
-    valid_unique_rows,
+    orphan_keys,
+    with_outcome,
 )
 
 Frame = Callable[..., DataFrame]
@@ -167,26 +163,22 @@ def split_of(
     table = TABLES[name]
     rows = received(frame, table, *changes)
     known = {key: received(frame, TABLES[parent], {}) for key, parent in table.foreign_keys.items()} | parents
-    found = violations(rows, table, known)
-    flagged = flag_rows(rows, table, found, config).cache()
-    single = valid_unique_rows(rows, table, found, config)
-    several = valid_rows(flagged.where("_duplicate_key"), table)
-    rejected = rejected_rows(flagged, table, found, config)
-    ranked = rank_versions(several, table)
-    reasons = F.expr(f"array('{table.key[0]}_conflict')").alias("_reasons")
-    rejected = rejected.unionByName(ranked.where("_conflict").select(*several.columns, reasons))
-    latest = ranked.where(LATEST).select(*several.columns, "_versions")
-    kept = nullified(single.withColumn("_versions", F.lit(1)).unionByName(latest), table.rules, config)
-    return Split(kept, rejected)
+    keys = failing_keys(rows, table, known)
+    rules = [*table.rules, *(rule for rule in key_rules(table) if rule.violation in {found.flag for found in keys})]
+    flagged = flag_rows(rows, keys, rules, config).cache()
+    set_aside = with_outcome(flagged.where("_rejected OR _duplicate_key"), table, rules, config).cache()
+    single = flagged.where("NOT _rejected AND NOT _duplicate_key").select(*rows.columns, F.lit(1).alias("_versions"))
+    latest = set_aside.where("_outcome = 'kept'").select(*rows.columns, "_versions")
+    rejected = set_aside.where("_outcome = 'rejected'").select(*rows.columns, "_reasons")
+    return Split(nullified(single.unionByName(latest), table.rules, config), rejected)
 
 
-def violations(rows: DataFrame, table: Table, parents: dict[str, DataFrame]) -> Violations:
-    checks = [KeyCheck(table.name, key) for key in ("", *parents)]
-    suspects = suspect_keys(checks, {table.name: rows}, {table.foreign_keys[key]: parents[key] for key in parents})
-    run: Any = SimpleNamespace(cached=lambda rows: rows)
-    found = find_keys(run, checks, suspects)
-    orphans = {check.foreign_key: keys for check, keys in found.items() if check.foreign_key}
-    return Violations(table.rules, found.get(KeyCheck(table.name)), orphans)
+def failing_keys(rows: DataFrame, table: Table, parents: dict[str, DataFrame]) -> list[FailingKeys]:
+    checks = [("_duplicate_key", table.key), *((f"_{key}_unknown", (key,)) for key in parents)]
+    queries = [duplicate_keys(rows, table.key), *(orphan_keys(rows, parents[key], key) for key in parents)]
+    numbered = [query.select(F.lit(n).alias("number"), "key_hash", "rows") for n, query in enumerate(queries)]
+    found = grouped_keys(functools.reduce(DataFrame.unionAll, numbered))
+    return [FailingKeys(*checks[number], count, surplus, hashes) for number, count, surplus, hashes in found]
 
 
 @pytest.mark.parametrize("few", [1_000, 0])
@@ -200,20 +192,16 @@ def test_rows_are_flagged_by_few_and_by_many_keys(
     changes = ({"transaction_id": None}, {"transaction_id": "T3", "customer_id": 9}, {"transaction_id": "T4"})
     rows = received(frame, table, twice, twice, *changes, {"transaction_id": "T5", "customer_id": None})
     parents = {key: received(frame, TABLES[parent], {}) for key, parent in table.foreign_keys.items()}
-    found = violations(rows, table, parents)
-    assert found.duplicate_keys is not None
-    assert (found.duplicate_keys.surplus, list(found.orphan_keys)) == (1, ["customer_id"])
-    assert (found.duplicate_keys.rows, found.orphan_keys["customer_id"].rows) == (2, 1)
-    flagged = flag_rows(rows, table, found, config)
+    duplicates, customers = keys = sorted(failing_keys(rows, table, parents), key=lambda keys: -keys.rows)
+    assert (duplicates.flag, duplicates.rows, duplicates.surplus) == ("_duplicate_key", 2, 1)
+    assert (customers.flag, customers.rows) == ("_customer_id_unknown", 1)
+    flagged = flag_rows(rows, keys, [*table.rules, key_rules(table)[0]], config)
     assert flagged.columns == [*rows.columns, "_duplicate_key", "_customer_id_unknown", "_rejected"]
     verdicts = {row["transaction_id"]: tuple(row)[-3:] for row in flagged.collect()}
     assert verdicts == {
         "T2": (True, False, False), None: (False, False, True), "T3": (False, True, True),
         "T4": (False, False, False), "T5": (False, False, True),
     }  # fmt: skip
-    valid_unique = valid_unique_rows(rows, table, found, config)
-    assert valid_unique.columns == rows.columns
-    assert [row["transaction_id"] for row in valid_unique.collect()] == ["T4"]
 
 
 def test_refused_row_carries_every_reason(frame: Frame, config: DataPipelineConfig) -> None:

@@ -169,12 +169,12 @@ def test_data_dir_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in ("file", "file/below"):
         with pytest.raises(PipelineError, match=rf"cannot write to data_dir: .*{tmp_path}/{folder}.*choose another"):
-            preflight(DataPipelineConfig(data_dir=str(tmp_path / folder)))
+            preflight(DataPipelineConfig(engine=ENGINE, data_dir=str(tmp_path / folder)))
 
 
 def test_disk_without_room(tmp_path: Path) -> None:
     for rows in ("num_transactions", "num_customers", "num_products"):
-        huge = DataPipelineConfig(data_dir=str(tmp_path), **{rows: 10**12})  # type: ignore[arg-type]
+        huge = DataPipelineConfig(engine=ENGINE, data_dir=str(tmp_path), **{rows: 10**12})  # type: ignore[arg-type]
         with pytest.raises(PipelineError, match=r"not enough room in .* MB free, about 15\d,[\d,]+ MB needed"):
             preflight(huge)
 
@@ -226,7 +226,7 @@ def test_stopped_session_is_said_to_be_stopped(small: Callable[..., DataPipeline
 STOPPED = """
 import sys
 from data_pipeline import DataPipelineConfig, PipelineError, create_spark_session, run_pipeline
-config = DataPipelineConfig(data_dir=sys.argv[1], engine="{engine}", fast_start=False)
+config = DataPipelineConfig(engine=ENGINE, data_dir=sys.argv[1], engine="{engine}", fast_start=False)
 spark = create_spark_session(config)
 if "{engine}" == "spark":
     spark.sparkContext._jsc.sc().stop()
