@@ -226,7 +226,7 @@ def test_stopped_session_is_said_to_be_stopped(small: Callable[..., DataPipeline
 STOPPED = """
 import sys
 from data_pipeline import DataPipelineConfig, PipelineError, create_spark_session, run_pipeline
-config = DataPipelineConfig(engine=ENGINE, data_dir=sys.argv[1], engine="{engine}", fast_start=False)
+config = DataPipelineConfig(data_dir=sys.argv[1], engine="{engine}", fast_start=False)
 spark = create_spark_session(config)
 if "{engine}" == "spark":
     spark.sparkContext._jsc.sc().stop()

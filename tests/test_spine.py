@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import at_close
+from conftest import ENGINE, at_close
 from pyspark.sql import DataFrame, SparkSession
 from test_gate import started_run
 
@@ -157,7 +157,7 @@ def test_run_whose_record_cannot_be_saved_sends_one_alert(
     monkeypatch.setattr(data_pipeline.RunRecords, "save", full)
     monkeypatch.setattr(data_pipeline, "send_alert", lambda webhook, text: sent.append(text))
     root = small(**TINY).data_dir
-    assert data_pipeline.main(["--data-dir", root, "--alert-webhook", "http://127.0.0.1:9/x"]) == 1
+    assert data_pipeline.main(["--engine", ENGINE, "--data-dir", root, "--alert-webhook", "http://127.0.0.1:9/x"]) == 1
     [text] = sent
     assert "No run of the data pipeline" in text and "No space left on device" in text
 
