@@ -1740,12 +1740,9 @@ class LandedFiles:
         return rows
 
     def explain(self, error: Exception, engine: Engine, name: str) -> PipelineError | None:
-        """Explains an error by a damaged Parquet file or a failing model, if one caused it."""
+        """Explains an error by a failing model, if one caused it."""
         if isinstance(error, PipelineError) or engine.is_infrastructure_failure(error):
             return None
-        read = self.inputs.get(name, self.used)
-        if damage := find_damage((part for part in self.parts if part.source in read), self.files):
-            return NotPublishedError(f"{damage}; nothing is published: land the file again, or move it away")
         if name in self.models and (problem := model_problem(engine, self.models[name], self.views)):
             return PipelineError(
                 f"the model {name}.sql fails on these records: {problem}; correct it: where it gives null for a value "
@@ -2918,14 +2915,10 @@ class Engine(ABC):
             "SPARK_LOCAL_DIRS; what was published is as it was"
         )
 
-    def read(self, uri: str, schema: Any) -> DataFrame:
-        """Returns the rows of a Parquet table."""
-        return self.spark.read.schema(schema).parquet(uri)
-
-    def read_landed(self, paths: Mapping[int, str]) -> DataFrame:
-        """Returns the rows of Parquet files of one schema, with the number by which each is named as `_delivery`."""
-        rows = self.spark.read.parquet(*(f"file://{path}" for path in paths.values()))
-        return rows.withColumn("_delivery", F.regexp_extract(F.input_file_name(), r"(\d+)[.]\w+$", 1).cast("bigint"))
+    def read(self, uri: str, schema: Any = None) -> DataFrame:
+        """Returns the rows of a Parquet table; without a schema, the engine takes that of the files."""
+        reader = self.spark.read if schema is None else self.spark.read.schema(schema)
+        return reader.parquet(uri)
 
     def write(self, rows: DataFrame, uri: str, metrics: Mapping[str, str]) -> dict[str, Any]:
         """Writes rows as Parquet, and returns the metrics over them."""
@@ -3180,26 +3173,9 @@ class Sail(Engine):
     def describe(self) -> str:
         return f"Sail {importlib.metadata.version('pysail')}, as Spark {self.spark.version},"
 
-    def read(self, uri: str, schema: Any) -> DataFrame:
+    def read(self, uri: str, schema: Any = None) -> DataFrame:
         """Returns the rows of a Parquet table; Sail reads the %41 of a path in a URI as an A."""
         return super().read(uri.removeprefix("file://"), schema)
-
-    def read_landed(self, paths: Mapping[int, str]) -> DataFrame:
-        """Returns the rows of Parquet files of one schema, with unsigned numbers of the types that Spark gives them.
-
-        Sail cannot say which file a row comes from, and takes unsigned numbers for signed ones of the same size.
-        """
-        import pyarrow.parquet
-
-        kinds = {"uint8": "smallint", "uint16": "int", "uint32": "bigint", "uint64": "decimal(20,0)"}
-        frames = []
-        for number, path in paths.items():
-            fields = pyarrow.parquet.read_schema(path)
-            wider = {field.name: kinds[str(field.type)] for field in fields if str(field.type) in kinds}
-            columns = {name: F.col(quoted(name)).cast(kind) for name, kind in wider.items()}
-            rows = self.spark.read.parquet(path)
-            frames.append(rows.withColumns({**columns, "_delivery": F.lit(number).cast("bigint")}))
-        return functools.reduce(lambda one, other: one.unionByName(other), frames)
 
     def write(self, rows: DataFrame, uri: str, metrics: Mapping[str, str]) -> dict[str, Any]:
         """Writes the rows, and reads them back to count: Sail cannot count while it writes.
@@ -3822,8 +3798,8 @@ def check_layout(store: Store) -> None:
 
 
 # ── Landed files ─────────────────────────────────────────────────────────────────────────────────────────────────
-# Text is read by one strict reader for all engines: pyarrow turns it into Parquet, and the engine gives the values
-# types. Parquet is read by the engine in place.
+# One strict reader for all engines stages the records as Parquet: text by pyarrow, Excel by calamine, JSON by Python.
+# The engine then gives the values the types of the contract.
 
 FILE_FORMATS: Mapping[str, str] = {
     ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".txt": "lines",
@@ -4002,21 +3978,21 @@ def wait_until_settled(files: Iterable[LandedFile], settle_seconds: float) -> No
 
 
 class Part(NamedTuple):
-    """Records of one source in Parquet: staged files with the columns c0, c1 …, or landed files."""
+    """Staged records of one source: a folder of Parquet files, in which columns are called c0, c1 and so on."""
 
     source: str
     columns: Sequence[str]  # as they were landed
-    staged: str = ""  # a folder
-    landed: Mapping[int, str] = {}  # paths by delivery
+    types: Sequence[pa.DataType]
+    folder: str
     is_malformed: bool = False
 
 
 class Staging:
-    """Writes the records of text files into Parquet, those of files with the same columns into one folder."""
+    """Writes the records of landed files as Parquet, those of files with the same columns and types to one folder."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        self.parts: dict[Any, Part] = {}  # by table, columns, and whether the records are malformed
+        self.parts: dict[Any, Part] = {}  # by source, columns, types, and whether the records are malformed
         self.deliveries: dict[str, set[int]] = {}  # by folder, as `pending` is
         self.pending: dict[str, list[pa.Table]] = {}
         self.bytes = 0
@@ -4024,16 +4000,18 @@ class Staging:
     def add(
         self, file: LandedFile, names: Sequence[str], columns: Iterable[Any], rows: Any, is_malformed: bool = False
     ) -> None:
-        """Adds records of a file, by columns of text; `rows` are their numbers in the file."""
+        """Adds records of a file, by columns: arrays, or lists of text. `rows` are their numbers in the file."""
         import pyarrow as pa
 
-        key = (file.source, tuple(names), is_malformed)
+        arrays = [given if isinstance(given, pa.Array) else pa.array(given, pa.string()) for given in columns]
+        types = [array.type for array in arrays]
+        key = (file.source, tuple(names), tuple(types), is_malformed)
         if key not in self.parts:
             folder = os.path.join(self.folder, f"{len(self.parts)}.staged")
             os.mkdir(folder)
-            self.parts[key] = Part(file.source, names, folder, is_malformed=is_malformed)
-        folder = self.parts[key].staged
-        table = {f"c{number}": pa.array(texts, pa.string()) for number, texts in enumerate(columns)}
+            self.parts[key] = Part(file.source, names, types, folder, is_malformed)
+        folder = self.parts[key].folder
+        table: dict[str, Any] = {f"c{number}": array for number, array in enumerate(arrays)}
         table["_delivery"] = pa.repeat(pa.scalar(file.delivery, pa.int64()), len(rows))
         table["_source_file"] = pa.repeat(os.fsencode(file.path).decode(errors="replace"), len(rows))
         table["_source_row"] = pa.array(rows, pa.int64())
@@ -4056,7 +4034,7 @@ class Staging:
 
 
 class FileReader:
-    """Reads landed files strictly: text is staged as Parquet, and Parquet is read where it is."""
+    """Reads landed files strictly, and stages their records as Parquet."""
 
     def __init__(self, root: str, folder: str, config: DataPipelineConfig) -> None:
         self.root = root
@@ -4065,48 +4043,30 @@ class FileReader:
         self.staging = Staging(folder)
         # The keys of the objects of each table by their lower case: files may spell them differently.
         self.keys: dict[str, dict[str, str]] = {}
-        self.parquet_types: dict[int, tuple[tuple[str, str], ...]] = {}
 
     def read(self, files: Sequence[LandedFile], with_models: Iterable[str]) -> list[Part]:
         """Reads the files and returns their records; the columns of a table with a model may have any name.
 
         Files that cannot be read, or that change meanwhile, have a `problem` afterwards.
         """
-        has_parquet = any(file.suffix == ".parquet" for file in files)
-        with duckdb_connection(self.folder) if has_parquet else contextlib.nullcontext() as connection:
-            for file in files:
-                try:
-                    self._scan(connection, file)
-                    if file.source not in with_models:
-                        check_columns(file)
-                        if connection and (types := self.parquet_types.get(file.delivery)):
-                            check_binary(connection, file, self._link(file), types)
-                except (BadFileError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-                    if re.search(DISK_FULL, str(error)):
-                        raise
-                    file.leave_out(str(error) or type(error).__name__)
+        for file in files:
+            try:
+                self._scan(file, has_model=file.source in with_models)
+                if file.source not in with_models:
+                    check_columns(file)
+            except (BadFileError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+                if re.search(DISK_FULL, str(error)):
+                    raise
+                file.leave_out(str(error) or type(error).__name__)
         self.staging.write()
-        readable = {file.delivery: file for file in files if not file.problem}
-        in_place: dict[Any, dict[int, str]] = {}
-        for number, file in readable.items():
-            if types := self.parquet_types.get(number):
-                in_place.setdefault((file.source, types), {})[number] = self._link(file)
+        readable = {file.delivery for file in files if not file.problem}
         for file in files:
             self._check_unchanged(file)
         deliveries = self.staging.deliveries
-        return [part for part in self.staging.parts.values() if deliveries[part.staged] & readable.keys()] + [
-            Part(table, readable[next(iter(links))].columns, landed=links) for (table, _), links in in_place.items()
-        ]
+        return [part for part in self.staging.parts.values() if deliveries[part.folder] & readable]
 
     def _path(self, file: LandedFile) -> str:
         return os.path.join(self.root, file.path)
-
-    def _link(self, file: LandedFile) -> str:
-        """Returns a link to the file whose name is its number: other names may look like patterns or partitions."""
-        link = os.path.join(self.folder, f"{file.delivery}{file.suffix}")
-        if not os.path.lexists(link):
-            os.symlink(self._path(file), link)
-        return link
 
     def _check_unchanged(self, file: LandedFile) -> None:
         path, member = split_member(self._path(file))
@@ -4114,10 +4074,9 @@ class FileReader:
         if state is None or state.st_mtime_ns != file.mtime_ns or (state.st_size != file.size and not member):
             file.leave_out("it changed while it was read, so that the next run will read it", is_bad=False)
 
-    def _scan(self, connection: duckdb.DuckDBPyConnection | None, file: LandedFile) -> None:
-        if connection and file.suffix == ".parquet":
-            file.sha256 = sha256(self._path(file))
-            self.parquet_types[file.delivery] = scan_parquet(connection, file, self._link(file))
+    def _scan(self, file: LandedFile, has_model: bool) -> None:
+        if file.suffix == ".parquet":
+            self._scan_parquet(file, has_model)
             return
         with open_landed(self._path(file)) as raw:
             binary: Any = io.BufferedReader(raw, BLOCK)
@@ -4129,6 +4088,25 @@ class FileReader:
             else:
                 self._scan_lines(file, Utf8Text(content, self.config.source_encoding))
             file.sha256 = raw.sha256.hexdigest()
+
+    def _scan_parquet(self, file: LandedFile, has_model: bool) -> None:
+        """Stages the records of a Parquet file with their types. A model may read binary columns."""
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        file.sha256 = sha256(path := self._path(file))
+        try:
+            with open(path, "rb") as opened, parquet.ParquetFile(opened) as content:
+                schema = content.schema_arrow
+                file.columns = column_names(schema.names)
+                types = [engine_type(field, has_model) for field in schema]
+                self.staging.add(file, file.columns, [pa.array([], kind) for kind in types], ())
+                for batch in content.iter_batches():
+                    first, file.rows = file.rows + 1, file.rows + batch.num_rows
+                    arrays = [engine_values(*column) for column in zip(schema, batch.columns, types, strict=True)]
+                    self.staging.add(file, file.columns, arrays, range(first, file.rows + 1))
+        except pa.ArrowException as error:
+            raise BadFileError(str(error).partition("\n")[0]) from None
 
     def _scan_csv(self, file: LandedFile, text: Utf8Text) -> None:
         """Stages the records of a file, block by block.
@@ -4432,21 +4410,36 @@ def cell_text(value: Any, decimal: str) -> str | None:
     return str(value) if value != "" else None
 
 
-def scan_parquet(connection: duckdb.DuckDBPyConnection, file: LandedFile, path: str) -> tuple[tuple[str, str], ...]:
-    """Finds the rows and columns of a file by its footer; returns the columns with the types that DuckDB gives them."""
-    import duckdb
+def engine_type(column: pa.Field[Any], keep_binary: bool) -> pa.DataType:
+    """Returns the type in which all engines read a column of Parquet. Raises BadFileError if there is none."""
+    import pyarrow as pa
+
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    wider = {pa.uint8(): pa.int16(), pa.uint16(): pa.int32(), pa.uint32(): pa.int64(), pa.uint64(): pa.decimal128(20)}
+    if pa.types.is_timestamp(kind):
+        return pa.timestamp("us", kind.tz and "UTC")
+    if pa.types.is_float16(kind):
+        return pa.float32()
+    if pa.types.is_null(kind) or pa.types.is_large_string(kind):
+        return pa.string()
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return pa.binary() if keep_binary else pa.string()
+    if re.match("time|duration|month|decimal256|extension|fixed_size_binary", str(kind)):
+        raise BadFileError(f"its column {column.name} is {kind}, which Spark does not read")
+    return wider.get(kind, kind)
+
+
+def engine_values(column: pa.Field[Any], values: Any, kind: pa.DataType) -> Any:
+    """Returns the values of a column in another type; times lose their nanoseconds. Raises BadFileError."""
+    import pyarrow as pa
 
     try:
-        described = ask_duckdb(connection, f"DESCRIBE SELECT * FROM read_parquet({sql_text(path)})")
-        [counted] = ask_duckdb(connection, f"SELECT sum(num_rows) AS n FROM parquet_file_metadata({sql_text(path)})")
-    except duckdb.Error as error:
-        raise BadFileError(str(error).partition("\n")[0]) from None
-    file.columns = column_names([row["column_name"] for row in described])
-    for row in described:
-        if re.match("TIMESTAMP_NS|TIME$|TIME |INTERVAL|UUID", row["column_type"]):
-            raise BadFileError(f"its column {row['column_name']} is {row['column_type']}, which Spark does not read")
-    file.rows = int(counted["n"])
-    return tuple((row["column_name"], row["column_type"]) for row in described)
+        return values.cast(kind, safe=not pa.types.is_timestamp(kind))
+    except pa.ArrowInvalid:
+        raise BadFileError(
+            f"its column {column.name} is binary and no text in UTF-8: leave it out, or write a model that takes the "
+            "columns it needs"
+        ) from None
 
 
 NUMBER = secrets.token_hex(8)  # marks the text of a JSON number among texts
@@ -4512,49 +4505,9 @@ def check_columns(file: LandedFile) -> None:
         )
 
 
-def check_binary(
-    connection: duckdb.DuckDBPyConnection, file: LandedFile, path: str, columns: Iterable[tuple[str, str]]
-) -> None:
-    """Checks that columns of bytes hold text: the engines differ in what else they make of them."""
-    import duckdb
-
-    for name in (name for name, kind in columns if kind == "BLOB"):
-        try:
-            ask_duckdb(connection, f"SELECT count(decode({sql_name(name)})) FROM read_parquet({sql_text(path)})")
-        except duckdb.Error:
-            raise BadFileError(
-                f"its column {name} is binary and no text in UTF-8: leave it out, or write a model {file.source}.sql "
-                "that takes the columns it needs"
-            ) from None
-
-
-def sql_text(text: str) -> str:
-    """Returns a text as a literal of DuckDB's SQL; what is not UTF-8 is replaced."""
-    return "'{}'".format(os.fsencode(text).decode(errors="replace").replace("'", "''"))
-
-
-def sql_name(column: str) -> str:
-    """Returns the name of a column as DuckDB's SQL."""
-    return '"{}"'.format(column.replace('"', '""'))
-
-
 def spark_text(text: str) -> str:
     """Returns a text as a literal of Spark SQL; what is not UTF-8 is replaced."""
     return "'{}'".format(os.fsencode(text).decode(errors="replace").replace("\\", "\\\\").replace("'", "\\'"))
-
-
-def find_damage(parts: Iterable[Part], files: Iterable[LandedFile]) -> str | None:
-    """Returns which Parquet file has values that cannot be read, and why; its footer was good."""
-    import duckdb
-
-    paths = {file.delivery: file.path for file in files}
-    for number, link in (place for part in parts for place in part.landed.items()):
-        try:
-            with duckdb_connection(os.path.dirname(link)) as connection:
-                ask_duckdb(connection, f"SELECT max(hash(records)) FROM read_parquet({sql_text(link)}) AS records")
-        except duckdb.Error as error:
-            return f"{paths[number]} cannot be read: {str(error).partition(chr(10))[0].replace(link, paths[number])}"
-    return None
 
 
 SAME_CONTENT = "it has the same content as "
@@ -4598,7 +4551,7 @@ def records_of(
     A column that is text in one part, or of different types, is text in all. Declared columns that no part has are
     null texts.
     """
-    frames = [frame_of(engine, part, files) for part in parts]
+    frames = [frame_of(engine, part) for part in parts]
     nothing = ", ".join(f"CAST(NULL AS {kind}) AS {name}" for name, kind in LANDED_COLUMNS.items())
     frames = frames or [engine.spark.sql(f"SELECT {nothing} WHERE false")]
     # Asked once: each time is a call to the server of Connect and Sail.
@@ -4636,23 +4589,15 @@ def as_text(value: str, kind: str) -> str:
     return f"concat({value}, 'Z')" if kind == "timestamp" else f"CAST({value} AS STRING)"
 
 
-def frame_of(engine: Engine, part: Part, files: Sequence[LandedFile]) -> DataFrame:
+def frame_of(engine: Engine, part: Part) -> DataFrame:
     """Returns the records of a part, under the names of their columns."""
-    if part.staged:
-        columns = [f"c{n}" for n in range(len(part.columns))]
-        schema = ", ".join(
-            [*(f"{column} STRING" for column in columns), *(f"{n} {k}" for n, k in LANDED_COLUMNS.items())]
-        )
-        rows = engine.read(f"file://{part.staged}", schema)
-        named = (F.col(column).alias(name) for column, name in zip(columns, part.columns, strict=True))
-        return rows.select(*named, *LANDED_COLUMNS)
-    rows = engine.read_landed(part.landed)
-    places = ", ".join(f"({file.delivery}, {spark_text(file.path)})" for file in files if file.delivery in part.landed)
-    paths = engine.spark.sql(f"SELECT CAST(col1 AS BIGINT) AS _delivery, col2 AS _source_file FROM VALUES {places}")
-    named = (F.col(quoted(name)).alias(name.strip()) for name in rows.columns)
-    return (
-        rows.select(*named).join(F.broadcast(paths), "_delivery").withColumn("_source_row", F.lit(None).cast("bigint"))
-    )
+    is_text = all(str(kind) == "string" for kind in part.types)
+    columns = {**{f"c{number}": "string" for number, _ in enumerate(part.columns)}, **LANDED_COLUMNS}
+    # Without a schema, Spark runs a job to find it.
+    schema = ", ".join(f"{name} {kind}" for name, kind in columns.items()) if is_text else None
+    rows = engine.read(f"file://{part.folder}", schema)
+    named = (F.col(f"c{number}").alias(name) for number, name in enumerate(part.columns))
+    return rows.select(*named, *LANDED_COLUMNS)
 
 
 class KnownExport(NamedTuple):
