@@ -196,6 +196,7 @@ def test_python_snippets(
     at_exit: list[Callable[[], None]] = []
     monkeypatch.setattr(data_pipeline, "atexit", types.SimpleNamespace(register=at_exit.append))
     smaller = functools.partial(DataPipelineConfig, num_transactions=1_000, num_products=20, shuffle_partitions=2)
+    smaller.__dataclass_fields__ = DataPipelineConfig.__dataclass_fields__  # type: ignore[attr-defined]
     snippets = {page: [block.text for block in BLOCKS if (block.language, block.page) == ("python", page)]
                 for page in dict.fromkeys(block.page for block in BLOCKS)}  # fmt: skip
     readme = snippets.pop("README.md")
