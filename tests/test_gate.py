@@ -149,7 +149,12 @@ def test_empty_source(published: DataPipelineConfig, spark: SparkSession, monkey
     [
         ("flag_rows", "transaction_id = 'TXN_0000003'", "silver.transactions_clean: .* rows, but bronze holds"),
         ("with_outcome", "_outcome = 'rejected' AND amount IS NULL", "transactions: 2 of 1,000 .* unaccounted for"),
-        ("with_outcome", "_outcome = 'duplicate'", "silver.transactions_clean: .* rows, but bronze holds"),
+        pytest.param(
+            "with_outcome",
+            "_outcome = 'duplicate'",
+            "silver.transactions_clean: .* rows, but bronze holds",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_lost_rows(
@@ -299,6 +304,7 @@ def test_profile(published: DataPipelineConfig) -> None:
         assert profile["transactions"]["transaction_id"]["duplicates"] == one(db, repeated) > 0
 
 
+@pytest.mark.slow
 def test_storage_without_links(
     first_run: tuple[DataPipelineConfig, RunRecord],
     spark: SparkSession,
