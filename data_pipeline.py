@@ -2576,7 +2576,7 @@ def separate_rows(run: Run, received: Received, keys: Sequence[FailingKeys]) -> 
         silver=accepted,
         superseded=counts["superseded"],
     )
-    columns = [name for name, _ in table.columns(BRONZE)]
+    columns = received.rows.columns
     valid = flagged.where("NOT _rejected AND NOT _duplicate_key").select(columns)
     if not is_clean:
         valid = valid.unionByName(set_aside.where("_outcome = 'kept'").select(columns))
@@ -2654,13 +2654,13 @@ def is_host(name: str) -> bool:
     return False
 
 
-def check_reachable(absence: str, servers: str, otherwise: str, port: int = 0) -> None:
+def check_reachable(absence: str, servers: str, otherwise: str) -> None:
     """Raises PipelineError if none of the servers, host[:port],…, answers; Spark itself would try for minutes."""
     errors: list[str] = []
     for server in servers.split(","):
         address = urllib.parse.urlsplit(f"//{server}")
         try:
-            return socket.create_connection((address.hostname or "", address.port or port), timeout=10).close()
+            return socket.create_connection((address.hostname or "", address.port or 0), timeout=10).close()
         except (OSError, ValueError) as error:
             errors.append(str(error))
     raise PipelineError(f"{absence} at {servers} ({'; '.join(errors)}): start it, or {otherwise}")
@@ -2719,15 +2719,13 @@ def choose_engine(config: DataPipelineConfig, source: Source, spark: SparkSessio
     if spark is not None and (spark.is_stopped if remote else is_stopped(spark)):  # type: ignore[attr-defined]
         raise PipelineError("the session that was handed in is stopped: hand in one that runs, or none")
     master = "" if remote else str(spark.sparkContext.master) if spark is not None else find_master(config)
-    engine: type[Engine] = SparkCluster if not is_local(master) else LocalSpark
+    engine: type[Engine] = Sail if remote else LocalSpark if is_local(master) else SparkCluster
     if remote and config.engine != "sail":
         raise ConfigurationError(
             "the session that was handed in is of Spark Connect, which only engine sail uses: "
             "hand in a session of a Spark in this process, or none"
         )
-    if remote:
-        engine = Sail
-    if engine is Sail and not is_local(config.spark_master or ""):
+    if remote and not is_local(config.spark_master or ""):
         raise ConfigurationError(
             f"engine sail runs within this process, and on no cluster: leave spark_master {config.spark_master} "
             "out, or choose engine spark"
