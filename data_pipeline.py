@@ -493,11 +493,6 @@ def preflight(config: DataPipelineConfig, spark: SparkSession | None = None) -> 
     reader = ("pyarrow", "python_calamine") if config.source_dir else ()
     check_packages("requirements.txt", "duckdb", "faker", "jinja2", *reader)
     store.check(engine.expected_rows)
-    if config.source_dir and is_uri(config.root) and engine.shares_storage:
-        raise ConfigurationError(
-            f"landed files are read on this machine into data_dir, where a cluster cannot see {config.root}: choose a "
-            "folder that all machines share, or leave the master out"
-        )
     engine.check()
     return source, store, engine
 
@@ -735,11 +730,17 @@ class Run:
         """Starts the engine, and checks that all of its machines see the snapshot."""
         with self.step("start-up"):
             prepared = call_in_thread(meanwhile)
-            self.engine.start(self.snapshot.store.runs.spark_log(self.record.run_id))
+            runs, run_id = self.snapshot.store.runs, self.record.run_id
+            self.engine.start(runs.spark_log(run_id), runs.temporary_folder(run_id))
             prepared.result()
         self.record.versions |= self.engine.versions()
         logger.info("%s on Python %s", self.engine.describe(), sys.version.split()[0])
         if self.engine.shares_storage:
+            if self.config.source_dir and not self.snapshot.folder:
+                raise ConfigurationError(
+                    "a cluster cannot see landed files, which are read on this machine: choose a data_dir that all "
+                    "machines share, or leave the master out"
+                )
             with self.step("start of the executors"):
                 self.engine.wait_for_executors()
             with self.step("storage probe"):
@@ -2604,8 +2605,6 @@ MISTAKES: Mapping[str, str] = {
     "spark.driver.memory in spark-defaults.conf, or -Xmx in _JAVA_OPTIONS",
     "JAVA_GATEWAY_EXITED|Too many open files": "see the limits that `ulimit -n`, `-u` and `-v` show, and the options "
     "of Java in _JAVA_OPTIONS, JAVA_TOOL_OPTIONS and SPARK_SUBMIT_OPTS",
-    "EventLogFileWriter": "make the folder that spark.eventLog.dir of spark-defaults.conf names, or correct it",
-    "Cannot assign requested address": "correct SPARK_LOCAL_IP or --driver-host, or leave it out",
     "SPARK_HOME may not be configured correctly": "correct SPARK_HOME, or unset it",
     r"hadoop\.fs\.\S+ not found": "give Spark Hadoop's jar for data_dir, by spark.jars.packages in spark-defaults.conf",
     "No FileSystem for scheme": "correct data_dir: no file system of Spark has this scheme",
@@ -2645,13 +2644,6 @@ def check_packages(requirements: str, *modules: str) -> None:
     for module in modules:
         if importlib.util.find_spec(module) is None:
             raise PipelineError(f"{sys.executable} lacks {module}: run `{install_command(requirements)}`")
-
-
-def is_host(name: str) -> bool:
-    """Returns whether the network knows a host of this name."""
-    with contextlib.suppress(OSError):
-        return bool(socket.getaddrinfo(name, None))
-    return False
 
 
 def check_reachable(absence: str, servers: str, otherwise: str) -> None:
@@ -2695,42 +2687,40 @@ def start_failure(error: Exception, spark_log: str) -> str:
     return root_cause(error)
 
 
+def advice_on(error: Exception) -> str | None:
+    """Returns what to do about a mistake in the environment; None for other errors."""
+    return next((advice for mistake, advice in MISTAKES.items() if re.search(mistake, str(error))), None)
+
+
 def log_reference(spark_log: str) -> str:
     """Returns the end of a message that names Spark's own log, where there is one."""
     return f"; Spark's own log: {spark_log}" if os.path.isfile(spark_log) and os.path.getsize(spark_log) else ""
 
 
 def choose_engine(config: DataPipelineConfig, source: Source, spark: SparkSession | None = None) -> Engine:
-    """Returns the engine of the session given, or of this process's running one, else of the configuration.
+    """Returns the engine of the configuration, with the session given or this process's running one, if there is one.
 
     Raises:
         ConfigurationError: a master or a Spark Connect server that cannot be used.
         PipelineError: the session is stopped.
     """
     spark = spark or running_session()
-    if spark is not None:
-        remote = type(spark).__module__.startswith("pyspark.sql.connect")
-    else:
-        remote = config.engine == "sail"
-        if not remote and os.environ.get("SPARK_REMOTE"):
-            raise ConfigurationError(
-                "SPARK_REMOTE: the pipeline does not use Spark Connect servers; unset SPARK_REMOTE"
-            )
-    if spark is not None and (spark.is_stopped if remote else is_stopped(spark)):  # type: ignore[attr-defined]
-        raise PipelineError("the session that was handed in is stopped: hand in one that runs, or none")
-    master = "" if remote else str(spark.sparkContext.master) if spark is not None else find_master(config)
-    engine: type[Engine] = Sail if remote else LocalSpark if is_local(master) else SparkCluster
-    if remote and config.engine != "sail":
+    is_remote = type(spark).__module__.startswith("pyspark.sql.connect")
+    if config.engine == "spark" and (is_remote or (spark is None and os.environ.get("SPARK_REMOTE"))):
         raise ConfigurationError(
-            "the session that was handed in is of Spark Connect, which only engine sail uses: "
-            "hand in a session of a Spark in this process, or none"
+            "engine spark does not use Spark Connect: unset SPARK_REMOTE, or hand in a session of Spark in this process"
         )
-    if remote and not is_local(config.spark_master or ""):
+    if config.engine == "sail" and spark is not None and not is_remote:
+        raise ConfigurationError("engine sail cannot use a session of Spark: choose engine spark, or hand in none")
+    if config.engine == "sail" and not is_local(config.spark_master or ""):
         raise ConfigurationError(
             f"engine sail runs within this process, and on no cluster: leave spark_master {config.spark_master} "
             "out, or choose engine spark"
         )
-    return engine(config, sum(source.expected_rows.values()), spark, master)
+    if spark is not None and (spark.is_stopped if is_remote else is_stopped(spark)):  # type: ignore[attr-defined]
+        raise PipelineError("the session that was handed in is stopped: hand in one that runs, or none")
+    engine: type[Engine] = Sail if config.engine == "sail" else Spark
+    return engine(config, sum(source.expected_rows.values()), spark)
 
 
 def create_spark_session(config: DataPipelineConfig) -> SparkSession:
@@ -2772,24 +2762,6 @@ def own_master(config: DataPipelineConfig) -> str:
         raise ConfigurationError(f"SPARK_MASTER: {error}") from None
 
 
-def find_master(config: DataPipelineConfig) -> str:
-    """Returns the master by Spark's own precedence: ours, spark-submit's, that of spark-defaults; empty for none."""
-    if master := own_master(config):
-        return master
-    if not starts_jvm():  # spark-submit has started Java, and Java knows
-        from pyspark import SparkConf, SparkContext
-
-        SparkContext._ensure_initialized()
-        return SparkConf().get("spark.master", "") or ""
-    submitted = "\n".join(shlex.split(os.environ.get("PYSPARK_SUBMIT_ARGS", "")))
-    if found := re.search(r"^(?:--master[=\n]|(?:--conf=)?spark\.master=)(.+)$", submitted, re.MULTILINE):
-        return found[1]
-    defaults = Path(os.environ.get("SPARK_CONF_DIR") or spark_home() / "conf", "spark-defaults.conf")
-    text = defaults.read_text(errors="replace") if defaults.is_file() else ""
-    found = re.search(r"^\s*spark\.master[\s=:]+(\S+)", text, re.MULTILINE)
-    return found[1] if found else ""
-
-
 class Engine(ABC):
     """Computes the tables. Engines differ in the attributes and methods that they override.
 
@@ -2797,12 +2769,11 @@ class Engine(ABC):
     """
 
     spark: SparkSession  # from `start` on
-    shares_storage = False  # whether other machines or processes write the tables: they may see another disk
+    shares_storage = False  # from `start` on: whether other machines write the tables, and may see another disk
 
-    def __init__(self, config: DataPipelineConfig, rows: int, given: SparkSession | None, master: str) -> None:
+    def __init__(self, config: DataPipelineConfig, rows: int, given: SparkSession | None) -> None:
         self.config = config
         self.given = given
-        self.master = master
         self.expected_rows = rows
         self.startup_dominates = rows < SMALL_RUN  # such runs skip what only long runs repay
         self.settings: Mapping[str, str] = {  # those on which the tables or their speed depend
@@ -2820,7 +2791,6 @@ class Engine(ABC):
             self.settings = {**self.settings, "spark.sql.ansi.enabled": "false"}
         self._started = contextlib.ExitStack()
         self._tag = f"data_pipeline-{secrets.token_hex(4)}"
-        self.lost = threading.Event()  # set when a cluster has had no executor for too long
 
     @abstractmethod
     def check(self) -> None:
@@ -2839,8 +2809,11 @@ class Engine(ABC):
             builder = builder.config(key, value)
         return builder
 
-    def start(self, spark_log: str) -> None:
-        """Starts the engine, or applies the settings to the session that was given. Raises PipelineError."""
+    def start(self, spark_log: str, temporary_folder: str = "") -> None:
+        """Starts the engine, or applies the settings to the session that was given. Raises PipelineError.
+
+        Spark's own log goes to the file `spark_log`. The engine removes the temporary folder when it closes.
+        """
         if self.given is None:
             # In a thread, where no signal interrupts pyspark: else it would lose the JVM that it has just launched,
             # which then never ends. Nor does Spark put its own handler in place of the one that is set.
@@ -2893,15 +2866,12 @@ class Engine(ABC):
 
     def is_infrastructure_failure(self, error: Exception) -> bool:
         """Returns whether an error is due to a lack of machines or room, and so says nothing about the data."""
-        return self.lost.is_set() or bool(re.search(f"{CLUSTER_FAILED}|{DISK_FULL}", str(error)))
+        return bool(re.search(f"{CLUSTER_FAILED}|{DISK_FULL}", str(error)))
 
     def explain(self, error: Exception, step: str, spark_log: str) -> PipelineError | None:
         """Returns what the user can do about a failure of machines, disks or settings in a step; None for others."""
-        for mistake, advice in MISTAKES.items():
-            if re.search(mistake, str(error)):
-                return PipelineError(
-                    f"{start_failure(error, spark_log)}, in {step}: {advice}{log_reference(spark_log)}"
-                )
+        if advice := advice_on(error):
+            return PipelineError(f"{root_cause(error)}, in {step}: {advice}{log_reference(spark_log)}")
         full = re.search(DISK_FULL, str(error))
         if full is None:
             return None
@@ -2954,45 +2924,65 @@ class Engine(ABC):
         return rows.coalesce(partitions)
 
 
-class LocalSpark(Engine):
-    """Spark in this process's own JVM, on the cores of this machine."""
+class Spark(Engine):
+    """Spark in this process's JVM. Its executors are threads, or on the machines of a cluster.
+
+    The executors of a cluster may be missing, die, or see another disk.
+    """
+
+    def __init__(self, config: DataPipelineConfig, rows: int, given: SparkSession | None) -> None:
+        super().__init__(config, rows, given)
+        self.lost = threading.Event()  # set when a cluster has had no executor for too long
+        self.temporary_folder = ""  # of Java and Spark; if empty, they choose one
+        self.master = own_master(config)  # empty leaves it to Spark
 
     def check(self) -> None:
         if os.environ.get("SPARK_HOME"):
             check_packages("requirements.txt", "findspark")
         if self.given is None:
             check_java()
+            scheme, _, servers = self.master.partition("://")
+            if scheme == "spark":
+                check_reachable("no Spark master", servers, "choose another with --spark-master")
 
     def create_session(self, spark_log: str) -> SparkSession:
-        check_java()
-        # spark-submit has made its own Spark importable already.
-        if starts_jvm() and (home := os.environ.get("SPARK_HOME")):
-            import findspark
+        from py4j.protocol import Py4JError
+        from pyspark.errors import PySparkException
 
-            findspark.init(home)
-            import pyspark
-
-            version = ".".join(map(str, spark_version(spark_home())))
-            if not pyspark.__version__.startswith(version):  # a notebook, for example, has imported another one
-                raise PipelineError(
-                    f"SPARK_HOME {home} is Spark {version}, but pyspark {pyspark.__version__} was imported from "
-                    f"{os.path.dirname(pyspark.__file__)}: unset SPARK_HOME, or set it to that version"
-                )
-        if is_local(self.master):  # Spark's workers would take the `python3` of the PATH
-            os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-        if starts_jvm():
-            self.launch_jvm(spark_log)
-        spark = self.builder(self.options()).getOrCreate()
+        import_spark()
+        # Spark's workers would take the `python3` of the PATH.
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+        try:
+            if starts_jvm():
+                self.launch_jvm(spark_log)
+            spark = self.builder(self.options()).getOrCreate()
+        except (Py4JError, PySparkException) as error:
+            advice = advice_on(error) or (
+                "correct its settings: the master has to be of this version of Spark, and --driver-host, or "
+                "SPARK_LOCAL_IP, an address of this machine"
+            )
+            raise PipelineError(
+                f"Spark does not start{' on ' if self.master else ''}{self.master}: {start_failure(error, spark_log)}; "
+                f"{advice}{log_reference(spark_log)}"
+            ) from error
         _Py4JCache.install(spark.sparkContext._jvm)
-        if is_local(self.master) and not is_local(master := str(spark.sparkContext.master)):
-            raise PipelineError(f"Spark's own settings name the master {master}: name it by --spark-master too")
         return spark
 
-    def start(self, spark_log: str) -> None:
+    def start(self, spark_log: str, temporary_folder: str = "") -> None:
+        if temporary_folder and self.given is None and starts_jvm():
+            os.makedirs(temporary_folder, mode=0o700, exist_ok=True)
+            self._started.callback(shutil.rmtree, temporary_folder, ignore_errors=True)
+            self.temporary_folder = temporary_folder
         super().start(spark_log)
+        context = self.spark.sparkContext
         if self.given is None:  # it is the active session of the thread that made it, and has to be this one's
-            jvm: Any = self.spark.sparkContext._jvm
+            jvm: Any = context._jvm
             jvm.SparkSession.setActiveSession(self.spark._jsparkSession)
+        self.master = str(context.master)
+        self.shares_storage = not is_local(self.master)
+        if self.shares_storage:
+            self.tag_jobs()
+            self._started.enter_context(self.watched())
 
     def launch_jvm(self, spark_log: str) -> None:
         """Launches the JVM, whose output is Spark's own log, before the session needs it."""
@@ -3014,7 +3004,7 @@ class LocalSpark(Engine):
             # Nobody looks at the web interface of a run of seconds.
             "spark.ui.enabled": str(not self.startup_dominates).lower(),
             "spark.driver.defaultJavaOptions": shlex.join(self.jvm_options()),
-            "spark.master": own_master(self.config),
+            "spark.master": self.master,
         }
         for option in dataclasses.fields(self.config):
             if "spark" in option.metadata:
@@ -3022,11 +3012,13 @@ class LocalSpark(Engine):
         return {key: value for key, value in options.items() if value not in (None, "")}
 
     def jvm_options(self) -> list[str]:
-        """Returns options with which Java starts faster."""
+        """Returns options with which Java starts faster, and puts its files into the temporary folder."""
         archived = self.config.fast_start and starts_jvm()
         options = archive_options(Path(os.environ["JAVA_HOME"]), spark_home()) if archived else []
         if self.startup_dominates:  # the quick compiler alone: the thorough one takes longer than it saves
             options += ["-XX:TieredStopAtLevel=1", "-XX:ReservedCodeCacheSize=240m"]
+        if self.temporary_folder:  # Spark's files go there too, unless its own settings name another folder
+            options.append(f"-Djava.io.tmpdir={self.temporary_folder}")
         return options
 
     def versions(self) -> dict[str, str | None]:
@@ -3053,35 +3045,6 @@ class LocalSpark(Engine):
 
         with contextlib.suppress(Py4JError):  # Java has ended, and the jobs with it
             self.spark.sparkContext.cancelJobsWithTag(self._tag)
-
-
-class SparkCluster(LocalSpark):
-    """Spark whose executors are on other machines: they may be missing, die, or see another disk."""
-
-    shares_storage = True
-
-    def check(self) -> None:
-        super().check()
-        scheme, _, masters = self.master.partition("://")
-        if scheme == "spark" and self.given is None:
-            check_reachable("no Spark master", masters, "choose another with --spark-master")
-
-    def create_session(self, spark_log: str) -> SparkSession:
-        from py4j.protocol import Py4JError
-        from pyspark.errors import PySparkException
-
-        try:
-            return super().create_session(spark_log)
-        except (Py4JError, PySparkException) as error:
-            raise PipelineError(
-                f"cannot start on {self.master}: {start_failure(error, spark_log)}; it has to be a master of this "
-                f"version of Spark, and --driver-host an address of this machine{log_reference(spark_log)}"
-            ) from error
-
-    def start(self, spark_log: str) -> None:
-        super().start(spark_log)
-        self.tag_jobs()
-        self._started.enter_context(self.watched())
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -3128,18 +3091,22 @@ class SparkCluster(LocalSpark):
             time.sleep(3)
         logger.info("Executors on %s: %d", self.master, there)
 
+    def is_infrastructure_failure(self, error: Exception) -> bool:
+        return self.lost.is_set() or super().is_infrastructure_failure(error)
+
     def explain(self, error: Exception, step: str, spark_log: str) -> PipelineError | None:
+        failure = re.search(CLUSTER_FAILED, str(error))
         if self.lost.is_set():
             problem = f"left the run without an executor for {self.config.cluster_timeout:g} s"
-        elif failure := re.search(CLUSTER_FAILED, str(error)):
+        elif failure and self.shares_storage:
             problem = f"gave up on the run ({failure[0]})"
         else:
             return super().explain(error, step, spark_log)
         return PipelineError(
-            f"{self.master} {problem}, in {step}: see on the master's page and in the workers' logs whether workers "
-            "are there, with the memory and the cores that are asked for, whether they reach this machine, by "
-            "--driver-host, and whether their executors die, for lack of --executor-memory for example; what was "
-            f"published is as it was{log_reference(spark_log)}"
+            f"{self.master} {problem}, in {step}: see on the master's page and in the workers' "
+            "logs whether workers are there, with the memory and the cores that are asked for, whether they reach this "
+            "machine, by --driver-host, and whether their executors die, for lack of --executor-memory for example; "
+            f"what was published is as it was{log_reference(spark_log)}"
         )
 
 
@@ -3249,6 +3216,24 @@ def spark_home() -> Path:
     return Path(spec.origin).parent
 
 
+def import_spark() -> None:
+    """Imports the Spark of `SPARK_HOME`, where set. Raises PipelineError if another one was imported before."""
+    home = os.environ.get("SPARK_HOME")
+    if not home or not starts_jvm():  # spark-submit has made its own Spark importable already
+        return
+    import findspark
+
+    findspark.init(home)
+    import pyspark
+
+    version = ".".join(map(str, spark_version(spark_home())))
+    if not pyspark.__version__.startswith(version):  # a notebook, for example, has imported another one
+        raise PipelineError(
+            f"SPARK_HOME {home} is Spark {version}, but pyspark {pyspark.__version__} was imported from "
+            f"{os.path.dirname(pyspark.__file__)}: unset SPARK_HOME, or set it to that version"
+        )
+
+
 def spark_version(home: Path) -> tuple[int, ...]:
     """Returns the version of the Spark in a folder, from the name of its main jar. Raises PipelineError."""
     for jar in (home / "jars").glob("spark-core_*.jar"):
@@ -3333,6 +3318,13 @@ class _Py4JCache:
 ARCHIVE_FORMAT = 2  # raise it when archives are made in another way
 
 
+def class_path(spark: Path) -> str:
+    """Returns the class path of Spark's own launcher: Java only uses an archive that was made with the same one."""
+    configuration = os.environ.get("SPARK_CONF_DIR") or spark / "conf"
+    added = (os.environ.get(name) for name in ("HADOOP_CONF_DIR", "YARN_CONF_DIR", "SPARK_DIST_CLASSPATH"))
+    return ":".join(filter(None, (str(configuration), f"{spark}/jars/*", *added)))
+
+
 def archive_options(java: Path, spark: Path) -> list[str]:
     """Returns options by which Java uses the archive of Spark's classes, or lists the classes for one.
 
@@ -3341,9 +3333,11 @@ def archive_options(java: Path, spark: Path) -> list[str]:
     fast. But a flight recorder crashes them, and a JVM that cannot map their base does not start.
     """
     version = java_version(java)
-    if int(version.partition(".")[0]) < 17:
+    # Java makes no archive for a class path with a folder that holds files, such as the settings of Spark.
+    folders = (folder for folder in class_path(spark).split(":") if os.path.isdir(folder))
+    if int(version.partition(".")[0]) < 17 or any(map(os.listdir, folders)):
         return []
-    parts = (ARCHIVE_FORMAT, java, spark, version, (spark / "jars").stat().st_mtime_ns)
+    parts = (ARCHIVE_FORMAT, java, spark, version, (spark / "jars").stat().st_mtime_ns, class_path(spark))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "data_pipeline")
     archive = cache / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.jsa"
     options = []
@@ -3385,10 +3379,9 @@ def make_archive(archive: str, classes: str, java: str, spark: str) -> None:
     lines = [line for line in listed.read_text().splitlines(keepends=True) if "[SPECIES_RESOLVE]" not in line]
     listed.write_text("".join(line for line in lines if line.split()[0] not in versioned))
     options = (f"-XX:SharedClassListFile={classes}", f"-XX:SharedArchiveFile={made}")
-    jars = f"{spark}/conf:{spark}/jars/*"  # as spark-class names them: Java compares the paths
     try:
         if lines and not Path(archive).exists():
-            subprocess.run([f"{java}/bin/java", "-Xshare:dump", *options, "-cp", jars], check=True)
+            subprocess.run([f"{java}/bin/java", "-Xshare:dump", *options, "-cp", class_path(Path(spark))], check=True)
             made.replace(archive)
     finally:
         listed.unlink()
@@ -3519,6 +3512,10 @@ class RunRecords:
         """Returns the file for Spark's own log of a run."""
         return f"{self.folder}/{run_id}.spark.log" if self.is_local else os.devnull
 
+    def temporary_folder(self, run_id: str) -> str:
+        """Returns the folder for Java's and Spark's temporary files of a run, which `recover` removes after a kill."""
+        return os.path.join(tempfile.gettempdir(), f"data_pipeline-{run_id}")
+
     def save(self, record: RunRecord) -> None:
         """Writes a record whole or not at all."""
         if self.is_local:
@@ -3580,9 +3577,8 @@ class Store:
             PipelineError: it cannot, or something else is in the place of the pipeline's own files and links.
         """
         if not self.is_local:
-            server = re.match(r"hdfs://([^/:]+)(:\d+)?(/|$)", self.root)
-            if server and (server[2] or is_host(server[1])):  # other names stand for servers in Hadoop's settings
-                check_reachable("no HDFS", server[1] + (server[2] or ":8020"), "correct data_dir")
+            if server := re.match(r"hdfs://([^/:]+:\d+)(/|$)", self.root):
+                check_reachable("no HDFS", server[1], "correct data_dir")
             text = "On %s there is no link to publish by, and no lock: each run leaves its snapshot there"
             logger.warning(text, self.root)
             return
@@ -3726,6 +3722,7 @@ class Store:
         self.remove(run_id for run_id in self.snapshots() if run_id not in known)
         for run_id, record in self.runs.all():
             if isinstance(record, RunRecord) and record.result == "running":
+                shutil.rmtree(self.runs.temporary_folder(run_id), ignore_errors=True)
                 was_published = run_id == self.published()
                 self.runs.save(dataclasses.replace(record, result="succeeded" if was_published else "killed"))
                 moment = "after" if was_published else "before"

@@ -125,8 +125,8 @@ def at_close(monkeypatch: pytest.MonkeyPatch, callback: Callable[[], None]) -> N
     """Has the engine call something when it closes."""
     real = data_pipeline.Engine.start
 
-    def start(engine: data_pipeline.Engine, spark_log: str) -> None:
-        real(engine, spark_log)
+    def start(engine: data_pipeline.Engine, *arguments: str) -> None:
+        real(engine, *arguments)
         engine._started.callback(callback)
 
     monkeypatch.setattr(data_pipeline.Engine, "start", start)

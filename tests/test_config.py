@@ -105,31 +105,6 @@ def test_master_from_the_environment(master: str, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [
-        "--master spark://a:7077 pyspark-shell",
-        '--master "spark://a:7077" pyspark-shell',
-        "--name x --master=spark://a:7077 pyspark-shell",
-        '--conf "spark.master=spark://a:7077" pyspark-shell',
-        "--conf=spark.master=spark://a:7077 pyspark-shell",
-    ],
-)
-def test_master_that_spark_itself_is_given(arguments: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("SPARK_MASTER", "PYSPARK_GATEWAY_PORT"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("SPARK_CONF_DIR", str(tmp_path))
-    assert data_pipeline.find_master(DataPipelineConfig()) == ""
-    (tmp_path / "spark-defaults.conf").write_text("# spark.master yarn\n  spark.master   spark://b:7077\n")
-    assert data_pipeline.find_master(DataPipelineConfig()) == "spark://b:7077"
-    monkeypatch.setenv("PYSPARK_SUBMIT_ARGS", arguments)
-    assert data_pipeline.find_master(DataPipelineConfig()) == "spark://a:7077"
-    assert data_pipeline.own_master(DataPipelineConfig()) == "", "what Spark has from elsewhere is left to Spark"
-    monkeypatch.setenv("SPARK_MASTER", "local[3]")
-    assert data_pipeline.find_master(DataPipelineConfig()) == "local[3]"
-    assert data_pipeline.find_master(DataPipelineConfig(spark_master="local[4]")) == "local[4]"
-
-
-@pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"num_customers": 0}, "num_customers is 0, but num_transactions is 50000"),

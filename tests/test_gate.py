@@ -387,13 +387,24 @@ def check_whole(root: Path) -> None:
         assert len(revenues) == 1
 
 
+def kill_with_children(process: subprocess.Popen[str]) -> None:
+    """Kills a run and its Java at once, so that neither cleans up."""
+    children = [
+        pid for task in Path(f"/proc/{process.pid}/task").iterdir() for pid in (task / "children").read_text().split()
+    ]
+    for pid in (process.pid, *map(int, children)):
+        os.kill(pid, signal.SIGKILL)
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment(tmp_path: Path) -> None:
     """SIGKILL at random moments of real runs: `KILLS=20 pytest tests/test_gate.py -m slow` is the full test."""
     root = tmp_path / "pipeline-data"
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
     started = time.monotonic()
-    with start(tmp_path, *flags) as process:
+    temporary = str(tmp_path / "tmp")
+    os.mkdir(temporary)
+    with start(tmp_path, *flags, TMPDIR=temporary) as process:
         process.communicate()
         assert process.returncode == 0
     duration = time.monotonic() - started
@@ -401,18 +412,19 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     for kill in range(KILLS):
         # The later half more often: there the tables are written and published.
         moment = duration * random.Random(kill).triangular(0.1, 1.05, 0.9)
-        with start(tmp_path, *flags, f"--seed={kill}") as process:
+        with start(tmp_path, *flags, f"--seed={kill}", TMPDIR=temporary) as process:
             try:
                 process.communicate(timeout=moment)
             except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
+                kill_with_children(process)
                 process.communicate()
         check_whole(root)
-    with start(tmp_path, *flags, "--lock-timeout=30") as process:
+    with start(tmp_path, *flags, "--lock-timeout=30", TMPDIR=temporary) as process:
         process.communicate()
         assert process.returncode == 0
     check_whole(root)
     store = Store(str(root))
     audited = set(store.snapshots(data_pipeline.AUDITED))
     assert set(store.snapshots()) == audited, "the leftovers of the killed runs are gone"
+    assert os.listdir(temporary) == [], "so are Java's and Spark's own files"
     assert {record.result for _, record in store.runs.all() if isinstance(record, RunRecord)} <= {"succeeded", "killed"}

@@ -250,15 +250,15 @@ MISTAKES: dict[str, tuple[str, dict[str, str], str, str]] = {
         "System memory 104857600 must be at least",
         "give Java more, by --driver-memory in PYSPARK_SUBMIT_ARGS",
     ),
-    "open files": ("ulimit -n 40; ", {}, ", in start-up: ", "see the limits that `ulimit -n`"),
+    "open files": ("ulimit -n 40; ", {}, "Spark does not start: ", "see the limits that `ulimit -n`"),
     "memory": ("ulimit -v 1500000; ", {}, "Could not allocate ", "see the limits that `ulimit -n`, `-u` and `-v`"),
     "event log": (
         "",
         {"SPARK_CONF_DIR": "."},
         "File file:/nowhere/events does not exist",
-        "make the folder that spark.eventLog.dir of spark-defaults.conf names",
+        "correct its settings",
     ),
-    "address": ("", {"SPARK_LOCAL_IP": "203.0.113.5"}, "Cannot assign requested address", "correct SPARK_LOCAL_IP"),
+    "address": ("", {"SPARK_LOCAL_IP": "203.0.113.5"}, "Cannot assign requested address", "an address of this machine"),
     "no jar": (
         "",
         {"PIPELINE_DATA_DIR": "s3a://bucket/shop"},
@@ -348,6 +348,9 @@ def test_archive_of_classes(tmp_path: Path) -> None:
     archives[0].write_bytes(archives[0].read_bytes()[:1_000_000])
     start()
     assert not start(XDG_CACHE_HOME="/proc/nowhere"), "a cache that cannot be written is no hindrance either"
+    (tmp_path / "spark-defaults.conf").touch()
+    assert not start(SPARK_CONF_DIR=str(tmp_path), XDG_CACHE_HOME=str(tmp_path / "other"))
+    assert not (tmp_path / "other").exists(), "no classes are listed where Java cannot make an archive"
 
 
 def test_spark_connect_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
