@@ -11,6 +11,7 @@
 #     "Jinja2==3.1.6",
 #     "pyarrow==26.0.1",
 #     "python-calamine==0.9.1",
+#     "sqlglot==30.30.0",
 # ]
 # ///
 """E-commerce data pipeline in the medallion architecture, on PySpark: source → bronze → silver → gold.
@@ -93,7 +94,6 @@ import shutil
 import socket
 import stat
 import statistics
-import string
 import subprocess
 import tempfile
 import threading
@@ -487,11 +487,11 @@ def preflight(config: DataPipelineConfig, spark: SparkSession | None = None) -> 
         PipelineError: the configuration, Java, Spark or the data folder cannot be used; the message says what to do.
     """
     check_config(config)
+    reader = ("pyarrow", "python_calamine", "sqlglot") if config.source_dir else ()
+    check_packages("requirements.txt", "duckdb", "faker", "jinja2", *reader)
     source = open_source(config)
     store = Store(config.root)
     engine = choose_engine(config, source, spark)
-    reader = ("pyarrow", "python_calamine") if config.source_dir else ()
-    check_packages("requirements.txt", "duckdb", "faker", "jinja2", *reader)
     store.check(engine.expected_rows)
     engine.check()
     return source, store, engine
@@ -1599,7 +1599,7 @@ class LandedFiles:
                 "again, without saving the file in a spreadsheet, and leave source_decimal out"
             )
         self.models = read_models(models_folder(config.models, self.root))
-        self.inputs = {name: self.models[name].inputs if name in self.models else [name] for name in names(BRONZE)}
+        self.inputs = {name: self.models[name].inputs if name in self.models else (name,) for name in names(BRONZE)}
         self.used = list(dict.fromkeys(source for inputs in self.inputs.values() for source in inputs))
         self.listed = claimed(list_files(self.root, config.root), self.models, self.used)
         self.files = [file for file in self.listed if file.source in self.used]
@@ -1753,11 +1753,6 @@ class LandedFiles:
 
 
 READY_MODELS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "models")
-TEXTS_AND_COMMENTS = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|(`[^`]*`)|--[^\n]*|/\*.*?\*/""", re.DOTALL)
-AGGREGATES_OR_JOINS = r"DISTINCT|GROUP\s+BY|UNION|JOIN|LATERAL\s+VIEW|(POS)?EXPLODE(_OUTER)?|EXCEPT|MINUS|INTERSECT"
-
-# The words that end a list of tables, or stand in place of one.
-NO_TABLES = "SELECT|WITH|VALUES|WHERE|GROUP|ORDER|HAVING|LIMIT|UNION|EXCEPT|MINUS|INTERSECT|WINDOW|QUALIFY"
 
 
 @dataclass(frozen=True)
@@ -1768,28 +1763,42 @@ class Model:
     sql: str
     patterns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of names of files, by source
     columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # that may be missing, by source
-    reads: tuple[str, ...] = ()  # the sources, each as often as it is read
+    inputs: tuple[str, ...] = ()  # the sources that it reads
     keeps_records: bool = False  # whether each record of the only source that it reads is one row
-
-    @property
-    def inputs(self) -> list[str]:
-        """Returns the names of the sources that the model reads."""
-        return list(dict.fromkeys(self.reads))
 
 
 def parse_model(name: str, text: str) -> Model:
-    """Returns the model of a table from the text of its file."""
-    sql = without_semicolon(text)
-    plain = without_comments(sql, keep_texts=False)
+    """Returns the model of a table from the text of its file. Raises ConfigurationError if it is no SELECT."""
+    import sqlglot
+    from sqlglot import exp
+    from sqlglot.optimizer.scope import Scope, traverse_scope
+
+    try:
+        tokens = [token for token in sqlglot.tokenize(text, read="spark") if token.text != ";"]
+        sql = text[: tokens[-1].end + 1] if tokens else ""
+        query, *others = sqlglot.parse(sql, read="spark")
+    except sqlglot.errors.SqlglotError as error:
+        detail = error.errors[0] if isinstance(error, sqlglot.errors.ParseError) and error.errors else {}
+        problem = "line {line}, after {start_context!r}: {description}".format(**detail) if detail else error
+        raise ConfigurationError(f"the model {name}.sql cannot be parsed: {problem}") from None
+    if others or not isinstance(query, exp.Query):
+        raise ConfigurationError(f"the model {name}.sql is not one SELECT")
     declared: dict[str, dict[str, tuple[str, ...]]] = {"source": {}, "columns": {}}
-    head = sql[: len(plain) - len(plain.lstrip())]
+    head = text[: tokens[0].start]
     for kind, source, values in re.findall(r"^\s*--\s*(source|columns)\s+(\w+)\s*:(.*)$", head, re.MULTILINE):
         listed = tuple(value.strip() for value in values.split(",") if value.strip())
         declared[kind][source.lower()] = declared[kind].get(source.lower(), ()) + listed
-    reads = tuple(sources_in(plain))
-    clauses = re.sub(r"`[^`]*`|\bIS\s+(NOT\s+)?DISTINCT\b", " ", plain, flags=re.IGNORECASE)
-    changes_rows = re.search(rf"\b({AGGREGATES_OR_JOINS})\b", clauses, re.IGNORECASE)
-    return Model(name, sql, declared["source"], declared["columns"], reads, len(reads) == 1 and not changes_rows)
+    reads = [
+        table.name.lower()
+        for scope in traverse_scope(query)
+        for table in scope.tables
+        # Neither a function of rows, such as range(9), nor a table of a database, nor a query that WITH names.
+        if isinstance(table.this, exp.Identifier) and not table.db
+        if not isinstance(scope.sources.get(table.alias_or_name), Scope)
+    ]
+    changes_rows = query.find(exp.Distinct, exp.Group, exp.Join, exp.SetOperation, exp.Lateral, exp.Explode)
+    inputs = tuple(dict.fromkeys(reads))
+    return Model(name, sql, declared["source"], declared["columns"], inputs, len(reads) == 1 and not changes_rows)
 
 
 def models_folder(models: str | None, root: str) -> str:
@@ -1820,61 +1829,6 @@ def read_models(folder: str) -> dict[str, Model]:
             except (OSError, UnicodeError) as error:
                 raise ConfigurationError(f"cannot read the model {path}: {error}") from None
     return models
-
-
-def without_comments(statement: str, *, keep_texts: bool = True) -> str:
-    """Returns a SQL statement of the same length with blanks in place of comments, and of texts unless kept."""
-
-    def kept(found: re.Match[str]) -> str:
-        return found[0] if found[2] or (found[1] and keep_texts) else " " * len(found[0])
-
-    return TEXTS_AND_COMMENTS.sub(kept, statement)
-
-
-def without_semicolon(statement: str) -> str:
-    """Returns a SQL statement without the semicolons and comments at its end."""
-    return statement[: len(without_comments(statement).rstrip(string.whitespace + ";"))]
-
-
-@dataclass
-class _Parenthesis:
-    """A level of parentheses in a SQL statement, while its sources are looked for."""
-
-    function: str = ""  # the word before it
-    defines: str = ""  # the name that WITH gives to the query in it
-    in_from: bool = False
-    expects_table: bool = False
-
-
-def sources_in(statement: str) -> Iterator[str]:
-    """Returns the tables after FROM, JOIN and commas in a SQL statement without comments and texts.
-
-    Names that WITH defines are left out from where they are defined: `WITH a AS (SELECT … FROM a)` reads a source.
-    """
-    levels, defined = [_Parenthesis()], {""}
-    words = ["", "", *re.findall(r"`[^`]*`|\w+|[^\s\w]", statement), ""]
-    for before, previous, word, following in zip(words, words[1:], words[2:], words[3:], strict=False):
-        level, keyword = levels[-1], word.upper()
-        if word == "(":
-            defines = before.strip("`").lower() if previous.upper() == "AS" else ""
-            levels.append(_Parenthesis(previous.upper(), defines, level.expects_table, level.expects_table))
-            level.expects_table = False
-        elif word == ")":
-            defined.add(level.defines)
-            levels = levels[:-1] or [_Parenthesis()]
-        elif keyword in ("FROM", "JOIN"):
-            # EXTRACT(YEAR FROM day) and IS DISTINCT FROM name no tables.
-            is_function = level.function in ("EXTRACT", "TRIM", "SUBSTRING", "SUBSTR", "OVERLAY")
-            level.in_from = level.expects_table = not is_function and previous.upper() != "DISTINCT"
-        elif word == ",":
-            level.expects_table = level.in_from
-        elif re.fullmatch(NO_TABLES, keyword):
-            level.in_from = level.expects_table = False
-        elif level.expects_table and keyword != "LATERAL":
-            level.expects_table = False
-            name = word.strip("`").lower()
-            if name not in defined and following not in ("(", "."):
-                yield name
 
 
 def apply_model(spark: SparkSession, model: Model, views: Mapping[str, str]) -> DataFrame:
