@@ -66,7 +66,6 @@ if sys.version_info < (3, 11):  # before anything that an older Python cannot pa
 import argparse
 import atexit
 import codecs
-import collections
 import concurrent.futures
 import contextlib
 import csv
@@ -130,6 +129,7 @@ else:
             return getattr(importlib.import_module(self._module), name)
 
     F = _LazyModule("pyspark.sql.functions")
+    pa = _LazyModule("pyarrow")
 
 logger = logging.getLogger("data_pipeline")
 PROGRESS = logging.INFO - 1  # the level of lines that only a terminal shows
@@ -1592,7 +1592,7 @@ class LandedFiles:
         self.root = expanded("source_dir", config.source_dir or "")
         if not os.path.isdir(self.root):
             raise ConfigurationError(f"there is no folder {self.root} on this machine: correct source_dir")
-        self.controls = read_controls(os.path.join(self.root, CONTROLS), config.source_decimal)
+        self.controls = read_controls(os.path.join(self.root, CONTROLS), config)
         if config.models in ready_models() and config.source_decimal != ".":
             raise ConfigurationError(
                 f"the models {config.models} read amounts with a decimal point, as the system exports them: export "
@@ -3926,60 +3926,26 @@ def wait_until_settled(files: Iterable[LandedFile], settle_seconds: float) -> No
         time.sleep(wait)
 
 
-class Part(NamedTuple):
-    """Staged records of one source: a folder of Parquet files, in which columns are called c0, c1 and so on."""
+@dataclass
+class Part:
+    """Staged records with the same columns and types: a folder of Parquet files, whose columns are c0, c1 and so on."""
 
     source: str
     columns: Sequence[str]  # as they were landed
     types: Sequence[pa.DataType]
     folder: str
-    is_malformed: bool = False
-
-
-class Staging:
-    """Writes the records of landed files as Parquet, those of files with the same columns and types to one folder."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
-        self.parts: dict[Any, Part] = {}  # by source, columns, types, and whether the records are malformed
-        self.deliveries: dict[str, set[int]] = {}  # by folder, as `pending` is
-        self.pending: dict[str, list[pa.Table]] = {}
-        self.bytes = 0
-
-    def add(
-        self, file: LandedFile, names: Sequence[str], columns: Iterable[Any], rows: Any, is_malformed: bool = False
-    ) -> None:
-        """Adds records of a file, by columns: arrays, or lists of text. `rows` are their numbers in the file."""
-        import pyarrow as pa
-
-        arrays = [given if isinstance(given, pa.Array) else pa.array(given, pa.string()) for given in columns]
-        types = [array.type for array in arrays]
-        key = (file.source, tuple(names), tuple(types), is_malformed)
-        if key not in self.parts:
-            folder = os.path.join(self.folder, f"{len(self.parts)}.staged")
-            os.mkdir(folder)
-            self.parts[key] = Part(file.source, names, types, folder, is_malformed)
-        folder = self.parts[key].folder
-        table: dict[str, Any] = {f"c{number}": array for number, array in enumerate(arrays)}
-        table["_delivery"] = pa.repeat(pa.scalar(file.delivery, pa.int64()), len(rows))
-        table["_source_file"] = pa.repeat(os.fsencode(file.path).decode(errors="replace"), len(rows))
-        table["_source_row"] = pa.array(rows, pa.int64())
-        self.pending.setdefault(folder, []).append(pa.table(table))
-        self.deliveries.setdefault(folder, set()).add(file.delivery)
-        self.bytes += self.pending[folder][-1].nbytes
-        if self.bytes > PENDING:
-            self.write()
+    is_malformed: bool
+    deliveries: set[int] = field(default_factory=set)  # of the files that the records are from
+    pending: list[pa.Table] = field(default_factory=list)  # not yet written
 
     def write(self) -> None:
-        """Writes what has been added since the last call."""
-        for folder, tables in self.pending.items():
-            import pyarrow as pa
-            from pyarrow import parquet
+        """Writes the records that are pending."""
+        from pyarrow import parquet
 
-            path = os.path.join(folder, f"{secrets.token_hex(8)}.parquet")
-            parquet.write_table(pa.concat_tables(tables), path, write_statistics=False)
-        self.pending.clear()
-        self.bytes = 0
+        if self.pending:
+            path = os.path.join(self.folder, f"{secrets.token_hex(8)}.parquet")
+            parquet.write_table(pa.concat_tables(self.pending), path, write_statistics=False)
+            self.pending.clear()
 
 
 class FileReader:
@@ -3989,8 +3955,9 @@ class FileReader:
         self.root = root
         self.folder = folder
         self.config = config
-        self.staging = Staging(folder)
-        # The keys of the objects of each table by their lower case: files may spell them differently.
+        self.parts: dict[Any, Part] = {}  # by source, columns, types, and whether the records are malformed
+        self.pending_bytes = 0
+        # The keys of the objects of each source by their lower case: files may spell them differently.
         self.keys: dict[str, dict[str, str]] = {}
 
     def read(self, files: Sequence[LandedFile], with_models: Iterable[str]) -> list[Part]:
@@ -3999,137 +3966,166 @@ class FileReader:
         Files that cannot be read, or that change meanwhile, have a `problem` afterwards.
         """
         for file in files:
+            path = os.path.join(self.root, file.path)
             try:
-                self._scan(file, has_model=file.source in with_models)
+                with open_landed(path) as content:
+                    file.sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+                with open_landed(path) as content:
+                    self._scan(file, content, has_model=file.source in with_models)
                 if file.source not in with_models:
                     check_columns(file)
+            except UnicodeDecodeError as error:
+                file.leave_out(self._undecodable(path, error))
             except (BadFileError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
                 if re.search(DISK_FULL, str(error)):
                     raise
                 file.leave_out(str(error) or type(error).__name__)
-        self.staging.write()
+        for part in self.parts.values():
+            part.write()
         readable = {file.delivery for file in files if not file.problem}
         for file in files:
             self._check_unchanged(file)
-        deliveries = self.staging.deliveries
-        return [part for part in self.staging.parts.values() if deliveries[part.folder] & readable]
-
-    def _path(self, file: LandedFile) -> str:
-        return os.path.join(self.root, file.path)
+        return [part for part in self.parts.values() if part.deliveries & readable]
 
     def _check_unchanged(self, file: LandedFile) -> None:
-        path, member = split_member(self._path(file))
+        path, member = split_member(os.path.join(self.root, file.path))
         state = os.stat(path) if os.path.exists(path) else None
         if state is None or state.st_mtime_ns != file.mtime_ns or (state.st_size != file.size and not member):
             file.leave_out("it changed while it was read, so that the next run will read it", is_bad=False)
 
-    def _scan(self, file: LandedFile, has_model: bool) -> None:
-        if file.suffix == ".parquet":
-            self._scan_parquet(file, has_model)
-            return
-        with open_landed(self._path(file)) as raw:
-            binary: Any = io.BufferedReader(raw, BLOCK)
-            content = io.BufferedReader(gzip.GzipFile(fileobj=binary), BLOCK) if file.is_compressed else binary
-            if file.suffix == ".xlsx":
-                self._scan_sheet(file, content.read())
-            elif FILE_FORMATS[file.suffix] == "csv":
-                self._scan_csv(file, Utf8Text(content, self.config.source_encoding))
-            else:
-                self._scan_lines(file, Utf8Text(content, self.config.source_encoding))
-            file.sha256 = raw.sha256.hexdigest()
+    def _undecodable(self, path: str, error: UnicodeDecodeError) -> str:
+        """Returns the line and the first byte that is not text in the encoding, as the problem of a file."""
+        line, decoder = 1, codecs.getincrementaldecoder(error.encoding)()
+        with open_landed(path) as opened:
+            content = unzipped(path, opened)
+            try:
+                while block := content.read(BLOCK):
+                    line += decoder.decode(block).count("\n")
+            except UnicodeDecodeError as found:
+                line += found.object[: found.start].count(b"\n")
+        byte = f"{error.encoding!r} can't decode byte 0x{error.object[error.start]:02x} ({error.reason})"
+        return f"line {line:,}: {byte}; see --source-encoding"
 
-    def _scan_parquet(self, file: LandedFile, has_model: bool) -> None:
+    def _stage(
+        self, file: LandedFile, names: Sequence[str], columns: Iterable[Any], rows: Any, is_malformed: bool = False
+    ) -> None:
+        """Stages records of a file, by columns: arrays, or lists of text. `rows` are their numbers in the file."""
+        arrays = [given if isinstance(given, pa.Array) else pa.array(given, pa.string()) for given in columns]
+        types = [array.type for array in arrays]
+        key = (file.source, tuple(names), tuple(types), is_malformed)
+        if key not in self.parts:
+            folder = os.path.join(self.folder, f"{len(self.parts)}.staged")
+            os.mkdir(folder)
+            self.parts[key] = Part(file.source, names, types, folder, is_malformed)
+        table: dict[str, Any] = {f"c{number}": array for number, array in enumerate(arrays)}
+        table["_delivery"] = pa.repeat(pa.scalar(file.delivery, pa.int64()), len(rows))
+        table["_source_file"] = pa.repeat(os.fsencode(file.path).decode(errors="replace"), len(rows))
+        table["_source_row"] = pa.array(rows, pa.int64())
+        part = self.parts[key]
+        part.deliveries.add(file.delivery)
+        part.pending.append(pa.table(table))
+        self.pending_bytes += part.pending[-1].nbytes
+        if self.pending_bytes > PENDING:
+            self.pending_bytes = 0
+            for part in self.parts.values():
+                part.write()
+
+    def _stage_malformed(self, file: LandedFile, rows: Sequence[tuple[int, str]]) -> None:
+        """Stages malformed records verbatim."""
+        if rows:
+            numbers, texts = zip(*rows, strict=True)
+            self._stage(file, ["_record"], [texts], numbers, is_malformed=True)
+
+    def _scan(self, file: LandedFile, content: Any, has_model: bool) -> None:
+        content = unzipped(file.path, content)
+        match FILE_FORMATS[file.suffix]:
+            case "parquet":
+                self._scan_parquet(file, content, has_model)
+            case "xlsx":
+                self._scan_sheet(file, content.read())
+            case "csv":
+                self._scan_csv(file, open_text(content, self.config.source_encoding))
+            case _:
+                self._scan_lines(file, open_text(content, self.config.source_encoding))
+
+    def _scan_parquet(self, file: LandedFile, content: Any, has_model: bool) -> None:
         """Stages the records of a Parquet file with their types. A model may read binary columns."""
-        import pyarrow as pa
         from pyarrow import parquet
 
-        file.sha256 = sha256(path := self._path(file))
         try:
-            with open(path, "rb") as opened, parquet.ParquetFile(opened) as content:
-                schema = content.schema_arrow
+            with parquet.ParquetFile(content) as opened:
+                schema = opened.schema_arrow
                 file.columns = column_names(schema.names)
-                types = [engine_type(field, has_model) for field in schema]
-                self.staging.add(file, file.columns, [pa.array([], kind) for kind in types], ())
-                for batch in content.iter_batches():
+                types = [engine_type(column, has_model) for column in schema]
+                self._stage(file, file.columns, [pa.array([], kind) for kind in types], ())
+                for batch in opened.iter_batches():
                     first, file.rows = file.rows + 1, file.rows + batch.num_rows
                     arrays = [engine_values(*column) for column in zip(schema, batch.columns, types, strict=True)]
-                    self.staging.add(file, file.columns, arrays, range(first, file.rows + 1))
+                    self._stage(file, file.columns, arrays, range(first, file.rows + 1))
         except pa.ArrowException as error:
             raise BadFileError(str(error).partition("\n")[0]) from None
 
-    def _scan_csv(self, file: LandedFile, text: Utf8Text) -> None:
+    def _scan_csv(self, file: LandedFile, text: TextIO) -> None:
         """Stages the records of a file, block by block.
 
         A record that is malformed on purpose follows the last one. It arrives alone unless a quote is open.
         """
-        import pyarrow as pa
-
         delimiter, header = read_header(text, file.suffix, self.config)
         file.columns = column_names(header)
         if not header:
             return
-        text.end = end = END + delimiter * len(header)
-        ends: list[str] = []
-        numbers: collections.deque[int] = collections.deque()  # of malformed records
-        malformed: list[tuple[int, str]] = []  # those that are not yet staged
+        self._stage(file, file.columns, [()] * len(header), ())
+        end = END + delimiter * len(header)
+        malformed: list[tuple[int, str]] = []  # those that are not yet staged, and the last one
+        are_malformed: set[int] = set()  # numbers of records
+        numbers = itertools.filterfalse(are_malformed.__contains__, itertools.count(1))
 
         def keep(row: Any) -> str:
-            if row.text.endswith(end):
-                ends.append(row.text)
-                return "skip"
-            file.malformed += 1
-            numbers.append(row.number)
-            malformed.append((row.number, row.text))
-            if len(malformed) == BATCH:
+            if len(malformed) > BATCH:
                 self._stage_malformed(file, malformed)
+                malformed.clear()
+            malformed.append((row.number, row.text))
+            are_malformed.add(row.number)
             return "skip"
 
-        self.staging.add(file, file.columns, [()] * len(header), ())
-        following = 1
         try:
-            for batch in open_csv(text, len(header), delimiter, self.config.source_quote, keep):
-                valid, following = row_numbers(following, batch.num_rows, numbers)
+            for batch in open_csv(CsvText(text, end), len(header), delimiter, self.config.source_quote, keep):
                 file.rows += batch.num_rows
-                self.staging.add(file, file.columns, batch.columns, valid)
+                self._stage(file, file.columns, batch.columns, list(itertools.islice(numbers, batch.num_rows)))
         except pa.ArrowInvalid:
-            size = f"{BLOCK // 2**20} MB"
-            raise BadFileError(f"record {file.records + 1:,} has more than {size}: is a quote not closed?") from None
-        self._stage_malformed(file, malformed)
-        if ends != [end]:
-            number = file.records + len(ends)
+            number, size = file.rows + len(are_malformed) + 1, f"{BLOCK // 2**20} MB"
+            raise BadFileError(f"record {number:,} has more than {size}: is a quote not closed?") from None
+        number, last = malformed.pop() if malformed else (file.rows, "")
+        if last != end:
             raise BadFileError(f"record {number:,} continues to the end of the file: is a quote not closed?")
+        self._stage_malformed(file, malformed)
+        file.malformed = len(are_malformed) - 1
 
-    def _scan_lines(self, file: LandedFile, text: Utf8Text) -> None:
+    def _scan_lines(self, file: LandedFile, text: TextIO) -> None:
         """Stages the records of a file that has one a line: a JSON object, or a text."""
         keys = self.keys.setdefault(file.source, {})
-        rows: list[tuple[int, dict[str, str | None]]] = []
-        malformed: list[tuple[int, str]] = []
+        is_json = FILE_FORMATS[file.suffix] == "json"
         found: dict[str, None] = {}
-        is_json, size = FILE_FORMATS[file.suffix] == "json", 0
-        for line in io.TextIOWrapper(io.BufferedReader(text, BLOCK), "utf-8", newline=""):
-            if not line.strip():
-                continue
-            line = line.rstrip("\r\n")
-            try:
-                row = parse_object(line, self.config.source_decimal) if is_json else {"value": line}
-            except (ValueError, RecursionError):
-                if not file.rows and line.lstrip().startswith("["):
-                    advice = "one object a line is needed, as `jq -c .[]` makes it"
-                    raise BadFileError(f"it is a JSON array: {advice}") from None
-                file.malformed += 1
-                malformed.append((file.records, line))
-            else:
-                file.rows += 1
-                named = {name.strip() or "column_0": value for name, value in row.items()}
-                found |= {keys.setdefault(name.lower(), name): None for name in named}
-                rows.append((file.records, {name.lower(): value for name, value in named.items()}))
-            size += len(line)
-            if size > BLOCK:
-                self._stage_objects(file, rows)
-                self._stage_malformed(file, malformed)
-                size = 0
-        self._stage_objects(file, rows)
-        self._stage_malformed(file, malformed)
+        lines = enumerate((line.rstrip("\r\n") for line in text if line.strip()), start=1)
+        while batch := list(itertools.islice(lines, BATCH)):
+            rows: dict[int, dict[str, str | None]] = {}
+            malformed = []
+            for number, line in batch:
+                try:
+                    row = parse_object(line, self.config.source_decimal) if is_json else {"value": line}
+                    rows[number] = {name.strip() or "column_0": value for name, value in row.items()}
+                except (ValueError, RecursionError):
+                    if number == 1 and line.lstrip().startswith("["):
+                        advice = "one object a line is needed, as `jq -c .[]` makes it"
+                        raise BadFileError(f"it is a JSON array: {advice}") from None
+                    malformed.append((number, line))
+            found |= {keys.setdefault(name.lower(), name): None for row in rows.values() for name in row}
+            by_key = [{name.lower(): value for name, value in row.items()} for row in rows.values()]
+            if rows:
+                self._stage(file, list(keys.values()), [[row.get(key) for row in by_key] for key in keys], [*rows])
+            self._stage_malformed(file, malformed)
+            file.rows += len(rows)
+            file.malformed += len(malformed)
         file.columns = column_names(list(found))
 
     def _scan_sheet(self, file: LandedFile, content: bytes) -> None:
@@ -4145,112 +4141,66 @@ class FileReader:
         file.columns = column_names([text or "" for text in next(rows, ())])
         if not file.columns:
             return
-        self.staging.add(file, file.columns, [()] * len(file.columns), ())
+        self._stage(file, file.columns, [()] * len(file.columns), ())
         while batch := list(itertools.islice(rows, BATCH)):
             first, file.rows = file.rows + 1, file.rows + len(batch)
-            self.staging.add(file, file.columns, zip(*batch, strict=True), range(first, file.rows + 1))
-
-    def _stage_objects(self, file: LandedFile, rows: list[tuple[int, dict[str, str | None]]]) -> None:
-        if rows:
-            keys = self.keys[file.source]
-            columns = [[row.get(key) for _, row in rows] for key in keys]
-            self.staging.add(file, list(keys.values()), columns, [number for number, _ in rows])
-            rows.clear()
-
-    def _stage_malformed(self, file: LandedFile, rows: list[tuple[int, str]]) -> None:
-        """Stages malformed records verbatim."""
-        if rows:
-            numbers, texts = zip(*rows, strict=True)
-            self.staging.add(file, ["_record"], [texts], numbers, is_malformed=True)
-            rows.clear()
+            self._stage(file, file.columns, zip(*batch, strict=True), range(first, file.rows + 1))
 
 
-class HashedFile(io.RawIOBase):
-    """Reads a file, and computes the SHA-256 of what has been read."""
+class CsvText(io.RawIOBase):
+    """Encodes text as UTF-8 for pyarrow, and adds a last line."""
 
-    def __init__(self, file: Any) -> None:
-        self.file = file
-        self.sha256 = hashlib.sha256()
+    def __init__(self, text: TextIO, end: str) -> None:
+        self.text = text
+        self.end = end
+        self.encoded = codecs.BOM_UTF8  # pyarrow skips one: not that of a value
+        self.last = "\n"  # character of the text
+
+    def readinto(self, buffer: Any) -> int:
+        if not self.encoded:
+            text = self.text.read(BLOCK // 4)
+            if not text:
+                text, self.end = self.end if self.last in "\r\n" else f"\n{self.end}", ""
+            self.encoded, self.last = text.encode(), text[-1:]
+        size = min(len(buffer), len(self.encoded))
+        buffer[:size], self.encoded = self.encoded[:size], self.encoded[size:]
+        return size
 
     def readable(self) -> bool:
         return True
-
-    def readinto(self, buffer: Any) -> int:
-        size: int = self.file.readinto(buffer)
-        self.sha256.update(memoryview(buffer)[:size])
-        return size
-
-
-class Utf8Text(io.RawIOBase):
-    """Reads text as UTF-8. A byte order mark tells the encoding; without one, it is the given one.
-
-    Raises:
-        BadFileError: bytes that are not text in the encoding.
-    """
-
-    def __init__(self, binary: io.BufferedReader, encoding: str) -> None:
-        if binary.peek(3).startswith(codecs.BOM_UTF8):
-            binary.read(3)
-            encoding = "utf-8"
-        elif binary.peek(2).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            encoding = "utf-16"
-        self.binary, self.encoding = binary, encoding
-        self.decoder = codecs.getincrementaldecoder(encoding)()
-        self.decoded, self.last, self.line = b"", "\n", 1  # not yet read; the last character, and its line
-        self.end = ""  # what to add as a last line
-        self.is_complete = False
-
-    def readable(self) -> bool:
-        return True
-
-    def head(self) -> str:
-        """Returns the first MB of what is not yet read."""
-        self._decode(2**20)
-        return self.decoded.decode(errors="ignore")  # a character may be cut
-
-    def skip(self, text: str) -> None:
-        """Skips a text of the head."""
-        self.decoded = self.decoded[len(text.encode()) :]
-
-    def readinto(self, buffer: Any) -> int:
-        self._decode(len(buffer))
-        if self.is_complete and self.end:
-            self.decoded += (self.end if self.last in "\r\n" else f"\n{self.end}").encode()
-            self.end = ""
-        size = min(len(buffer), len(self.decoded))
-        buffer[:size], self.decoded = self.decoded[:size], self.decoded[size:]
-        return size
-
-    def _decode(self, size: int) -> None:
-        while len(self.decoded) < size and not self.is_complete:
-            given = self.binary.read(size - len(self.decoded))
-            self.is_complete = not given
-            try:
-                text = self.decoder.decode(given, self.is_complete)
-            except UnicodeDecodeError as error:
-                line = self.line + error.object[: error.start].count(b"\n")
-                byte = f"line {line:,}: {self.encoding!r} can't decode byte 0x{error.object[error.start]:02x}"
-                raise BadFileError(f"{byte} ({error.reason}); see --source-encoding") from None
-            self.line += text.count("\n")
-            self.last = text[-1:] or self.last
-            # Bytes of UTF-8 are passed on as they are: encoding takes as long as decoding.
-            self.decoded += given if given and self.encoding in ("utf-8", "ascii") else text.encode()
 
 
 @contextlib.contextmanager
-def open_landed(path: str) -> Iterator[HashedFile]:
+def open_landed(path: str) -> Iterator[Any]:
     """Opens a file, or a member of a zip file. Raises BadFileError."""
     archive, member = split_member(path)
-    with contextlib.ExitStack() as stack:
-        if member:
-            opened = stack.enter_context(zipfile.ZipFile(archive))
-            try:
-                content: Any = stack.enter_context(opened.open(member))
-            except (KeyError, RuntimeError) as error:  # it is encrypted, or compressed in an unknown way
-                raise BadFileError(str(error.args[0])) from None
-        else:
-            content = stack.enter_context(open(path, "rb", buffering=0))
-        yield HashedFile(content)
+    if not member:
+        with open(path, "rb") as file:
+            yield file
+        return
+    with zipfile.ZipFile(archive) as opened:
+        try:
+            content = opened.open(member)
+        except (KeyError, RuntimeError) as error:  # it is encrypted, or compressed in an unknown way
+            raise BadFileError(str(error.args[0])) from None
+        with content:
+            yield content
+
+
+def unzipped(path: str, content: Any) -> Any:
+    """Returns the content of a file that may be compressed by gzip."""
+    return gzip.GzipFile(fileobj=content) if path.endswith(".gz") else content
+
+
+def open_text(content: Any, encoding: str) -> TextIO:
+    """Returns the text of a file. A byte order mark tells the encoding; without one, it is the given one."""
+    binary = io.BufferedReader(content, BLOCK)
+    start = binary.peek(3)
+    if start.startswith(codecs.BOM_UTF8):
+        encoding = "utf-8-sig"
+    elif start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    return io.TextIOWrapper(binary, encoding, newline="")
 
 
 def split_member(path: str) -> tuple[str, str]:
@@ -4277,48 +4227,42 @@ def zip_members(path: str) -> list[tuple[str, int]]:
     ]
 
 
-def read_header(text: Utf8Text, suffix: str, config: DataPipelineConfig) -> tuple[str, list[str]]:
+def read_header(text: TextIO, suffix: str, config: DataPipelineConfig) -> tuple[str, list[str]]:
     """Reads the header of CSV; returns the delimiter and the fields. Raises BadFileError.
 
     The delimiter is that of the settings, else of a first line `sep=;`, else the one that gives the most fields.
     """
-    head, quote = text.head(), config.source_quote
-    if named := re.match(rf"({re.escape(quote)}?)sep=([^\r\n])\1(\r\n?|\n|$)", head):
-        text.skip(named[0])
-        head = head[len(named[0]) :]
+    quote = config.source_quote
+    lines = (line for line in iter(text.readline, "") if line.strip("\r\n"))
+    first = next(lines, "")
+    if named := re.fullmatch(rf"({re.escape(quote)}?)sep=(.)\1[\r\n]*", first):
+        first = next(lines, "")
 
-    def fields(delimiter: str, strict: bool) -> tuple[list[str], int]:
-        lines = io.StringIO(head, newline="")
-        reader = csv.reader(iter(lines.readline, ""), delimiter=delimiter, quotechar=quote, strict=strict)
-        return next(filter(None, reader), []), lines.tell()
+    def fields(delimiter: str, lines: Iterable[str], strict: bool) -> list[str]:
+        return next(csv.reader(lines, delimiter=delimiter, quotechar=quote, strict=strict), [])
 
     def fit(delimiter: str) -> tuple[bool, int]:
         """Returns whether no quote is left within a field, and the number of fields."""
         with contextlib.suppress(csv.Error):
-            found = fields(delimiter, strict=False)[0]
+            found = fields(delimiter, [first], strict=False)
             return not any(quote in field for field in found), len(found)
         return False, 0
 
-    candidates = "\t,;|" if suffix == ".tsv" else ",;\t|"
-    delimiter = config.source_delimiter or (named[2] if named else "")
-    delimiter = delimiter or max((one for one in candidates if one != quote), key=fit)
+    candidates = [one for one in ("\t,;|" if suffix == ".tsv" else ",;\t|") if one != quote]
+    delimiter = config.source_delimiter or (named[2] if named else max(candidates, key=fit))
     try:
-        header, end = fields(delimiter, strict=True)
+        return delimiter, fields(delimiter, itertools.chain([first], lines), strict=True)
     except csv.Error as error:
         raise BadFileError(f"its header cannot be read: {error}; is a quote not closed?") from None
-    text.skip(head[:end])
-    text.decoded = codecs.BOM_UTF8 + text.decoded  # pyarrow skips one: not that of a value
-    return delimiter, header
 
 
-def open_csv(text: Utf8Text, width: int, delimiter: str, quote: str, keep: Callable[[Any], str]) -> Iterable[Any]:
+def open_csv(text: CsvText, width: int, delimiter: str, quote: str, keep: Callable[[Any], str]) -> Iterable[Any]:
     """Returns the records of CSV in batches of Arrow; calls `keep` with each record of another number of fields."""
-    import pyarrow as pa
     from pyarrow import csv as arrow_csv
 
     names = [f"c{number}" for number in range(width)]
     reader: Iterable[Any] = arrow_csv.open_csv(
-        text,
+        io.BufferedReader(text, BLOCK),
         arrow_csv.ReadOptions(use_threads=False, block_size=BLOCK, column_names=names),
         arrow_csv.ParseOptions(
             delimiter=delimiter, quote_char=quote, newlines_in_values=True, invalid_row_handler=keep,
@@ -4330,21 +4274,6 @@ def open_csv(text: Utf8Text, width: int, delimiter: str, quote: str, keep: Calla
         ),
     )  # fmt: skip
     return reader
-
-
-def row_numbers(first: int, count: int, malformed: collections.deque[int]) -> tuple[Any, int]:
-    """Returns the numbers of so many valid records, and the first number after them.
-
-    The numbers of malformed records, in order, are left out; those that have been passed are removed.
-    """
-    import pyarrow as pa
-
-    runs = []
-    while malformed and (run := malformed[0] - first) < count:
-        runs.append(pa.arange(first, first + run))
-        count -= run
-        first = malformed.popleft() + 1
-    return pa.concat_arrays([*runs, pa.arange(first, first + count)]), first + count
 
 
 def cell_text(value: Any, decimal: str) -> str | None:
@@ -4361,8 +4290,6 @@ def cell_text(value: Any, decimal: str) -> str | None:
 
 def engine_type(column: pa.Field[Any], keep_binary: bool) -> pa.DataType:
     """Returns the type in which all engines read a column of Parquet. Raises BadFileError if there is none."""
-    import pyarrow as pa
-
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     wider = {pa.uint8(): pa.int16(), pa.uint16(): pa.int32(), pa.uint32(): pa.int64(), pa.uint64(): pa.decimal128(20)}
     if pa.types.is_timestamp(kind):
@@ -4380,8 +4307,6 @@ def engine_type(column: pa.Field[Any], keep_binary: bool) -> pa.DataType:
 
 def engine_values(column: pa.Field[Any], values: Any, kind: pa.DataType) -> Any:
     """Returns the values of a column in another type; times lose their nanoseconds. Raises BadFileError."""
-    import pyarrow as pa
-
     try:
         return values.cast(kind, safe=not pa.types.is_timestamp(kind))
     except pa.ArrowInvalid:
@@ -4550,65 +4475,57 @@ def frame_of(engine: Engine, part: Part) -> DataFrame:
 
 
 class KnownExport(NamedTuple):
-    """An export of a system that has ready models: one of their sources, and the columns that they read of it."""
+    """A source of ready models, and the columns that they read of it, in lower case."""
 
     system: str
     source: str
     patterns: tuple[str, ...]
-    columns: frozenset[str]  # in lower case
-
-    def share(self, header: Iterable[str]) -> tuple[float, int]:
-        """Returns which share of the columns a file has, and of how many."""
-        given = {name.strip().lower() for name in header}
-        return len(self.columns & given) / len(self.columns), len(self.columns)
-
-    def advice(self, file: LandedFile, models: str | None) -> str:
-        """Returns what to do so that the models read the file; nothing where they do."""
-        run = "" if models == self.system else f"run with --models {self.system}"
-        [found] = claimed([file], {"": Model("", "", {self.source: self.patterns})}, [])
-        rename = "" if found.source == self.source else f"rename it to match {' or '.join(self.patterns)}"
-        return ", and ".join(filter(None, (run, rename)))
+    columns: frozenset[str]
 
 
-def known_exports(headers: Iterable[tuple[LandedFile, Sequence[str]]]) -> Iterator[tuple[LandedFile, KnownExport]]:
-    """Returns the files whose headers have at least 80 % of the columns of an export that ready models read."""
-    known = [
+def known_exports() -> list[KnownExport]:
+    """Returns the sources of all ready models."""
+    return [
         KnownExport(system, source, model.patterns.get(source, (source,)), frozenset(map(str.lower, columns)))
         for system in ready_models()
         for model in read_models(os.path.join(READY_MODELS, system)).values()
         for source, columns in model.columns.items()
         if columns
     ]
+
+
+def recognized_exports(
+    headers: Iterable[tuple[LandedFile, Sequence[str]]], models: str | None
+) -> Iterator[tuple[str, str]]:
+    """Returns the files that have at least 80 % of the columns of a known export, and how `models` can read them."""
+    known = known_exports()
     for file, header in headers:
-        best = max(known, key=lambda export: export.share(header), default=None)
-        if best and best.share(header)[0] >= 0.8:
-            yield file, best
+        given = {name.strip().lower() for name in header}
+        shares = ((len(export.columns & given) / len(export.columns), len(export.columns), export) for export in known)
+        share, _, export = max(shares, default=(0.0, 0, None))
+        if export and share >= 0.8:
+            run = "" if models == export.system else f"run with --models {export.system}"
+            [found] = claimed([file], {"": Model("", "", {export.source: export.patterns})}, [])
+            rename = "" if found.source == export.source else f"rename it to match {' or '.join(export.patterns)}"
+            advice = ", and ".join(filter(None, (run, rename)))
+            yield f"{file.path} looks like the {export.source} export of {export.system}", advice
 
 
-def header_of(path: str) -> list[str]:
-    """Returns the fields of the first line of a text file; none where that cannot be read."""
-    opened: Any = gzip.open if path.endswith(".gz") else open
-    try:
-        with opened(path, "rb") as file:
-            line = file.read(2**16)
-        encoding = "utf-16" if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-        first = re.sub(r"\Asep=.*\s+", "", line.decode(encoding, errors="replace")).partition("\n")[0]
-        return max((next(csv.reader([first], delimiter=delimiter), []) for delimiter in ",;\t|"), key=len)
-    except (OSError, EOFError, zlib.error, csv.Error):
-        return []
+def header_of(source: LandedFiles, file: LandedFile) -> list[str]:
+    """Returns the fields of the first line of a text file; none if it cannot be read."""
+    path, unreadable = os.path.join(source.root, file.path), (BadFileError, OSError, EOFError, UnicodeError, zlib.error)
+    with contextlib.suppress(*unreadable), open_landed(path) as content:
+        text = open_text(unzipped(path, content), source.config.source_encoding)
+        return read_header(text, file.suffix, source.config)[1]
+    return []
 
 
 def export_hint(source: LandedFiles) -> str:
-    """Returns the end of an error when nothing is there for a table: which files look like exports that are known."""
-    texts = {file.top: file for file in source.listed if file.suffix in (".csv", ".tsv", ".txt") and not file.problem}
-    headers = ((file, header_of(os.path.join(source.root, file.path))) for file in texts.values())
-    found = [(file.top, export, export.advice(file, source.config.models)) for file, export in known_exports(headers)]
-    if new := [(top, export.system) for top, export, _ in found if export.system != source.config.models]:
-        tops, systems = ([*dict.fromkeys(values)] for values in zip(*new, strict=True))
-        return f"; these look like exports of {' and '.join(systems)}: add --models {systems[0]} ({shortened(tops)})"
-    return "".join(
-        f"; {top} looks like an export of {export.system}: {advice}" for top, export, advice in found if advice
-    )
+    """Returns the end of an error when nothing is there for a table: three files that look like known exports."""
+    texts = [file for file in source.listed if file.suffix in (".csv", ".tsv", ".txt") and not file.problem]
+    headers = [(file, header_of(source, file)) for file in {file.top: file for file in texts}.values()]
+    hints = [f"; {looks}: {advice}" for looks, advice in recognized_exports(headers, source.config.models) if advice]
+    return "".join(hints[:3])
 
 
 INSPECTED_BYTES = 100 * MILLION  # of the files of each source, about, that --inspect-source reads
@@ -4656,11 +4573,8 @@ def inspect_source(config: DataPipelineConfig) -> Iterator[str]:
                 number_read = f"cannot be read: {file.problem}" if file.problem else f"{file.records:,} records"
                 malformed = f", of which {file.malformed:,} are malformed lines" if file.malformed else ""
                 yield f"  {file.path}: {number_read}{malformed}"
-        exports = list(known_exports((file, file.columns) for file in sample))
-        for file, export in exports:
-            article = "an" if export.source[0] in "aeiou" else "a"
-            looks = f"{file.path} looks like {article} {export.source} export of {export.system}"
-            yield ": ".join(filter(None, (looks, export.advice(file, config.models))))
+        exports = list(recognized_exports(((file, file.columns) for file in sample), config.models))
+        yield from (": ".join(filter(None, export)) for export in exports)
         records = source.records(engine, sample)
         source.views = {name: stack.enter_context(engine.view(rows)) for name, rows in records.items()}
         for name, inputs in source.inputs.items():
@@ -5045,66 +4959,61 @@ class Control(NamedTuple):
     figures: Mapping[str, Decimal]
 
 
-def read_controls(path: str, decimal: str) -> list[Control]:
+def read_controls(path: str, config: DataPipelineConfig) -> list[Control]:
     """Reads the control totals, if there are any. Raises ConfigurationError."""
     if not os.path.exists(path):
         return []
-    content = Path(path).read_bytes()
-    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        lines = content.decode("utf-16" if is_utf16 else "utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ConfigurationError(f"{path} cannot be read as text: {error}; save it as CSV in UTF-8") from None
-    delimiter = max(",;\t", key=lines[0].count) if lines else ","
-    header, *rows = [row for row in csv.reader(lines, delimiter=delimiter) if row] or [[]]
-    columns = [name.strip().lower() for name in header]
-    known = ("period", *CONTROL_FIGURES)
-    if "period" not in columns or not {*columns} <= {*known} or len(columns) < 2 or not rows:
+        with open(path, "rb", buffering=0) as content:
+            text = open_text(content, config.source_encoding)
+            delimiter, header = read_header(text, ".csv", config)
+            rows = [row for row in csv.reader(text, delimiter=delimiter) if any(row)]
+        columns = [name.lower() for name in column_names(header)]
+    except (BadFileError, UnicodeError, csv.Error) as error:
+        raise ConfigurationError(f"{path} cannot be read: {error}; save it as CSV in UTF-8") from None
+    if "period" not in columns or len(columns) < 2 or {*columns} - {"period", *CONTROL_FIGURES} or not rows:
         raise ConfigurationError(
             f"{path} has the columns {', '.join(header) or 'none'} and {len(rows)} rows: it needs period, one or "
             f"more of {', '.join(CONTROL_FIGURES)}, and a row for each period"
         )
-    return [read_control(f"{path} row {number}", columns, row, decimal) for number, row in enumerate(rows, start=1)]
+    return [read_control(f"{path} row {number}", columns, row, config) for number, row in enumerate(rows, start=1)]
 
 
-def read_control(place: str, columns: Sequence[str], row: Sequence[str], decimal: str) -> Control:
+def read_control(place: str, columns: Sequence[str], row: Sequence[str], config: DataPipelineConfig) -> Control:
     """Reads the figures of one period. Raises ConfigurationError."""
-    given = dict(zip(columns, (text.strip() for text in row), strict=False))
-    period = given.get("period", "")
-    figures = {name: given[name].replace(decimal, ".") for name in CONTROL_FIGURES if given.get(name)}
-    wrong = [f"{name} {text!r}" for name, text in figures.items() if not re.fullmatch(r"-?\d+([.]\d+)?", text)]
-    if not re.fullmatch(r"\d{4}-\d\d(-\d\d)?", period):
-        wrong.insert(0, f"period {period!r}")
+    given = dict(itertools.zip_longest(columns, map(str.strip, row[: len(columns)]), fillvalue=""))
+    figure = rf"(-?\d+([{config.source_decimal}]\d+)?)?"
+    patterns = {"period": r"\d{4}(-\d\d){1,2}", **dict.fromkeys(CONTROL_FIGURES, figure)}
+    wrong = [f"{name} {text!r}" for name, text in given.items() if not re.fullmatch(patterns[name], text)]
     if len(row) > len(columns):
         wrong.append(f"{len(row)} fields under {len(columns)} columns")
-    if wrong or not figures:
+    texts = {name: given[name].replace(config.source_decimal, ".") for name in CONTROL_FIGURES if given.get(name)}
+    if wrong or not texts:
         raise ConfigurationError(
             f"{place}: {', '.join(wrong) or 'no figure'}: give a period such as 2026-01 or 2026-01-31, "
             f"and any of {', '.join(CONTROL_FIGURES)} as plain numbers"
         )
-    # Reports show returns as negative or as positive amounts.
-    return Control(period, {name: abs(Decimal(text)) if name == "returns" else Decimal(text)
-                            for name, text in figures.items()})  # fmt: skip
+    figures = {name: Decimal(text) for name, text in texts.items()}
+    if "returns" in figures:  # reports show returns as negative or as positive amounts
+        figures["returns"] = abs(figures["returns"])
+    return Control(given["period"], figures)
 
 
 def figures_by_period(run: Run) -> dict[tuple[str, str], Decimal]:
     """Returns the orders, the revenue and the refunds of each month and day, by period and name."""
-    parts = {"month": "transaction_year, transaction_month", "day": "transaction_date"}
-    queries = {}
-    for part, columns in parts.items():
-        queries["orders", part] = f"SELECT {columns}, {ORDER_COUNT} AS orders, sum(amount) AS revenue FROM " + (
-            f"{SILVER}.transactions_clean GROUP BY {columns} ORDER BY {columns}"
-        )
-        queries["returns", part] = (
-            f"SELECT {columns}, 0 - sum(amount) AS returns FROM {SILVER}.transactions_returned "
-            f"GROUP BY {columns} ORDER BY {columns}"
-        )
+    figures = {
+        "transactions_clean": f"{ORDER_COUNT} AS orders, sum(amount) AS revenue",
+        "transactions_returned": "0 - sum(amount) AS returns",
+    }
+    queries = {
+        (table, period): f"SELECT {period}, {figures[table]} FROM {SILVER}.{table} GROUP BY {period} ORDER BY {period}"
+        for table in figures
+        for period in ("transaction_year, transaction_month", "transaction_date")
+    }
     found: dict[tuple[str, str], Decimal] = {}
-    for (_, part), rows in inspect(run, queries).items():
-        for row in rows:
-            day = row.get("transaction_date")
-            period = str(day) if part == "day" else f"{row['transaction_year']:04}-{row['transaction_month']:02}"
-            found |= {(period, name): Decimal(row[name]) for name in CONTROL_FIGURES if name in row}
+    for row in itertools.chain.from_iterable(inspect(run, queries).values()):
+        period = row.get("transaction_date") or "{transaction_year:04}-{transaction_month:02}".format(**row)
+        found |= {(str(period), name): Decimal(row[name]) for name in CONTROL_FIGURES if name in row}
     return found
 
 

@@ -120,6 +120,7 @@ def test_each_figure_that_differs_is_named(shop: Callable[..., DataPipelineConfi
         ('period,revenue\n2026-01,1\n2026-02,"1,000.00"\n', "row 2: revenue '1,000.00': "),
         ("period,revenue\n2026-01,1,000.00\n", "row 1: 3 fields under 2 columns: "),
         ("period,revenue\n2026-01,\n", "row 1: no figure: "),
+        ("revenue,period\n1\n", "row 1: period '': "),
         (
             "period,revenue,retruns\n2026-01,1,2\n",
             "has the columns period, revenue, retruns and 1 rows: it needs period",
@@ -127,20 +128,29 @@ def test_each_figure_that_differs_is_named(shop: Callable[..., DataPipelineConfi
         ("month,revenue\n2026-01,1\n", "has the columns month, revenue and 1 rows"),
         ("period,revenue\n", "has the columns period, revenue and 0 rows"),
         ("", "has the columns none and 0 rows"),
+        ("period,revenue,Revenue\n2026-01,1,2\n", "cannot be read: two columns are called revenue"),
     ],
 )
 def test_controls_that_cannot_be_read_are_one_line(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "controls.csv").write_text(text)
     with pytest.raises(ConfigurationError, match=re.escape(message)):
-        read_controls(str(tmp_path / "controls.csv"), ".")
+        read_controls(str(tmp_path / "controls.csv"), DataPipelineConfig())
 
 
 def test_controls_of_a_spreadsheet(tmp_path: Path) -> None:
+    commas = DataPipelineConfig(source_decimal=",")
     (tmp_path / "controls.csv").write_text("\ufeffPeriod;Revenue\r\n2026-01;1000,50\r\n", newline="")
-    assert read_controls(str(tmp_path / "controls.csv"), ",") == [Control("2026-01", {"revenue": Decimal("1000.50")})]
-    assert read_controls(str(tmp_path / "none.csv"), ",") == []
+    assert read_controls(str(tmp_path / "controls.csv"), commas) == [
+        Control("2026-01", {"revenue": Decimal("1000.50")})
+    ]
+    assert read_controls(str(tmp_path / "none.csv"), commas) == []
+    (tmp_path / "controls.csv").write_text("period;revenue\n2026-01;1000.50\n")
+    with pytest.raises(ConfigurationError, match=r"row 1: revenue '1000\.50'"):
+        read_controls(str(tmp_path / "controls.csv"), commas)
     (tmp_path / "controls.csv").write_text("period\trevenue\r\n2026-01\t5\r\n", encoding="utf-16", newline="")
-    assert read_controls(str(tmp_path / "controls.csv"), ".") == [Control("2026-01", {"revenue": Decimal(5)})]
+    assert read_controls(str(tmp_path / "controls.csv"), DataPipelineConfig()) == [
+        Control("2026-01", {"revenue": Decimal(5)})
+    ]
     (tmp_path / "controls.csv").write_bytes(b"period,revenue\n\xff\n")
-    with pytest.raises(ConfigurationError, match=r"controls\.csv cannot be read as text: .*; save it as CSV in UTF-8"):
-        read_controls(str(tmp_path / "controls.csv"), ".")
+    with pytest.raises(ConfigurationError, match=r"controls\.csv cannot be read: .*; save it as CSV in UTF-8"):
+        read_controls(str(tmp_path / "controls.csv"), DataPipelineConfig())

@@ -333,7 +333,7 @@ BAD: dict[str, tuple[str, bytes, str]] = {
         "record 2 has more than 4 MB: is a quote not",
     ),
     "wrong encoding of a malformed record": ("t.csv", b"id,name\n1,a\n2,\xff,3\n", "line 3: 'utf-8' can't decode"),
-    "half of UTF-16": ("t.csv", "id,name\n1,a\n".encode("utf-16")[:-1], "'utf-16' can't decode"),
+    "half of UTF-16": ("t.csv", "id,name\n1,a\n".encode("utf-16")[:-1], "'utf-16-le' can't decode"),
     "repeated column": ("t.csv", b"id,Name,name \n1,a,b\n", "two columns are called"),
     "column of ours": ("t.csv", b"id,_source_row\n1,2\n", "a column is called _source_row"),
     "JSON array": ("t.json", b'[{"id": 1},\n{"id": 2}]\n', "it is a JSON array: one object a line is needed"),
@@ -694,8 +694,8 @@ def test_file_that_changes_meanwhile_is_left_for_the_next_run(
     config = landed({"transactions/2.csv": ORDERS.replace("T1", "T2")})
     read_file = FileReader._scan
 
-    def grow(self: FileReader, file: LandedFile, has_model: bool) -> None:
-        read_file(self, file, has_model)
+    def grow(self: FileReader, file: LandedFile, *arguments: Any, **options: Any) -> None:
+        read_file(self, file, *arguments, **options)
         if file.path == "transactions/2.csv":
             with open(tmp_path / "source" / file.path, "a") as growing:
                 growing.write("T3,1,A,1,9.99,2026-03-01 10:00:00,paypal,completed\n")
@@ -1150,17 +1150,17 @@ def test_ready_models_by_name(ready: Path, landed: Callable[..., DataPipelineCon
 def test_known_exports_are_recognized(ready: Path, landed: Callable[..., DataPipelineConfig]) -> None:
     files = {"orders_export_1.csv": EXPORT, "sheet.csv": EXPORT, "transactions/1.csv": None, "stock.csv": "Stock,x\n"}
     shown = list(inspect_source(config := landed(files)))
-    assert "orders_export_1.csv looks like an orders export of one: run with --models one" in shown
+    recognized = "orders_export_1.csv looks like the orders export of one: run with --models one"
+    assert recognized in shown
     rename = "rename it to match orders_export* or orders-*"
-    assert f"sheet.csv looks like an orders export of one: run with --models one, and {rename}" in shown
+    assert f"sheet.csv looks like the orders export of one: run with --models one, and {rename}" in shown
     assert not any("stock.csv looks like" in line or "model to start from" in line for line in shown)
-    with pytest.raises(
-        ConfigurationError,
-        match=r"table transactions .*; these look like exports of one: add --models one \(orders_export_1\.csv, ",
-    ):
+    with pytest.raises(ConfigurationError, match=f"table transactions .*; {recognized}; sheet"):
         open_source(config)
     Path(config.source_dir or "", "orders_export_1.csv").unlink()
-    with pytest.raises(ConfigurationError, match=re.escape(f"sheet.csv looks like an export of one: {rename}")):
+    with pytest.raises(
+        ConfigurationError, match=re.escape(f"; sheet.csv looks like the orders export of one: {rename}")
+    ):
         open_source(landed(files | {"orders_export_1.csv": None}, models="one"))
 
 
@@ -1247,7 +1247,10 @@ def test_source_of_which_nothing_can_be_read_is_refused(shop: Callable[..., RunR
 def test_only_file_that_changes_is_no_reason_to_publish_nothing(
     shop: Callable[..., RunRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FileReader, "_scan", lambda self, file, has_model: os.utime(self._path(file), (0, 0)))
+    def change(self: FileReader, file: LandedFile, *_: Any, **__: Any) -> None:
+        os.utime(os.path.join(self.root, file.path), (0, 0))
+
+    monkeypatch.setattr(FileReader, "_scan", change)
     with pytest.raises(NotPublishedError, match="no rows were received"):
         shop({})
 
