@@ -66,6 +66,7 @@ if sys.version_info < (3, 11):  # before anything that an older Python cannot pa
 import argparse
 import atexit
 import codecs
+import collections
 import concurrent.futures
 import contextlib
 import csv
@@ -110,7 +111,7 @@ from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TextIO, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     import duckdb
@@ -520,27 +521,20 @@ def ingest_bronze(run: Run, source: Source) -> dict[str, Received]:
         passing = part_counts(table, passes_rules(table.rules, run.config))
         with run.step(f"{BRONZE}.{name}"):
             rows = with_lineage(source.delivery(run.engine.spark, name), table, run.record)
-            counts = run.write(BRONZE, table, rows, {**violations, **passing})
-        if counts["rows"] != (delivered := source.delivered_rows.get(name, counts["rows"])):
-            raise PipelineError(
-                f"{counts['rows']:,} rows came of {delivered:,} records of {name}: a model makes one row of each "
-                f"record of a source that it reads alone; see WHERE in {name}.sql, and let the rules reject rows"
-            )
-        if joined := source.joined_rows.get(name):
-            records = ", ".join(f"{joined_source} {number:,} records" for joined_source, number in joined.items())
-            logger.info("%s: %s rows from %s", name, f"{counts['rows']:,}", records)
+            try:
+                counts = run.write(BRONZE, table, rows, {**violations, **passing})
+            except Exception as error:
+                if explanation := source.explain(error, run.engine, name):
+                    raise explanation from error
+                raise
+        source.check_rows(name, counts["rows"])
         violated, passed = ({key: counts[key] for key in metrics} for metrics in (violations, passing))
         return Received(table, run.read(BRONZE, table), violated, passed)
 
     with run.step("source"):
         source.receive(run)
-    try:
-        bronze = run.parallel(ingest, names(BRONZE))
-        profile(run)
-    except Exception as error:
-        if explanation := source.explain(error, run.engine, run.record.current_step.removeprefix(f"{BRONZE}.")):
-            raise explanation from error
-        raise
+    bronze = run.parallel(ingest, names(BRONZE))
+    profile(run)
     return bronze
 
 
@@ -1486,36 +1480,28 @@ SNAPSHOT_TABLES = tuple(
 # ── Sources ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Source(Protocol):
+class Source:
     """Delivers the records of a run. Only the source knows how many to expect."""
 
-    @property
-    def expected_rows(self) -> Mapping[str, int]:
-        """Returns about how many rows each bronze table will have; 0 only where it may be empty."""
-
-    @property
-    def delivered_rows(self) -> Mapping[str, int]:
-        """Returns how many rows each table has, once they are received; not where a model joins or aggregates."""
-
-    @property
-    def joined_rows(self) -> Mapping[str, Mapping[str, int]]:
-        """Returns the records of each source that a table is joined or aggregated from."""
-
-    @property
-    def controls(self) -> Sequence[Control]:
-        """Returns the figures of the shop's own report; the tables must agree with them."""
+    expected_rows: Mapping[str, int]  # about how many rows each bronze table will have; 0 only if it may be empty
+    controls: Sequence[Control] = ()  # the figures of the shop's own report; the tables must agree with them
 
     def prepare(self) -> None:
         """Does what needs no engine, while the engine starts."""
 
     def receive(self, run: Run) -> None:
-        """Receives what there is. Raises NotPublishedError where that cannot be used."""
+        """Receives the records. Raises NotPublishedError if they cannot be used."""
 
     def delivery(self, spark: SparkSession, name: str) -> DataFrame:
         """Returns the records of a bronze table, with the columns of its contract."""
+        raise NotImplementedError
+
+    def check_rows(self, name: str, rows: int) -> None:
+        """Checks the number of rows of a bronze table against the records received. Raises PipelineError."""
 
     def explain(self, error: Exception, engine: Engine, name: str) -> PipelineError | None:
-        """Returns what is wrong with the records of a table, where that is why they cannot be written."""
+        """Returns what the user can do about an error while a bronze table is written; None if that is unknown."""
+        return None
 
 
 def open_source(config: DataPipelineConfig) -> Source:
@@ -1527,7 +1513,7 @@ def open_source(config: DataPipelineConfig) -> Source:
     return landed
 
 
-class Generated:
+class Generated(Source):
     """Generates the records, with known defects. The same seed and as-of date give the same rows.
 
     Raises:
@@ -1536,9 +1522,6 @@ class Generated:
 
     def __init__(self, config: DataPipelineConfig) -> None:
         self.config = config
-        self.controls: Sequence[Control] = ()
-        self.delivered_rows: Mapping[str, int] = {}  # the gate and the audit judge them
-        self.joined_rows: Mapping[str, Mapping[str, int]] = {}
         self.expected_rows = {
             "customers": config.num_customers,
             "products": config.num_products,
@@ -1554,12 +1537,6 @@ class Generated:
     def prepare(self) -> None:
         """Draws the words that the records are made of."""
         name_pools(self.config.seed)
-
-    def receive(self, run: Run) -> None:
-        """Does nothing: the records are generated when they are written."""
-
-    def explain(self, error: Exception, engine: Engine, name: str) -> PipelineError | None:
-        """Returns None: nothing is wrong with generated records."""
 
     def delivery(self, spark: SparkSession, name: str) -> DataFrame:
         """Returns the generated records of a bronze table."""
@@ -1577,7 +1554,7 @@ class Generated:
         )
 
 
-class LandedFiles:
+class LandedFiles(Source):
     """Reads the files that others land in a folder, by staging models where there are any.
 
     Each file or folder in it belongs to a source. A table without a model is the source of its own name. A staging
@@ -1619,8 +1596,6 @@ class LandedFiles:
             name: sum(file.estimated_rows for file in self.files if file.source in inputs) or 1
             for name, inputs in self.inputs.items()
         }
-        self.delivered_rows: dict[str, int] = {}
-        self.joined_rows: dict[str, dict[str, int]] = {}
         self.parts: Sequence[Part] = ()
         self.views: dict[str, str] = {}  # names of the records of each source, for the models
         self._records: dict[str, DataFrame] = {}
@@ -1674,25 +1649,19 @@ class LandedFiles:
         self.views = {source: run.temporary_view(rows) for source, rows in self._records.items()}
         malformed = [part for part in self.parts if part.is_malformed]
         self._malformed = {part.source: records_of(run.engine, [part], self.files) for part in malformed}
-        self._count_records()
 
     def records(self, engine: Engine, files: Sequence[LandedFile]) -> dict[str, DataFrame]:
         """Returns the records of each source, with all columns that the models declare for it."""
-        no_columns: list[str] = []
-        sources = (*self.used, *(file.source for file in files))
-        declared = dict.fromkeys(sources, no_columns) | self.declared_columns()
-        parts = {source: [part for part in self.parts if part.source == source] for source in declared}
-        return {
-            source: records_of(engine, [part for part in found if not part.is_malformed], files, declared[source])
-            for source, found in parts.items()
-        }
+        declared, sources = self.declared_columns(), dict.fromkeys((*self.used, *(file.source for file in files)))
+        valid = [part for part in self.parts if not part.is_malformed]
+        parts = {source: [part for part in valid if part.source == source] for source in sources}
+        return {source: records_of(engine, parts[source], files, declared[source]) for source in sources}
 
     def declared_columns(self) -> dict[str, list[str]]:
         """Returns the columns that the models declare, by source."""
-        declared: dict[str, list[str]] = {}
-        for model in self.models.values():
-            for source, columns in model.columns.items():
-                declared.setdefault(source, []).extend(columns)
+        declared: dict[str, list[str]] = collections.defaultdict(list)
+        for source, columns in itertools.chain.from_iterable(model.columns.items() for model in self.models.values()):
+            declared[source] += columns
         return declared
 
     def _warn_of_missing_columns(self) -> None:
@@ -1703,24 +1672,30 @@ class LandedFiles:
             if landed and missing:
                 logger.warning("%s: no file has the columns %s: they are null", source, ", ".join(missing))
 
-    def _count_records(self) -> None:
-        """Counts the records that each table is made from."""
-        for name, inputs in self.inputs.items():
-            read = [file for file in self.files if file.source in inputs and not file.problem]
-            number = Counter(dict.fromkeys(inputs, 0))
-            for file in read:
+    def check_rows(self, name: str, rows: int) -> None:
+        """Checks that a table that is not joined or aggregated has a row for each record. Raises PipelineError."""
+        number = Counter(dict.fromkeys(self.inputs[name], 0))
+        for file in self.files:
+            if file.source in number and not file.problem:
                 number[file.source] += file.records if self.table_of(file.source) == name else file.rows
-            if name not in self.models or self.models[name].keeps_records:
-                self.delivered_rows[name] = number.total()
-            elif inputs:
-                self.joined_rows[name] = dict(number)
+        if not self.keeps_records(name):
+            records = ", ".join(f"{source} {count:,} records" for source, count in number.items())
+            logger.info("%s: %s rows from %s", name, f"{rows:,}", records)
+        elif rows != number.total():
+            raise PipelineError(
+                f"{rows:,} rows came of {number.total():,} records of {name}: a model makes one row of each "
+                f"record of a source that it reads alone; see WHERE in {name}.sql, and let the rules reject rows"
+            )
+
+    def keeps_records(self, name: str) -> bool:
+        """Returns whether each record of the only source of a table is one row."""
+        return name not in self.models or self.models[name].keeps_records
 
     def table_of(self, source: str) -> str:
         """Returns the table that receives the malformed lines of a source: of several that read it, only one does."""
 
         def order(name: str) -> tuple[bool, bool, int]:
-            keeps_records = name not in self.models or self.models[name].keeps_records
-            return name != source, not keeps_records, -names(BRONZE).index(name)
+            return name != source, not self.keeps_records(name), -names(BRONZE).index(name)
 
         return min((name for name, inputs in self.inputs.items() if source in inputs), key=order)
 
@@ -1737,19 +1712,17 @@ class LandedFiles:
         rows = conformed(records, table, self.config)
         for source in inputs:
             if source in self._malformed and self.table_of(source) == name:
-                rows = rows.unionByName(malformed_rows(self._malformed[source], table))
+                rows = rows.unionByName(conformed(self._malformed[source], table, self.config))
         return rows
 
     def explain(self, error: Exception, engine: Engine, name: str) -> PipelineError | None:
-        """Explains an error by a failing model, if one caused it."""
-        if isinstance(error, PipelineError) or engine.is_infrastructure_failure(error):
+        """Blames the model of the table, unless machines or disks have failed."""
+        if name not in self.models or isinstance(error, PipelineError) or engine.is_infrastructure_failure(error):
             return None
-        if name in self.models and (problem := model_problem(engine, self.models[name], self.views)):
-            return PipelineError(
-                f"the model {name}.sql fails on these records: {problem}; correct it: where it gives null for a value "
-                "that does not fit, by CASE or try_cast for example, a rule rejects the row"
-            )
-        return None
+        return PipelineError(
+            f"the model {name}.sql fails on these records: {root_cause(error)}; correct it: where it gives null for a "
+            "value that does not fit, by CASE or try_cast for example, a rule rejects the row"
+        )
 
 
 READY_MODELS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "models")
@@ -1858,21 +1831,6 @@ def apply_model(spark: SparkSession, model: Model, views: Mapping[str, str]) -> 
     return rows
 
 
-def model_problem(engine: Engine, model: Model, views: Mapping[str, str]) -> str | None:
-    """Returns why a staging model fails when it runs alone; None where it does not, or where nothing runs."""
-    try:
-        rows = apply_model(engine.spark, model, views)
-        # Its greatest values cannot be known without every row.
-        rows.agg(*(F.max(F.col(quoted(column)).cast("string")) for column in rows.columns)).collect()
-    except Exception as error:
-        if re.search("OutOfMemory|StackOverflow", str(error)) or engine.is_infrastructure_failure(error):
-            return None
-        with contextlib.suppress(Exception):
-            engine.spark.sql("SELECT sum(id) FROM range(9)").collect()
-            return root_cause(error)
-    return None
-
-
 # What a text must look like to be of a type: a cast alone takes 2026 for a date, and 5d for a number.
 TEXT_PATTERNS: Mapping[str, str] = {
     "int": r"[+-]?\d+([.]0*)?",
@@ -1957,16 +1915,6 @@ def conformed(rows: DataFrame, table: Table, config: DataPipelineConfig) -> Data
     return rows.select("*", *typed).select(
         *(values.get(name, F.lit(None)).cast(kind).alias(name) for name, kind in kinds.items()),
         F.when(is_rescued, texts).cast("string").alias("_rescued_data"),
-    )
-
-
-def malformed_rows(lines: DataFrame, table: Table) -> DataFrame:
-    """Returns the lines that are no record as rows of a bronze table: with nothing but their text."""
-    record = F.struct(F.col("_record").cast("string").alias("_record"))
-    return lines.select(
-        *(F.lit(None).cast(kind).alias(name) for name, kind in table.columns()),
-        *LANDED_COLUMNS,
-        F.to_json(record).alias("_rescued_data"),
     )
 
 
