@@ -518,7 +518,7 @@ def ingest_bronze(run: Run, source: Source) -> dict[str, Received]:
     def ingest(name: str) -> Received:
         table = TABLES[name]
         violations = violation_counts(table.rules, run.config)
-        passing = part_counts(table, passes_rules(table.rules, run.config))
+        passing = part_counts(table, f"NOT ({is_rejected(table.rules, run.config)})")
         with run.step(f"{BRONZE}.{name}"):
             rows = with_lineage(source.delivery(run.engine.spark, name), table, run.record)
             try:
@@ -608,17 +608,14 @@ def check_quarantine_rate(run: Run, table: Table) -> None:
 
 
 def top_reasons(run: Run, table: Table) -> list[str]:
-    """Returns the three rules that reject the most rows of a table, each with an example and advice."""
+    """Describes the three rules that reject the most rows of a table, each with an example and advice."""
     violations = run.record.quality[table.name].violations
     rules = [rule for rule in (*table.rules, *key_rules(table)) if rule.rejects(run.config) and violations[rule.name]]
-    return [describe_reason(run, table, rule) for rule in sorted(rules, key=lambda rule: -violations[rule.name])[:3]]
-
-
-def describe_reason(run: Run, table: Table, rule: Rule) -> str:
-    """Returns how many rows a rule rejects, with an example and what to do."""
-    rows = run.record.quality[table.name].violations[rule.name]
-    [example, *_] = example_rows(run, table, f"array_contains(_reasons, '{rule.name}')") or [{}]
-    return f"{rule.name} {rows:,}{describe_example(table, rule, example)}"
+    reasons = []
+    for rule in sorted(rules, key=lambda rule: -violations[rule.name])[:3]:
+        [example, *_] = example_rows(run, table, f"array_contains(_reasons, '{rule.name}')") or [{}]
+        reasons.append(f"{rule.name} {violations[rule.name]:,}{describe_example(table, rule, example)}")
+    return reasons
 
 
 def describe_example(table: Table, rule: Rule, row: Mapping[str, Any]) -> str:
@@ -951,34 +948,25 @@ def _rescued(name: str) -> str:
 def _required(*columns: str, severity: str = REJECT) -> tuple[Rule, ...]:
     return tuple(
         Rule(
-            f"{column}_missing",
-            column,
-            f"{column} IS NULL AND NOT ({_rescued(column)} OR {_rescued('_record')})",
-            severity,
-            advice=FILL,
+            f"{name}_missing", name, f"{name} IS NULL AND NOT ({_rescued(name)} OR {MALFORMED})", severity, advice=FILL
         )
-        for column in columns
+        for name in columns
     )
 
 
 def _required_text(*columns: str, severity: str = REJECT) -> tuple[Rule, ...]:
     return tuple(
         Rule(
-            f"{column}_missing",
-            column,
-            f"({column} IS NULL OR trim({column}) = '') AND NOT {_rescued('_record')}",
-            severity,
-            advice=FILL,
+            f"{name}_missing", name, f"({name} IS NULL OR trim({name}) = '') AND NOT {MALFORMED}", severity, advice=FILL
         )
-        for column in columns
+        for name in columns
     )
 
 
 def _well_formed(*columns: str, severity: str = REJECT) -> tuple[Rule, ...]:
-    advice = "convert it in {table}.sql, or see --source-decimal and --source-time-zone"
     return tuple(
-        Rule(f"{column}_malformed", column, f"{column} IS NULL AND {_rescued(column)}", severity, advice=advice)
-        for column in columns
+        Rule(f"{name}_malformed", name, f"{name} IS NULL AND {_rescued(name)}", severity, advice=CONVERT)
+        for name in columns
     )
 
 
@@ -992,7 +980,9 @@ def _not_scientific(key: str, severity: str = REJECT) -> Rule:
     )
 
 
+MALFORMED = _rescued("_record")  # a line of a file that is no record: only its text is known
 FILL = "fill it in {table}.sql"
+CONVERT = "convert it in {table}.sql, or see --source-decimal and --source-time-zone"
 
 # The columns that the pipeline adds to bronze and quarantine, and to quarantine alone.
 LINEAGE = (
@@ -1016,9 +1006,8 @@ PRICE_BANDS: Mapping[str, int | None] = {"Budget": 25, "Standard": 100, "Premium
 STOCK_STATUSES: Mapping[str, int | None] = {"Low": 20, "Medium": 100, "High": None}
 SEGMENTS = ("Bronze", "Silver", "Gold", "Premium")  # by rising spending; the bounds are configuration
 
-# A line of a file that is no record; its text is all that is known of it.
 RECORD_MALFORMED = Rule(
-    "record_malformed", "_rescued_data", _rescued("_record"), advice="correct the line, or see --source-delimiter"
+    "record_malformed", "_rescued_data", MALFORMED, advice="correct the line, or see --source-delimiter"
 )
 
 # Spark SQL. Most payment methods are tidy, and spared the regular expression.
@@ -1050,7 +1039,7 @@ TABLES["customers"] = Table(
         *_required_text("first_name", "last_name", severity=WARN),
         *_well_formed("customer_id"),
         *_well_formed("age", "signup_date", severity=WARN),
-        Rule("email_missing", "email", f"email IS NULL AND NOT {_rescued('_record')}", WARN),
+        Rule("email_missing", "email", f"email IS NULL AND NOT {MALFORMED}", WARN),
         Rule("email_malformed", "email", r"NOT email RLIKE '^[^@\\s]+@[^@\\s]+[.][^@\\s.]+\\z'", WARN, nullify=True),
         Rule("age_impossible", "age", "age NOT BETWEEN 0 AND 120", WARN, nullify=True),
         Rule("signup_date_in_future", "signup_date", "signup_date > :as_of_date", WARN, nullify=True),
@@ -1331,22 +1320,26 @@ def orders_by_dimension(transactions_clean: DataFrame) -> DataFrame:
         F.coalesce("device", F.lit("Unknown")).alias("device"),
         F.coalesce("browser", F.lit("Unknown")).alias("browser"),
     ).agg(
-        F.count(F.lit(1)).alias("orders"),
-        sum_of_money("amount").alias("revenue"),
-        F.sum("quantity").alias("units"),
-        F.min("amount").alias("least"),
-        F.max("amount").alias("most"),
+        F.count(F.lit(1)).alias("transaction_count"),
+        sum_of_money("amount").alias("total_revenue"),
+        F.min("amount").alias("min_transaction"),
+        F.max("amount").alias("max_transaction"),
+        F.sum("quantity").alias("units_sold"),
     )
 
 
 def _totals(orders: DataFrame, *keys: str) -> DataFrame:
     return orders.groupBy(*keys).agg(
-        F.sum("orders").alias("orders"),
-        money(F.sum("revenue")).alias("revenue"),
-        F.sum("units").alias("units"),
-        F.min("least").alias("least"),
-        F.max("most").alias("most"),
+        F.sum("transaction_count").alias("transaction_count"),
+        money(F.sum("total_revenue")).alias("total_revenue"),
+        F.min("min_transaction").alias("min_transaction"),
+        F.max("max_transaction").alias("max_transaction"),
+        F.sum("units_sold").alias("units_sold"),
     )
+
+
+def _mean_transaction(name: str) -> Column:
+    return mean_or_zero(F.col("total_revenue"), F.col("transaction_count")).alias(name)
 
 
 @declare(
@@ -1361,22 +1354,20 @@ def customer_analytics(customers_enriched: DataFrame) -> DataFrame:
     return (
         customers_enriched.groupBy("customer_segment", F.coalesce("city", F.lit("Unknown")).alias("city"))
         .agg(
-            F.count(F.lit(1)).alias("customers"),
-            F.sum("age").alias("years"),
+            F.count(F.lit(1)).alias("customer_count"),
+            F.sum("age").cast("decimal(18,0)").alias("years"),
             F.count("age").alias("ages"),
             F.sum("total_orders").alias("orders"),
-            sum_of_money("total_spent").alias("revenue"),
+            sum_of_money("total_spent").alias("segment_revenue"),
         )
         .select(
-            "customer_segment",
-            "city",
-            F.col("customers").alias("customer_count"),
-            mean_or_zero(F.col("years").cast("decimal(18,0)"), F.col("ages"), "decimal(4,1)").alias("avg_age"),
-            mean_or_zero(F.col("revenue"), F.col("customers"), "decimal(20,2)").alias("avg_total_spent"),
-            mean_or_zero(F.col("revenue"), F.col("orders")).alias("avg_order_value"),
-            F.col("revenue").alias("segment_revenue"),
+            "customer_segment", "city", "customer_count",
+            mean_or_zero(F.col("years"), F.col("ages"), "decimal(4,1)").alias("avg_age"),
+            mean_or_zero(F.col("segment_revenue"), F.col("customer_count"), "decimal(20,2)").alias("avg_total_spent"),
+            mean_or_zero(F.col("segment_revenue"), F.col("orders")).alias("avg_order_value"),
+            "segment_revenue",
         )
-    )
+    )  # fmt: skip
 
 
 @declare(
@@ -1390,15 +1381,11 @@ def customer_analytics(customers_enriched: DataFrame) -> DataFrame:
 def category_analytics(orders_by_dimension: DataFrame) -> DataFrame:
     """One row per product category. Money in dollars; `revenue_share` from 0 to 1."""
     return _totals(orders_by_dimension, "product_category").select(
-        "product_category",
-        F.col("orders").alias("transaction_count"),
-        F.col("revenue").alias("total_revenue"),
-        mean_or_zero(F.col("revenue"), F.col("orders")).alias("avg_transaction_value"),
-        F.col("least").alias("min_transaction"),
-        F.col("most").alias("max_transaction"),
-        F.col("units").alias("units_sold"),
-        share_of_total("revenue").alias("revenue_share"),
-    )
+        "product_category", "transaction_count", "total_revenue",
+        _mean_transaction("avg_transaction_value"),
+        "min_transaction", "max_transaction", "units_sold",
+        share_of_total("total_revenue").alias("revenue_share"),
+    )  # fmt: skip
 
 
 @declare(
@@ -1412,10 +1399,10 @@ def payment_analytics(orders_by_dimension: DataFrame) -> DataFrame:
     """One row per payment method. Money in dollars; `usage_share`, of the orders, from 0 to 1."""
     return _totals(orders_by_dimension, "payment_method").select(
         "payment_method",
-        F.col("orders").alias("usage_count"),
-        F.col("revenue").alias("total_amount"),
-        mean_or_zero(F.col("revenue"), F.col("orders")).alias("avg_amount"),
-        share_of_total("orders").alias("usage_share"),
+        F.col("transaction_count").alias("usage_count"),
+        F.col("total_revenue").alias("total_amount"),
+        _mean_transaction("avg_amount"),
+        share_of_total("transaction_count").alias("usage_share"),
     )
 
 
@@ -1429,13 +1416,10 @@ def payment_analytics(orders_by_dimension: DataFrame) -> DataFrame:
 def device_analytics(orders_by_dimension: DataFrame) -> DataFrame:
     """One row per device and browser. Money in dollars."""
     return _totals(orders_by_dimension, "device", "browser").select(
-        "device",
-        "browser",
-        F.col("orders").alias("transaction_count"),
-        F.col("revenue").alias("total_revenue"),
-        mean_or_zero(F.col("revenue"), F.col("orders")).alias("avg_transaction_value"),
-        F.col("units").alias("units_sold"),
-    )
+        "device", "browser", "transaction_count", "total_revenue",
+        _mean_transaction("avg_transaction_value"),
+        "units_sold",
+    )  # fmt: skip
 
 
 @declare(
@@ -1449,23 +1433,11 @@ def product_analytics(products_active: DataFrame) -> DataFrame:
 
     Products whose price or stock is not known are counted, and add nothing to the other figures.
     """
-    return (
-        products_active.groupBy("category", known("supplier").alias("supplier"))
-        .agg(
-            F.count(F.lit(1)).alias("products"),
-            F.sum("price").alias("total_price"),
-            F.count("price").alias("prices"),
-            F.sum("stock_quantity").alias("stock"),
-            sum_of_money("inventory_value").alias("value"),
-        )
-        .select(
-            "category",
-            "supplier",
-            F.col("products").alias("product_count"),
-            mean_or_zero(F.col("total_price"), F.col("prices")).alias("avg_price"),
-            F.coalesce("stock", F.lit(0)).cast("bigint").alias("total_stock"),
-            money(F.coalesce("value", F.lit(0))).alias("inventory_value"),
-        )
+    return products_active.groupBy("category", known("supplier").alias("supplier")).agg(
+        F.count(F.lit(1)).alias("product_count"),
+        mean_or_zero(F.sum("price"), F.count("price")).alias("avg_price"),
+        F.coalesce(F.sum("stock_quantity"), F.lit(0)).cast("bigint").alias("total_stock"),
+        money(F.coalesce(sum_of_money("inventory_value"), F.lit(0))).alias("inventory_value"),
     )
 
 
@@ -2045,13 +2017,6 @@ def _with_defect(records: DataFrame, table: str, config: DataPipelineConfig) -> 
     return records.withColumn("defect", F.when(number > _defects_up_to("id - 1", config), kind))
 
 
-def injected_defects(table: str, rows: int, defect_rate: float) -> Mapping[str, int]:
-    """Returns the number of records with each kind of defect that the generator makes in so many rows."""
-    kinds = TABLES[table].defects
-    total = rows * round(defect_rate * MILLION) // MILLION
-    return {kind: (total + len(kinds) - 1 - turn) // len(kinds) for turn, kind in enumerate(kinds)}
-
-
 def _has(defect: str) -> Column:
     """Returns whether the row has this defect; never null."""
     return F.col("defect").eqNullSafe(defect)
@@ -2273,7 +2238,7 @@ def find_failing_keys(run: Run, bronze: Mapping[str, Received]) -> dict[str, lis
         checks.append((name, "_duplicate_key", table.key))
         queries.append(duplicate_keys(received.rows, table.key))
         for key, parent in table.foreign_keys.items():
-            parents = bronze[parent].rows.where(passes_rules(bronze[parent].violated_rules, run.config))
+            parents = bronze[parent].rows.where(f"NOT ({is_rejected(bronze[parent].violated_rules, run.config)})")
             checks.append((name, f"_{key}_unknown", (key,)))
             queries.append(orphan_keys(received.rows, parents, key))
     numbered = (query.select(F.lit(n).alias("number"), "key_hash", "rows") for n, query in enumerate(queries))
@@ -2301,11 +2266,6 @@ def grouped_keys(keys: DataFrame) -> Iterator[tuple[int, int, int, str | DataFra
 def is_rejected(rules: Iterable[Rule], config: DataPipelineConfig) -> str:
     """Returns whether any of the rules rejects the row, as Spark SQL; never null."""
     return " OR ".join(rule.is_violated(config) for rule in rules if rule.rejects(config)) or "false"
-
-
-def passes_rules(rules: Iterable[Rule], config: DataPipelineConfig) -> str:
-    """Returns whether none of the rules rejects the row, as Spark SQL; never null."""
-    return f"NOT ({is_rejected(rules, config)})"
 
 
 def violation_counts(rules: Iterable[Rule], config: DataPipelineConfig) -> dict[str, str]:
@@ -2456,7 +2416,9 @@ def separate_rows(run: Run, received: Received, keys: Sequence[FailingKeys]) -> 
     set_aside = with_outcome(flagged.where("_rejected OR _duplicate_key"), table, rules, config)
     set_aside = run.cached(run.engine.coalesced(set_aside, 1 + total // ROWS_PER_FILE))
     kept = part_counts(table, "_outcome = 'kept'")
-    counted = part_counts(table, passes_rules(table.rules, config))  # with the bronze rows, before keys were compared
+    counted = part_counts(
+        table, f"NOT ({is_rejected(table.rules, config)})"
+    )  # with the bronze rows, before keys were compared
     metrics = {
         "rejected": "count_if(_outcome = 'rejected')",
         "conflicts": "count_if(_conflict)",
@@ -3296,11 +3258,6 @@ def make_archive(archive: str, classes: str, java: str, spark: str) -> None:
 AUDITED, REFUSED = "_AUDITED", "_REFUSED"
 RUN_ID = re.compile(r"(\d{8}T\d{6}Z)-[0-9a-f]{4}")
 RUN_TIME = "%Y%m%dT%H%M%SZ"
-# The files beside the layers that each run replaces, and a text near the beginning by which they are recognized.
-OWN_FILES: Mapping[str, str] = {
-    "report.html": "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\"",
-    "metrics.prom": "# HELP data_pipeline_",
-}
 HISTORY = 30  # runs that the report and the search for anomalies look back on
 
 
@@ -3678,20 +3635,14 @@ def roll_back(store: Store, run_id: str, timeout: float) -> str:
 
 
 def check_layout(store: Store) -> None:
-    """Raises PipelineError if something else is in the place of one of the pipeline's links and files."""
-    targets = {layer: f"current/{layer}" for layer in LAYERS}
-
-    def is_own(name: str, path: str) -> bool:
-        if name in OWN_FILES:
-            return os.path.isfile(path) and OWN_FILES[name] in Path(path).read_text(errors="replace")[:1_000]
+    """Raises PipelineError if something else is in the place of one of the pipeline's links."""
+    for name in (*LAYERS, "current"):
+        path = store.path(name)
         target = os.readlink(path) if os.path.islink(path) else ""
-        return target == targets[name] if name in targets else bool(RUN_ID.fullmatch(os.path.basename(target)))
-
-    for name in (*targets, "current", *OWN_FILES):
-        with writing(path := store.path(name)):
-            if os.path.lexists(path) and not is_own(name, path):
-                problem = "is not this pipeline's, which would put its own there"
-                raise PipelineError(f"{path} {problem}: move it away, or choose another folder with --data-dir")
+        is_own = target == f"current/{name}" or (name == "current" and RUN_ID.fullmatch(os.path.basename(target)))
+        if os.path.lexists(path) and not is_own:
+            problem = "is not this pipeline's, which would put its own there"
+            raise PipelineError(f"{path} {problem}: move it away, or choose another folder with --data-dir")
 
 
 # ── Landed files ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -5313,7 +5264,7 @@ def save_report(store: Store, history: Sequence[RunRecord]) -> None:
     """
     history = [run for run in history if run.result in RESULTS]
     published = store.runs.get(store.published())
-    for name, page in zip(OWN_FILES, (html_report, metrics), strict=True):
+    for name, page in {"report.html": html_report, "metrics.prom": metrics}.items():
         with best_effort(f"{name} is not renewed"):
             if history and store.is_local:
                 write_atomic(store.path(name), page(history, published))

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from decimal import Decimal
 
@@ -13,6 +13,7 @@ from pyspark.sql import functions as F
 
 import data_pipeline
 from data_pipeline import (
+    MILLION,
     TABLES,
     DataPipelineConfig,
     RunRecord,
@@ -21,7 +22,6 @@ from data_pipeline import (
     generate_customers,
     generate_products,
     generate_transactions,
-    injected_defects,
     name_pools,
 )
 
@@ -38,6 +38,13 @@ FOUND_AS = {
     "untidy_payment_method": "payment_method_untidy",
     "unknown_payment_method": "payment_method_unknown",
 }
+
+
+def injected_defects(table: str, rows: int, defect_rate: float) -> Mapping[str, int]:
+    """Returns the number of records with each kind of defect that the generator makes in so many rows."""
+    kinds = TABLES[table].defects
+    total = rows * round(defect_rate * MILLION) // MILLION
+    return {kind: (total + len(kinds) - 1 - turn) // len(kinds) for turn, kind in enumerate(kinds)}
 
 
 @pytest.mark.parametrize("generate", GENERATORS)

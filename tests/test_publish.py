@@ -337,44 +337,6 @@ def test_rollback_that_cannot_be(store: Store, tmp_path: Path) -> None:
     assert seen(store) == {IDS[0]}
 
 
-@pytest.mark.parametrize("name", ["report.html", "metrics.prom"])
-def test_page_that_is_not_ours_is_refused_and_left_alone(name: str, store: Store) -> None:
-    add(store, IDS[0])
-    data_pipeline.save_report(store, store.runs.history())
-    store.check(0)
-    Path(store.path(name)).write_text("years of work")
-    with pytest.raises(PipelineError, match=rf"{store.root}/{name} is not this pipeline's.*move it away"):
-        store.check(0)
-    assert Path(store.path(name)).read_text() == "years of work"
-
-
-# The beginning of both, as the project's first release that had them wrote it, and each one since.
-OF_EARLIER_RELEASES = {
-    "report.html": """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<link rel="icon" href="data:,">
-<title>succeeded · EcommerceDataPipeline</title>
-""",
-    "metrics.prom": """# HELP data_pipeline_last_run_timestamp_seconds When the last run began.
-# TYPE data_pipeline_last_run_timestamp_seconds gauge
-data_pipeline_last_run_timestamp_seconds{data_dir="/home/ada/pipeline-data"} 1.795556529e+09
-""",
-}
-
-
-@pytest.mark.parametrize("name", OF_EARLIER_RELEASES)
-def test_page_of_an_earlier_release_is_replaced(name: str, store: Store) -> None:
-    add(store, IDS[0])
-    Path(store.path(name)).write_text(OF_EARLIER_RELEASES[name], encoding="utf-8")
-    store.check(0)
-    data_pipeline.save_report(store, store.runs.history())
-    assert Path(store.path(name)).read_text(encoding="utf-8") != OF_EARLIER_RELEASES[name]
-
-
 @pytest.mark.parametrize("name", ["bronze", "quarantine", "current"])
 def test_folder_that_is_not_ours_is_refused_and_left_alone(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
