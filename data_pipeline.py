@@ -2148,6 +2148,17 @@ def _transaction_customer(random: SeededRandom, config: DataPipelineConfig) -> C
     return F.greatest(*ranked)["customer"]
 
 
+def _transaction_payment_method() -> Column:
+    """Returns the payment method. Some defects make it untidy or unknown."""
+    method = pick("payment method", PAYMENT_METHODS)
+    untidy = F.concat(F.lit("  "), F.initcap(F.translate(method, "_", " ")), F.lit(" "))
+    return (
+        F.when(_has("untidy_payment_method"), untidy)
+        .when(_has("unknown_payment_method"), "seashells")
+        .otherwise(method)
+    )
+
+
 REPEATED = ("exact_duplicate", "changed_status", "other_product")  # defects that repeat the id of the record before
 
 
@@ -2165,8 +2176,6 @@ def generate_transactions(spark: SparkSession, config: DataPipelineConfig) -> Da
     changed_status = F.when(status == "completed", "refunded").otherwise("completed")
     amount = (F.col("price") * F.col("quantity")).cast("decimal(8,2)")
     factor = F.when(_has("zero_amount"), 0).when(_has("negative_amount"), -1).when(~_has("missing_amount"), 1)
-    payment_method = pick("payment method", PAYMENT_METHODS)
-    untidy = F.concat(F.lit("  "), F.initcap(F.translate(payment_method, "_", " ")), F.lit(" "))
     devices, browsers = zip(*(session.split("/") for session in DEVICES_AND_BROWSERS), strict=True)
     unknown_customer = F.col("customer") + config.num_customers
     product_id = F.when(_has("unknown_product"), 0).otherwise(F.col("product"))  # product numbers begin with 1
@@ -2186,10 +2195,7 @@ def generate_transactions(spark: SparkSession, config: DataPipelineConfig) -> Da
             "quantity",
             (amount * factor).cast("decimal(12,2)").alias("amount"),
             _transaction_time(random, config).alias("timestamp"),
-            F.when(_has("untidy_payment_method"), untidy)
-            .when(_has("unknown_payment_method"), "seashells")
-            .otherwise(payment_method)
-            .alias("payment_method"),
+            _transaction_payment_method().alias("payment_method"),
             F.when(_has("changed_status"), changed_status).otherwise(status).alias("status"),
             pick("device and browser", DEVICES_AND_BROWSERS, devices).alias("device"),
             pick("device and browser", DEVICES_AND_BROWSERS, browsers).alias("browser"),
