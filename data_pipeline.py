@@ -21,7 +21,7 @@
     PIPELINE_DATA_DIR=/srv/shop python data_pipeline.py          ... and an environment variable
     python data_pipeline.py --help                               all of them
 
-From Python or a notebook (a session of your own may be handed in; it is left running):
+From Python or a notebook (`run_pipeline` also takes a Spark session of yours, and leaves it running):
 
     from data_pipeline import DataPipelineConfig, run_pipeline
     config = DataPipelineConfig()
@@ -30,13 +30,19 @@ From Python or a notebook (a session of your own may be handed in; it is left ru
 
 The words of this module:
 
-    source, delivery       where records come from: the generator or landed files; the records that a run receives
-    bronze, silver, gold   records as received; valid, deduplicated and enriched; aggregated
-    rule, violation        a check on a row; a row that breaks it
-    quarantine             the rejected rows, with the names of the rules that they violate
-    duplicate, orphan key  a key that several rows carry; a foreign key without a parent
-    gate, audit            decides whether the data may be published; checks that it was written completely
-    snapshot, publish      the tables that one run has written; make them the ones that readers see
+    source       where records come from: the generator, or landed files
+    delivery     the records that a run receives
+    model        a SELECT that makes a bronze table from landed files
+    bronze       records as received
+    silver       records that are valid, deduplicated and enriched
+    gold         aggregates
+    rule         a check on a row; a row that does not pass violates it
+    quarantine   rejected rows, with the names of the rules that they violate
+    orphan       a row whose foreign key has no parent
+    gate         decides whether the data may be published
+    audit        checks that the tables were written completely
+    snapshot     the tables that one run has written
+    publish      make a snapshot the one that readers see
 
 A run writes its own snapshot, audits it, and publishes it by one rename. Until then, and when a run fails or is
 killed, readers see the snapshot that was published before. `--list-runs` shows the runs, `--rollback` returns to an
@@ -59,7 +65,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     # Until main() takes over, Ctrl-C would print the stack trace of an import.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-if sys.version_info < (3, 11):  # before anything that an older Python cannot parse or import
+if sys.version_info < (3, 11):  # before the imports, which an older Python may lack
     sys.stderr.write(f"Python 3.11 or newer is needed, not {sys.version.split()[0]}; run this with a newer one\n")
     sys.exit(2)
 
@@ -136,7 +142,7 @@ logger = logging.getLogger("data_pipeline")
 PROGRESS = logging.INFO - 1  # the level of lines that only a terminal shows
 
 MILLION = 1_000_000
-STOP_WITHIN = 2.0  # seconds that jobs, or a JVM that starts, may take to end after an interrupt
+STOP_WITHIN = 2.0  # seconds to wait, after an interrupt, for Spark's jobs or for a JVM that is starting
 BRONZE, SILVER, GOLD, QUARANTINE = "bronze", "silver", "gold", "quarantine"
 LAYERS = (BRONZE, SILVER, GOLD, QUARANTINE)
 ENVIRONMENT_PREFIX = "PIPELINE_"
@@ -173,7 +179,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def interruption(error: BaseException | None) -> BaseException | None:
-    """Returns the interrupt that led to an error, or None. Py4J may raise an error of its own in its place."""
+    """Returns the interrupt that led to an error, or None. Py4J may replace the interrupt by another error."""
     while error and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error
@@ -205,7 +211,7 @@ def _encoding(text: str) -> str:
 
 
 def _words(text: str) -> tuple[str, ...]:
-    # Silver spells them in the same way.
+    # Silver spells payment methods in the same way.
     return tuple(re.sub("[ _-]+", "_", word.strip().lower()) for word in text.split(","))
 
 
@@ -281,7 +287,7 @@ def parse_setting(name: str, value: Any) -> Any:
 def _option(default: Any, help: str, **limits: Any) -> Any:
     """Declares a setting.
 
-    `limits` are `min`, `max` and `choices`. `secret` marks a value that is never shown; `spark` is its name in Spark.
+    `limits` are `min`, `max` and `choices`. `secret` marks a value that is never shown; `spark` is Spark's property.
     """
     kind = "default_factory" if callable(default) else "default"
     return field(**{kind: default}, repr="secret" not in limits, metadata={"help": help, **limits})
@@ -306,13 +312,13 @@ class DataPipelineConfig:
     seed: int = _option(42, "the same seed and as-of date give the same rows", min=-(2**63), max=2**63 - 1)
     as_of_date: date = _option(_today, "last day of the data, in UTC (default: today)", min=date(2000, 1, 1))
     source_dir: str | None = _option(None, "folder of landed files to read, instead of generating records")
-    models: str | None = _option(None, "folder of staging models, or the name of ready ones (default: source_dir)")
+    models: str | None = _option(None, "folder of models, or the name of a ready set (default: source_dir)")
     source_delimiter: Character | None = _option(None, "field separator of CSV (default: detected in each file)")
     source_quote: Character = _option('"', "quote character of CSV; doubled inside a field")
     source_encoding: Encoding = _option("utf-8", "encoding of landed text without a byte order mark")
     source_decimal: str = _option(".", "decimal separator of landed text", choices=(".", ","))
     source_time_zone: TimeZone = _option("UTC", "time zone of landed timestamps without one")
-    settle_seconds: float = _option(5.0, "minimum age of the youngest landed file", min=0.0, max=86_400.0)
+    settle_seconds: float = _option(5.0, "seconds that landed files must not have changed", min=0.0, max=86_400.0)
     on_bad_file: str = _option("refuse", "treatment of unreadable landed files", choices=("refuse", "quarantine"))
     history_days: int = _option(730, "days of history, including the as-of date", min=1, max=3_650)
     defect_rate: float = _option(0.02, "share of generated records with a defect", min=0.0, max=0.5)
@@ -350,7 +356,7 @@ class DataPipelineConfig:
         "INFO", "messages to log; DEBUG adds Spark's own log", choices=("DEBUG", "INFO", "WARNING", "ERROR")
     )
 
-    if not TYPE_CHECKING:  # a type checker finds mistyped attributes by itself
+    if not TYPE_CHECKING:  # a type checker finds misspelled attributes itself
 
         def __setattr__(self, name: str, value: Any) -> None:
             if name not in self.__dataclass_fields__:
@@ -414,7 +420,7 @@ def expand_path(name: str, folder: str) -> str:
 
 
 def check_config(config: DataPipelineConfig) -> None:
-    """Checks values against each other; source and engine check their own.
+    """Checks values against each other. Source and engine check the settings that only they use.
 
     Raises:
         ConfigurationError: values that contradict each other, or a data folder that cannot be named.
@@ -442,16 +448,17 @@ def run_pipeline(
     """Runs source → bronze → silver → gold into a new snapshot, audits it, and publishes it.
 
     `spark` is a session to use and leave running. By default the run uses the session of this process, or a new one.
-    `on_start` is called with the run record once that is saved; errors before that have no record.
+    `on_start` is called with the run record as soon as it is saved; an earlier error leaves no record. A run that
+    fails changes nothing that is published.
 
     Raises:
         PipelineError: something that the user can correct.
         NotPublishedError: the data did not pass the gate or the audit.
         LockedError: another run is writing.
-        Exception: anything else, for example from Spark. The published data stays as it was in every case.
+        Exception: anything else, for example from Spark.
     """
     source, store, engine = preflight(config := config or DataPipelineConfig(), spark)
-    # Notifies after the lock is free: a webhook may be slow, and another run may wait.
+    # `afterwards` ends after the lock: the webhook of `notify` may be slow, and another run may be waiting.
     with contextlib.ExitStack() as afterwards, store.lock(config.lock_timeout):
         store.recover()
         record = new_record(config, store, engine)
@@ -482,14 +489,14 @@ def run_pipeline(
 
 
 def preflight(config: DataPipelineConfig, spark: SparkSession | None = None) -> tuple[Source, Store, Engine]:
-    """Checks in milliseconds what a run needs, before it has a lock or a record.
+    """Checks quickly what the run needs. The run has no lock and no record yet.
 
     Raises:
         PipelineError: the configuration, Java, Spark or the data folder cannot be used; the message says what to do.
     """
     check_config(config)
-    reader = ("pyarrow", "python_calamine", "sqlglot") if config.source_dir else ()
-    check_packages("requirements.txt", "duckdb", "faker", "jinja2", *reader)
+    for_files = ("pyarrow", "python_calamine", "sqlglot") if config.source_dir else ()
+    check_packages("requirements.txt", "duckdb", "faker", "jinja2", *for_files)
     source = open_source(config)
     store = Store(config.root)
     engine = choose_engine(config, source, spark)
@@ -504,7 +511,7 @@ class Received(NamedTuple):
     table: Table
     rows: DataFrame
     violations: Mapping[str, int]  # rows that violate a rule, by its name
-    passing: Mapping[str, int]  # rows that no rule rejects, by the parts of `part_counts`
+    passing: Mapping[str, int]  # rows that no rule rejects: all of them, as `accepted`, and those of each silver table
 
     @property
     def violated_rules(self) -> list[Rule]:
@@ -517,19 +524,19 @@ def ingest_bronze(run: Run, source: Source) -> dict[str, Received]:
 
     def ingest(name: str) -> Received:
         table = TABLES[name]
-        violations = violation_counts(table.rules, run.config)
-        passing = part_counts(table, f"NOT ({is_rejected(table.rules, run.config)})")
+        violation_sql = violation_counts(table.rules, run.config)
+        passing_sql = part_counts(table, f"NOT ({is_rejected(table.rules, run.config)})")
         with run.step(f"{BRONZE}.{name}"):
             rows = with_lineage(source.delivery(run.engine.spark, name), table, run.record)
             try:
-                counts = run.write(BRONZE, table, rows, {**violations, **passing})
+                counts = run.write(BRONZE, table, rows, {**violation_sql, **passing_sql})
             except Exception as error:
                 if explanation := source.explain(error, run.engine, name):
                     raise explanation from error
                 raise
         source.check_rows(name, counts["rows"])
-        violated, passed = ({key: counts[key] for key in metrics} for metrics in (violations, passing))
-        return Received(table, run.read(BRONZE, table), violated, passed)
+        violations, passing = ({key: counts[key] for key in metrics} for metrics in (violation_sql, passing_sql))
+        return Received(table, run.read(BRONZE, table), violations, passing)
 
     with run.step("source"):
         source.receive(run)
@@ -555,8 +562,9 @@ def clean(run: Run, bronze: Mapping[str, Received]) -> dict[str, DataFrame]:
         with run.step(f"{QUARANTINE}.{name}"):
             quarantined = run.write(QUARANTINE, TABLES[name], rejected)["rows"]
         run.record.quality[name] = dataclasses.replace(quality, quarantined=quarantined)
-        surplus = (keys.surplus for keys in failing_keys[name] if keys.flag == "_duplicate_key")
-        run.record.profile[name][TABLES[name].key[0]]["duplicates"] = next(surplus, 0)
+        # The profile shows the number of repeated keys at the first column of the key.
+        repeated = (keys.surplus for keys in failing_keys[name] if keys.flag == "_duplicate_key")
+        run.record.profile[name][TABLES[name].key[0]]["duplicates"] = next(repeated, 0)
         return valid
 
     valid = run.parallel(separate, bronze)
@@ -596,7 +604,7 @@ def check_gate(run: Run, source: Source, valid: Mapping[str, DataFrame]) -> None
 
 
 def check_quarantine_rate(run: Run, table: Table) -> None:
-    """Fails the gate if too many rows of a table were rejected. Warns of fewer rejected rows if they were landed."""
+    """Fails the gate if too many rows of a table were rejected. Otherwise warns, if landed rows were rejected."""
     quality, limit = run.record.quality[table.name], run.config.max_quarantine_rate
     if (rate := quality.quarantine_rate) > limit:
         message = (
@@ -634,25 +642,27 @@ def describe_example(table: Table, rule: Rule, row: Mapping[str, Any]) -> str:
 
 def check_currency(run: Run, transactions: DataFrame) -> None:
     """Records the currency of orders and returns. Fails the gate if there are several, since amounts are added up."""
-    received = run.record.profile["transactions"]["currency"]
-    found = {received["min"], received["max"]} - {None}
-    if len(found) > 1:
+    profile = run.record.profile["transactions"]["currency"]
+    bounds = {profile["min"], profile["max"]} - {None}
+    currencies = [bound.strip().upper() for bound in bounds]
+    if len(bounds) > 1:
         named = transactions.where(f"({COMPLETED} OR {RETURNED}) AND {CURRENCY} IS NOT NULL")
         counted = named.groupBy(F.expr(CURRENCY).alias("currency")).count().collect()
         orders = {row["currency"]: row["count"] for row in counted}
-        found = set(orders)
-        if len(found) > 1:
-            counts = ", ".join(f"{name} {rows:,}" for name, rows in sorted(orders.items()))
+        currencies = sorted(orders)
+        if len(currencies) > 1:
+            counts = ", ".join(f"{name} {orders[name]:,}" for name in currencies)
             message = (
                 f"the orders and returns are in several currencies, {counts}: convert the amounts in transactions.sql, "
-                "or name one by --currency, by which orders in others are rejected"
+                "or choose one by --currency: orders in other currencies are then rejected"
             )
             record_gate_failure(run, TABLES["transactions"], "currency", sum(orders.values()), message, "false")
-    run.record.currency = run.config.currency or (found.pop().strip().upper() or None if len(found) == 1 else None)
+    only_one = currencies[0] if len(currencies) == 1 else None
+    run.record.currency = run.config.currency or only_one or None
 
 
 def record_gate_failure(run: Run, table: Table, rule: str, rows: int, message: str, where: str = "true") -> None:
-    """Records and logs a reason not to publish, with three quarantined rows as examples."""
+    """Records and logs a reason not to publish, with up to three quarantined rows as examples."""
     examples = [json.dumps(row, default=str, ensure_ascii=False) for row in example_rows(run, table, where)]
     failure = {"table": table.name, "rule": rule, "rows": rows, "message": message, "examples": examples}
     run.record.gate_failures.append(failure)
@@ -769,7 +779,8 @@ class Run:
     def parallel(self, function: Callable[[Item], Result], items: Iterable[Item]) -> dict[Item, Result]:
         """Calls the function for each item in threads: Spark plans one job while it runs another.
 
-        Returns the results by item. Raises the first error, after the other calls were cancelled and have ended.
+        Returns the results by item. Raises the first error, after it has cancelled the other calls and awaited their
+        end. After an interrupt, it waits at most STOP_WITHIN seconds.
         """
         threads = 2 * (os.cpu_count() or 1)
         pool = concurrent.futures.ThreadPoolExecutor(threads, initializer=self.engine.tag_jobs)
@@ -780,7 +791,7 @@ class Run:
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
             deadline = time.monotonic() + (STOP_WITHIN if interruption(error) else math.inf)
-            # Repeatedly: a thread that was between two jobs may have started another one.
+            # Repeatedly, because a thread may start its next job after the first call.
             while not all(future.done() for future in futures) and time.monotonic() < deadline:
                 self.engine.cancel_jobs()
                 time.sleep(0.05)
@@ -793,14 +804,14 @@ class Run:
         return self._cached.enter_context(self.engine.cached(rows, self.snapshot.folder))
 
     def temporary_folder(self, name: str) -> str:
-        """Makes a folder beside the tables, or on this machine if they are on a URI, until the end of the layer."""
+        """Makes a folder that is removed at the end of the layer, on this machine: in the snapshot if that is local."""
         folder = self.snapshot.path(name) if self.snapshot.folder else tempfile.mkdtemp()
         os.makedirs(folder, exist_ok=True)
         self._cached.callback(shutil.rmtree, folder, ignore_errors=True)
         return folder
 
     def temporary_view(self, rows: DataFrame) -> str:
-        """Makes rows a view until the end of the layer, and returns its name."""
+        """Registers rows as a view until the end of the layer, and returns its name."""
         return self._cached.enter_context(self.engine.view(rows))
 
     def write_all(self, layer: str, builders: Mapping[str, Callable[[], DataFrame]]) -> None:
@@ -815,7 +826,7 @@ class Run:
     def write(
         self, layer: str, table: Table, rows: DataFrame, metrics: Mapping[str, str] | None = None
     ) -> dict[str, Any]:
-        """Writes a table once. Returns its number of `rows` and the metrics, which are given as Spark SQL."""
+        """Writes a table. Returns its number of `rows`, and the metrics over them, which are given as Spark SQL."""
         name, started = f"{layer}.{table.name}", time.perf_counter()
         if layer != QUARANTINE:
             logger.log(PROGRESS, "[%d/%d] %s …", list(TABLES).index(table.name) + 1, len(TABLES), name)
@@ -835,13 +846,14 @@ class Run:
         return counts
 
     def read(self, layer: str, table: Table) -> DataFrame:
-        """Returns a table that this run has written. With a given schema, Spark need not read it from the files."""
+        """Returns a table that this run has written, with the declared schema: Spark need not read it from files."""
         return self.engine.read(self.snapshot.table_uri(layer, table.name), table.schema_in(layer))
 
 
 # ── Contract ─────────────────────────────────────────────────────────────────────────────────────────────────────
 # Each table is declared once. The functions of silver and gold are pure: they take and return DataFrames. In silver,
-# `customers`, `products` and `transactions` are the valid rows of these bronze tables, one per key.
+# `customers`, `products` and `transactions` are the valid rows of these bronze tables, one per key. All money is in the
+# currency of the run, US dollars for generated data.
 
 REJECT, WARN, ABORT, ORPHAN = "reject", "warn", "abort", "orphan"
 
@@ -849,10 +861,11 @@ REJECT, WARN, ABORT, ORPHAN = "reject", "warn", "abort", "orphan"
 class Rule(NamedTuple):
     """A check on each row of a bronze table.
 
-    `violation` is a condition in Spark SQL, which may name `DataPipelineConfig.rule_values`. A null condition is not a
-    violation, so a missing value only violates the `_missing` rule. Severities: REJECT sends the row to quarantine,
-    ABORT also keeps the run from being published, WARN counts the row and keeps it, ORPHAN does as `--orphans` says.
-    With `nullify`, the value that violates the rule becomes null in silver. `advice` says what the user can do.
+    `violation` is a condition in Spark SQL. It may have parameters of `DataPipelineConfig.rule_values`, such as
+    `:as_of_date`. A null condition is not a violation, so a missing value only violates the `_missing` rule.
+    Severities: REJECT sends the row to quarantine, ABORT also keeps the run from being published, WARN counts the row
+    and keeps it, ORPHAN rejects or keeps it, depending on `--orphans`. With `nullify`, a value that violates the rule
+    becomes null in silver. `advice` says what the user can do.
     """
 
     name: str
@@ -900,12 +913,12 @@ class Table:
     order: tuple[str, ...] = ()  # gold: Spark SQL that orders the rows; a leading minus puts the largest first
 
     def schema_in(self, layer: str) -> str:
-        """Returns the DDL of the table in a layer. A bronze table is also in quarantine, with the reasons."""
+        """Returns the DDL of the table in a layer. A bronze table is also in quarantine, with `_reasons`."""
         added = "" if self.layer != BRONZE else f", {LINEAGE}"
         return self.schema + added + (f", {REASONS}" if layer == QUARANTINE else "")
 
     def columns(self, layer: str = "") -> list[tuple[str, str]]:
-        """Returns names and types like `DataFrame.dtypes`: those declared, or those in a layer."""
+        """Returns names and types like `DataFrame.dtypes`. With a layer, they include the columns that it adds."""
         ddl = self.schema_in(layer) if layer else self.schema
         return [(name, kind.lower()) for name, kind in re.findall(r"(\w+) (\w+(?:\([\d,]+\)|<\w+>)?)", ddl)]
 
@@ -993,7 +1006,7 @@ LINEAGE = (
 )
 REASONS = "_reasons ARRAY<STRING>"
 
-# The keys are the values that silver accepts; the numbers are their weights in generated data.
+# The payment methods of generated data, with their weights. By default, landed data may have others.
 PAYMENT_METHODS: Mapping[str, int] = {
     "credit_card": 38, "paypal": 22, "debit_card": 18, "apple_pay": 9, "google_pay": 7, "bank_transfer": 6,
 }  # fmt: skip
@@ -1018,14 +1031,15 @@ PAYMENT_METHOD = (
     "ELSE regexp_replace(lower(trim(payment_method)), '[ _-]+', '_') END"
 )
 CURRENCY = "nullif(upper(trim(currency)), '')"
-# A product of which the shop gives no status or no stock is on sale.
+# A missing `is_active` counts as true, a missing `stock_quantity` as in stock.
 ON_SALE = "coalesce(is_active, true) AND coalesce(stock_quantity, 1) > 0"
 COMPLETED = "status = 'completed' AND amount > 0"
-# All rows with the same order_id are one order. A row without an order_id is an order of its own.
+# All rows with the same order_id are one order. A row without an order_id is an order of its own. Rows without an
+# amount are no orders: `customers_enriched` adds such rows for returns.
 ORDER_COUNT = "count(amount) - count(order_id) + count(DISTINCT order_id)"
 RETURNED = "status IN ('completed', 'refunded', 'returned') AND amount < 0"
-UNKNOWN = "Unknown"  # replaces a missing name or group, and names the unknown member
-UNKNOWN_CUSTOMER = 0  # the id of the unknown member, to which orders without a customer belong
+UNKNOWN = "Unknown"  # replaces a missing name or group
+UNKNOWN_CUSTOMER = 0  # the customer_id of orders without a customer
 SEGMENT_RANK = _rank("customer_segment", SEGMENTS)
 STATUS_RANK = _rank("status", STATUSES)
 
@@ -1118,7 +1132,7 @@ TABLES["transactions"] = Table(
 
 
 def key_rules(table: Table) -> list[Rule]:
-    """Returns the rules on the keys of a table: each foreign key has a parent, and records of one key are versions.
+    """Returns the rules on the keys of a table: a foreign key must have a parent, and a key must have no conflict.
 
     The `violation` of these rules is the name of a Boolean column.
     """
@@ -1191,7 +1205,7 @@ def sort_order(by: str) -> Column:
 def products_active(products: DataFrame) -> DataFrame:
     """One row per product on sale: active and in stock, or of unknown status or stock.
 
-    `inventory_value` is price × stock in dollars. Unknown values are null; unknown names and groups are `Unknown`.
+    `inventory_value` is price × stock. An unknown name or category is `Unknown`; other unknown values are null.
     """
     return (
         products.where(ON_SALE)
@@ -1248,14 +1262,14 @@ def with_category_and_date(transactions: DataFrame, products: DataFrame) -> Data
 def transactions_clean(transactions: DataFrame, products: DataFrame) -> DataFrame:
     """One row per completed order, or per order line if the source has order lines.
 
-    `amount` is in dollars; `day_of_week` runs from 1, Monday, to 7, Sunday.
+    `day_of_week` is from 1, Monday, to 7, Sunday.
     """
     return with_category_and_date(transactions.where(COMPLETED), products)
 
 
 @declare(SILVER, key=("transaction_id",), from_table="transactions", where=RETURNED, schema=ORDER_SCHEMA)
 def transactions_returned(transactions: DataFrame, products: DataFrame) -> DataFrame:
-    """One row per return. `quantity` and `amount`, in dollars, are negative."""
+    """One row per return. `quantity` and `amount` are negative."""
     return with_category_and_date(transactions.where(RETURNED), products)
 
 
@@ -1274,10 +1288,10 @@ def customers_enriched(
     config: DataPipelineConfig,
     has_order_ids: bool = False,
 ) -> DataFrame:
-    """One row per customer, with the customer's completed orders; money in dollars, tenure as of the as-of date.
+    """One row per customer, with the customer's completed orders. `tenure_days` is as of the as-of date.
 
     If orphans are kept, a customer known only from orders or returns is inferred: it has an id but no attributes.
-    Customer 0 is the unknown member: it has all orders without a customer, and the segment `Unknown`. Unknown `email`,
+    Customer 0 has all orders without a customer, and the segment `Unknown`. Unknown `email`,
     `city`, `age` (with `age_group`) and `signup_date` (with `tenure_days`) are null. The order dates of a customer
     without orders are null. All rows with the same `order_id` are one order.
     """
@@ -1352,7 +1366,7 @@ def _mean_transaction(name: str) -> Column:
         avg_total_spent DECIMAL(20,2), avg_order_value DECIMAL(12,2), segment_revenue DECIMAL(20,2)""",
 )  # fmt: skip
 def customer_analytics(customers_enriched: DataFrame) -> DataFrame:
-    """One row per segment and city. Ages in years, money in dollars; `segment_revenue` is the sum of `total_spent`."""
+    """One row per segment and city. Ages in years; `segment_revenue` is the sum of `total_spent`."""
     return (
         customers_enriched.groupBy("customer_segment", F.coalesce("city", F.lit("Unknown")).alias("city"))
         .agg(
@@ -1381,7 +1395,7 @@ def customer_analytics(customers_enriched: DataFrame) -> DataFrame:
         units_sold BIGINT, revenue_share DOUBLE""",
 )  # fmt: skip
 def category_analytics(orders_by_dimension: DataFrame) -> DataFrame:
-    """One row per product category. Money in dollars; `revenue_share` from 0 to 1."""
+    """One row per product category. `revenue_share` is from 0 to 1."""
     return _totals(orders_by_dimension, "product_category").select(
         "product_category", "transaction_count", "total_revenue",
         _mean_transaction("avg_transaction_value"),
@@ -1398,7 +1412,7 @@ def category_analytics(orders_by_dimension: DataFrame) -> DataFrame:
         usage_share DOUBLE""",
 )  # fmt: skip
 def payment_analytics(orders_by_dimension: DataFrame) -> DataFrame:
-    """One row per payment method. Money in dollars; `usage_share` is its share of all transactions, from 0 to 1."""
+    """One row per payment method. `usage_share` is its share of all transactions, from 0 to 1."""
     return _totals(orders_by_dimension, "payment_method").select(
         "payment_method",
         F.col("transaction_count").alias("usage_count"),
@@ -1416,7 +1430,7 @@ def payment_analytics(orders_by_dimension: DataFrame) -> DataFrame:
         avg_transaction_value DECIMAL(12,2), units_sold BIGINT""",
 )  # fmt: skip
 def device_analytics(orders_by_dimension: DataFrame) -> DataFrame:
-    """One row per device and browser. Money in dollars."""
+    """One row per device and browser."""
     return _totals(orders_by_dimension, "device", "browser").select(
         "device", "browser", "transaction_count", "total_revenue",
         _mean_transaction("avg_transaction_value"),
@@ -1431,7 +1445,7 @@ def device_analytics(orders_by_dimension: DataFrame) -> DataFrame:
         inventory_value DECIMAL(20,2)""",
 )  # fmt: skip
 def product_analytics(products_active: DataFrame) -> DataFrame:
-    """One row per category and supplier, over active products in stock. Money in dollars.
+    """One row per category and supplier, over products on sale.
 
     Products of unknown price or stock are counted, and add nothing to the other figures.
     """
@@ -2781,7 +2795,7 @@ class Engine(ABC):
 
     @contextlib.contextmanager
     def view(self, rows: DataFrame) -> Iterator[str]:
-        """Makes rows a view until the end of the block, and returns its name."""
+        """Registers rows as a view until the end of the block, and returns its name."""
         name = f"rows_{secrets.token_hex(8)}"
         rows.createOrReplaceTempView(name)
         try:
@@ -3942,16 +3956,14 @@ class FileReader:
             self._stage(file, ["_record"], [texts], numbers, is_malformed=True)
 
     def _scan(self, file: LandedFile, content: Any, has_model: bool) -> None:
-        content = decompressed(file.path, content)
-        match FILE_FORMATS[file.suffix]:
-            case "parquet":
-                self._scan_parquet(file, content, has_model)
-            case "xlsx":
-                self._scan_sheet(file, content.read())
-            case "csv":
-                self._scan_csv(file, open_text(content, self.config.source_encoding))
-            case _:
-                self._scan_lines(file, open_text(content, self.config.source_encoding))
+        content, kind = decompressed(file.path, content), FILE_FORMATS[file.suffix]
+        if kind == "parquet":
+            self._scan_parquet(file, content, has_model)
+        elif kind == "xlsx":
+            self._scan_sheet(file, content.read())
+        else:
+            scan = self._scan_csv if kind == "csv" else self._scan_lines
+            scan(file, open_text(content, self.config.source_encoding))
 
     def _scan_parquet(self, file: LandedFile, content: Any, has_model: bool) -> None:
         """Stages the records of a Parquet file with their types. A model may read binary columns."""

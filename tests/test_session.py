@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import os
@@ -185,6 +186,7 @@ def test_older_python_is_told_so() -> None:
     assert result.returncode == 2
     assert result.stderr.startswith("Python 3.11 or newer is needed, not ")
     assert result.stderr.count("\n") == 1
+    ast.parse(Path(MODULE).read_text(encoding="utf-8"), feature_version=(3, 9))  # such a Python can parse the file
 
 
 def test_help_needs_no_spark() -> None:
