@@ -369,7 +369,8 @@ class DataPipelineConfig:
 
     def redacted(self) -> dict[str, Any]:
         """Returns the values by field, with *** in place of a secret."""
-        return dataclasses.asdict(self) | {"alert_webhook": "***" if self.alert_webhook else None}
+        secrets = [option.name for option in dataclasses.fields(self) if "secret" in option.metadata]
+        return dataclasses.asdict(self) | {name: "***" for name in secrets if getattr(self, name)}
 
     @property
     def root(self) -> str:
@@ -880,7 +881,7 @@ class Rule(NamedTuple):
         return not config.keeps_orphans if self.severity == ORPHAN else self.severity != WARN
 
     def is_violated(self, config: DataPipelineConfig) -> str:
-        """Returns whether a row violates the rule, as Spark SQL; never null."""
+        """Returns Spark SQL for whether a row violates the rule; never null."""
         condition = self.violation
         for name, value in config.rule_values.items():
             if name in condition and value is None:
@@ -1297,8 +1298,9 @@ def customers_enriched(
     """
     orders = transactions_clean.select("customer_id", "amount", "transaction_date", "order_id")
     if config.keeps_orphans:
-        nothing = (F.lit(None).cast(kind).alias(name) for name, kind in orders.dtypes[1:])
-        orders = orders.unionByName(transactions_returned.select("customer_id", *nothing))
+        # Returns only add customers: rows without an amount are no orders.
+        nulls = (F.lit(None).cast(kind).alias(name) for name, kind in orders.dtypes[1:])
+        orders = orders.unionByName(transactions_returned.select("customer_id", *nulls))
     totals = orders.groupBy("customer_id").agg(
         F.expr(ORDER_COUNT if has_order_ids else "count(amount)").alias("orders"),
         sum_of_money("amount").alias("spent"),
@@ -1447,7 +1449,7 @@ def device_analytics(orders_by_dimension: DataFrame) -> DataFrame:
 def product_analytics(products_active: DataFrame) -> DataFrame:
     """One row per category and supplier, over products on sale.
 
-    Products of unknown price or stock are counted, and add nothing to the other figures.
+    An unknown price or stock is left out of the figures that need it.
     """
     return products_active.groupBy("category", known("supplier").alias("supplier")).agg(
         F.count(F.lit(1)).alias("product_count"),
@@ -1523,7 +1525,7 @@ class Generated(Source):
                 )
 
     def prepare(self) -> None:
-        """Draws the words of the records."""
+        """Draws the words of the records, which takes a while. They are cached."""
         name_pools(self.config.seed)
 
     def delivery(self, spark: SparkSession, name: str) -> DataFrame:
@@ -1549,7 +1551,7 @@ class LandedFiles(Source):
     sources. A table without a model is read from the source of its own name.
 
     Raises:
-        ConfigurationError: a folder that does not exist, or a model that cannot be read.
+        ConfigurationError: the folder, a file, a model or a setting cannot be used.
     """
 
     def __init__(self, config: DataPipelineConfig) -> None:
@@ -1585,7 +1587,7 @@ class LandedFiles(Source):
             for name, inputs in self.inputs.items()
         }
         self.parts: Sequence[Part] = ()
-        self.views: dict[str, str] = {}  # names of the records of each source, for the models
+        self.views: dict[str, str] = {}  # the view of each source's records
         self._records: dict[str, DataFrame] = {}
         self._malformed: dict[str, DataFrame] = {}
 
@@ -1595,10 +1597,12 @@ class LandedFiles(Source):
         for name, inputs in self.inputs.items():
             model = self.models.get(name)
             missing = [source for source in inputs if source not in landed]
-            if not missing or (model and landed & {*inputs} and model.columns.keys() >= {*missing}):
+            # A model may do without a source whose columns it declares, if another source is there.
+            is_optional = model and landed & {*inputs} and model.columns.keys() >= {*missing}
+            if not missing or is_optional:
                 continue
             if model:
-                needed = min(missing, key=lambda source: source in model.columns)
+                needed = min(missing, key=lambda source: source in model.columns)  # one that it cannot do without
                 patterns = model.patterns.get(needed, (f"{needed}.csv", f"a folder {needed}"))
                 advice = f"the model {name}.sql reads {needed}; land {' or '.join(patterns)}"
             else:
@@ -1606,8 +1610,8 @@ class LandedFiles(Source):
             text = f"nothing is there for the table {name} in {self.root}: {advice}"
             raise ConfigurationError(text + export_hint(self))
         if unused := list(dict.fromkeys(file.top for file in self.listed if file.source not in self.used)):
-            by_name = [name for name in names(BRONZE) if name not in self.models]
-            nearest = next(filter(None, (_nearest(source_name(top), by_name) for top in unused)), "")
+            without_model = [name for name in names(BRONZE) if name not in self.models]
+            nearest = next(filter(None, (_nearest(source_name(top), without_model) for top in unused)), "")
             logger.warning("no model and no table uses %s%s", shorten(unused), nearest)
 
     def prepare(self) -> None:
@@ -1621,8 +1625,8 @@ class LandedFiles(Source):
             NotPublishedError: a file cannot be read, or lacks a column that the contract requires.
         """
         reader = FileReader(self.root, run.temporary_folder(".staged"), self.config)
-        by_name = {*names(BRONZE)} - self.models.keys()
-        self.parts = reader.read(self.files, with_models={*self.used} - by_name)
+        without_model = {*names(BRONZE)} - self.models.keys()
+        self.parts = reader.read(self.files, with_models={*self.used} - without_model)
         leave_out_repeated(self.files)
         report_delivery(self.files, run.record)
         if self.config.on_bad_file == "refuse" and (bad := [file for file in self.files if file.is_bad]):
@@ -1641,8 +1645,8 @@ class LandedFiles(Source):
     def records(self, engine: Engine, files: Sequence[LandedFile]) -> dict[str, DataFrame]:
         """Returns the records of each source, with all columns that the models declare for it."""
         declared, sources = self.declared_columns(), dict.fromkeys((*self.used, *(file.source for file in files)))
-        valid = [part for part in self.parts if not part.is_malformed]
-        parts = {source: [part for part in valid if part.source == source] for source in sources}
+        well_formed = [part for part in self.parts if not part.is_malformed]
+        parts = {source: [part for part in well_formed if part.source == source] for source in sources}
         return {source: union_parts(engine, parts[source], files, declared[source]) for source in sources}
 
     def declared_columns(self) -> dict[str, list[str]]:
@@ -1653,7 +1657,7 @@ class LandedFiles(Source):
         return declared
 
     def _warn_of_missing_columns(self) -> None:
-        """Warns of columns that a model reads and no file has."""
+        """Warns of columns that a model declares and no file has."""
         for source, columns in self.declared_columns().items():
             landed = {name.lower() for file in self.files if file.source == source for name in file.columns}
             missing = dict.fromkeys(name for name in columns if name.lower() not in landed)
@@ -1671,16 +1675,19 @@ class LandedFiles(Source):
             logger.info("%s: %s rows from %s", name, f"{rows:,}", records)
         elif rows != number.total():
             raise PipelineError(
-                f"{rows:,} rows came of {number.total():,} records of {name}: a model makes one row of each "
-                f"record of a source that it reads alone; see WHERE in {name}.sql, and let the rules reject rows"
+                f"{name}.sql made {rows:,} rows from {number.total():,} records: a model that reads one source must "
+                "keep each record; remove its WHERE, since rules reject rows"
             )
 
     def keeps_records(self, name: str) -> bool:
-        """Returns whether each record of the only source of a table is one row."""
+        """Returns whether a table has exactly one row for each record."""
         return name not in self.models or self.models[name].keeps_records
 
     def table_of(self, source: str) -> str:
-        """Returns the table that receives the malformed lines of a source. If several tables read it, one is chosen."""
+        """Returns the table that receives the malformed lines of a source.
+
+        Of several tables that read it, this is the one of its name, or one that keeps records, or the last one.
+        """
 
         def order(name: str) -> tuple[bool, bool, int]:
             return name != source, not self.keeps_records(name), -names(BRONZE).index(name)
@@ -1708,8 +1715,8 @@ class LandedFiles(Source):
         if name not in self.models or isinstance(error, PipelineError) or engine.is_infrastructure_failure(error):
             return None
         return PipelineError(
-            f"the model {name}.sql fails on these records: {root_cause(error)}; correct it: where it gives null for a "
-            "value that does not fit, by CASE or try_cast for example, a rule rejects the row"
+            f"the model {name}.sql fails on these records: {root_cause(error)}; correct it, for example by CASE or "
+            "try_cast: if a value that does not fit becomes null, a rule rejects the row"
         )
 
 
@@ -1729,7 +1736,7 @@ class Model:
 
 
 def parse_model(name: str, text: str) -> Model:
-    """Returns the model of a table from the text of its file. Raises ConfigurationError if it is no SELECT."""
+    """Returns the model of a table from the text of its file. Raises ConfigurationError if it is not one SELECT."""
     import sqlglot
     from sqlglot import exp
     from sqlglot.optimizer.scope import Scope, traverse_scope
@@ -1800,7 +1807,7 @@ def apply_model(spark: SparkSession, model: Model, views: Mapping[str, str]) -> 
     """
     from pyspark.errors import PySparkException
 
-    # WITH gives each source its name within the model. A table of the session may have the same name.
+    # WITH names the sources within this query only, so that they do not collide with tables of the session.
     inputs = ", ".join(f"{quoted(source)} AS (SELECT * FROM {view})" for source, view in views.items())
     name = model.name
     try:
@@ -1884,7 +1891,7 @@ def apply_contract(rows: DataFrame, table: Table, config: DataPipelineConfig) ->
     typed = (
         F.expr(convert_value(*given[name], kind, config)).alias(f"_typed_{name}") for name, kind in columns.items()
     )
-    rescued = {  # as text, by the name of the column
+    rescued = {  # the texts to keep, by the name of the column
         **{
             name: F.expr(f"CASE WHEN _typed_{name} IS NULL AND trim({text}) <> '' THEN {text} END")
             for name, kind in columns.items()
@@ -1997,7 +2004,7 @@ class SeededRandom:
         return F.pmod(self.bits(name), bound if not isinstance(bound, int) else F.lit(bound).cast("bigint"))
 
     def draws(self, weights: Mapping[str, Mapping[Any, int]]) -> dict[str, Column]:
-        """Returns columns of random numbers for `pick`: each is from 0 to the sum of the weights of its words - 1."""
+        """Returns columns of random numbers for `pick`, each from 0 up to but not including the sum of its weights."""
         return {name: self.randrange(name, sum(words.values())) for name, words in weights.items()}
 
     def choice(self, name: str, words: Sequence[str]) -> Column:
@@ -2008,7 +2015,7 @@ class SeededRandom:
 
 
 def pick(draw: str, words: Mapping[Any, int], values: Sequence[Any] | None = None) -> Column:
-    """Returns the word, or its entry in `values`, for the random number in the column `draw`, made by `draws`.
+    """Picks a word by weight, or the entry of `values` at its position. `draw` is a column made by `draws`.
 
     It is a CASE and not an array, because Sail would copy the array for each row, which took seven times as long.
     """
@@ -2125,7 +2132,7 @@ def _weekday_weights(as_of_date: date) -> dict[int, int]:
 def _transaction_days_ago(random: SeededRandom, config: DataPipelineConfig) -> Column:
     """Returns the days between a transaction and the as-of date. Recent days are more frequent, as are weekends.
 
-    If the history is not a number of full weeks, days before its first day are moved to its end.
+    If the history is not a whole number of weeks, a day before its first day is replaced by one of the latest days.
     """
     weeks = math.ceil(config.history_days / 7)
     weeks_ago = F.least(random.randrange("week", weeks), random.randrange("week too", weeks))
@@ -2134,7 +2141,7 @@ def _transaction_days_ago(random: SeededRandom, config: DataPipelineConfig) -> C
 
 
 def _transaction_product(random: SeededRandom, config: DataPipelineConfig) -> Column:
-    """Returns the number of the product, from 1. A record in conflict has the product after that of its original."""
+    """Returns the number of the product, from 1. A record with the defect other_product has the next product."""
     products = max(config.num_products, 1)
     product = random.randrange("product", products) + 1
     return F.when(_has("other_product"), product % products + 1).otherwise(product)
@@ -2153,6 +2160,7 @@ def _transaction_time(random: SeededRandom, config: DataPipelineConfig) -> Colum
 
 def _transaction_customer(random: SeededRandom, config: DataPipelineConfig) -> Column:
     """Returns a customer who had signed up by then: the more loyal of two, so that a few customers buy much."""
+    # (history_days - days_ago) * num_customers / history_days, rounded up: customers sign up evenly.
     customers = F.expr(
         f"(({config.history_days} - days_ago) * {config.num_customers} + {config.history_days - 1})"
         f" div {config.history_days}"
@@ -2233,14 +2241,14 @@ class FailingKeys(NamedTuple):
     flag: str  # the Boolean column that marks their rows
     columns: tuple[str, ...]
     rows: int  # rows with one of the keys
-    surplus: int  # rows with one of the keys, without the first row of each
+    surplus: int  # the rows minus the number of keys
     hashes: str | DataFrame  # a list in Spark SQL if they are few, otherwise a table
 
 
 def duplicate_keys(rows: DataFrame, key: Sequence[str]) -> DataFrame:
     """One row per key that several rows share: `key_hash`, and `rows`, the number of rows with the key."""
     # Nearly all keys differ, so counting in each partition before the shuffle would only take memory.
-    hashes = rows.select(F.xxhash64(*key).alias("key_hash")).repartition("key_hash")
+    hashes = rows.dropna(subset=[*key]).select(F.xxhash64(*key).alias("key_hash")).repartition("key_hash")
     return hashes.groupBy("key_hash").agg(F.count(F.lit(1)).alias("rows")).where("rows > 1")
 
 
@@ -2272,7 +2280,7 @@ def find_failing_keys(run: Run, bronze: Mapping[str, Received]) -> dict[str, lis
 
 
 def grouped_keys(keys: DataFrame) -> Iterator[tuple[int, int, int, str | DataFrame]]:
-    """Returns the number of each check that found keys, with their rows, surplus and hashes."""
+    """Returns, for each check that found keys, its index and their rows, surplus and hashes."""
     few = keys.limit(FEW_KEYS + 1).collect()
     if len(few) > FEW_KEYS:
         for number, rows, count in keys.groupBy("number").agg(F.sum("rows"), F.count("rows")).collect():
@@ -2285,20 +2293,17 @@ def grouped_keys(keys: DataFrame) -> Iterator[tuple[int, int, int, str | DataFra
 
 
 def is_rejected(rules: Iterable[Rule], config: DataPipelineConfig) -> str:
-    """Returns whether any of the rules rejects the row, as Spark SQL; never null."""
+    """Returns Spark SQL for whether any of the rules rejects a row; never null."""
     return " OR ".join(rule.is_violated(config) for rule in rules if rule.rejects(config)) or "false"
 
 
 def violation_counts(rules: Iterable[Rule], config: DataPipelineConfig) -> dict[str, str]:
-    """Returns the number of rows that violate each rule, as Spark SQL by the name of the rule."""
+    """Returns, by the name of the rule, Spark SQL that counts the rows that violate it."""
     return {rule.name: f"count_if({rule.is_violated(config)})" for rule in rules}
 
 
 def part_counts(table: Table, among: str) -> dict[str, str]:
-    """Returns counts of the rows that meet a condition: all of them, as `accepted`, and those of each silver table.
-
-    Condition and counts are Spark SQL.
-    """
+    """Returns Spark SQL that counts rows that meet a condition: all, as `accepted`, and those of each silver table."""
     parts = {"accepted": "true"} | {made.name: made.where for made in tables(SILVER) if made.from_table == table.name}
     return {part: f"count_if(({among}) AND ({condition}))" for part, condition in parts.items()}
 
@@ -2322,12 +2327,13 @@ def flag_rows(
 
 
 def rank_versions(rows: DataFrame, table: Table) -> DataFrame:
-    """Ranks the valid rows of each key, and marks those in conflict.
+    """Ranks the rows of each key that no rule rejects, and marks conflicts.
 
     `_order` is 1 for the latest row: the largest by `sequence_by`, then by delivery, then by all columns in order.
-    `_versions` is the number of different rows of the key. `_conflict` only occurs in a table that carries money. It
-    marks rows of a key that differ in a column of `constant`. It also marks several latest rows that are equal in
-    `sequence_by` and delivery and differ otherwise. All rows of a key with a conflict are `_disputed`: none is kept.
+    `_versions` is the number of different rows of the key. In a table that carries money, a key is in conflict in two
+    cases: (1) its rows differ in a column of `constant`, (2) several rows have the latest `sequence_by` and delivery,
+    and differ otherwise. `_disputed` marks all rows of such a key: none is kept. `_conflict` marks the rows to reject:
+    all in case 1, those that are tied in case 2.
     """
     columns = [name for name, _ in table.columns(BRONZE)]
     # Rejected rows are not ranked: each one is treated as a key of its own.
@@ -2384,7 +2390,7 @@ def nullify_values(rows: DataFrame, rules: Iterable[Rule], config: DataPipelineC
 class Quality:
     """Accounts for the rows of a bronze table: `received` = `accepted` + `quarantined` + `duplicates`.
 
-    `superseded` counts the duplicates that differ from the kept row; the other duplicates repeat it.
+    `superseded` is the number of different older versions; the other duplicates repeat another row.
     """
 
     received: int
@@ -2432,14 +2438,13 @@ def separate_rows(run: Run, received: Received, keys: Sequence[FailingKeys]) -> 
     total = run.record.rows[f"{BRONZE}.{table.name}"]
     violations = {**received.violations, **{rule.name: 0 for rule in key_rules(table)}}
     violations |= {found.flag.removeprefix("_"): found.rows for found in keys if found.flag != "_duplicate_key"}
-    rules = [rule for rule in (*table.rules, *key_rules(table)) if violations[rule.name]]
+    rules = [*received.violated_rules, *(rule for rule in key_rules(table) if violations[rule.name])]
     flagged = flag_rows(received.rows, keys, rules, config)
     set_aside = with_outcome(flagged.where("_rejected OR _duplicate_key"), table, rules, config)
     set_aside = run.cached(run.engine.coalesced(set_aside, 1 + total // ROWS_PER_FILE))
+    # `received.passing` was counted before keys were compared. So rows set aside are subtracted, and those kept added.
     kept = part_counts(table, "_outcome = 'kept'")
-    counted = part_counts(
-        table, f"NOT ({is_rejected(table.rules, config)})"
-    )  # when bronze was written, before keys were compared
+    counted = part_counts(table, f"NOT ({is_rejected(table.rules, config)})")
     metrics = {
         "rejected": "count_if(_outcome = 'rejected')",
         "conflicts": "count_if(_conflict)",
@@ -2479,7 +2484,7 @@ def separate_rows(run: Run, received: Received, keys: Sequence[FailingKeys]) -> 
 SMALL_RUN = MILLION  # below this number of rows, a run takes longer to start than to compute
 ROWS_PER_FILE = 6 * MILLION  # at most, which is 140 to 210 MB in the large tables
 
-# Texts of Spark's errors about machines and disks. The classes of these errors differ more between versions of Spark.
+# Texts of Spark's errors about machines and disks. The classes of these errors change between versions of Spark.
 CLUSTER_FAILED = (
     "SparkContext was shut down|stopped SparkContext|Master removed our application|ExecutorLostFailure|FetchFailed"
 )
@@ -2531,8 +2536,8 @@ def check_packages(requirements: str, *modules: str) -> None:
             raise PipelineError(f"{sys.executable} lacks {module}: run `{install_command(requirements)}`")
 
 
-def check_reachable(absence: str, servers: str, otherwise: str) -> None:
-    """Raises PipelineError if none of the servers, host:port,…, answers. Spark itself would retry for minutes."""
+def check_reachable(problem: str, servers: str, alternative: str) -> None:
+    """Raises PipelineError if no server of the list host:port,… answers. Spark itself would retry for minutes."""
     errors: list[str] = []
     for server in servers.split(","):
         address = urllib.parse.urlsplit(f"//{server}")
@@ -2540,7 +2545,7 @@ def check_reachable(absence: str, servers: str, otherwise: str) -> None:
             return socket.create_connection((address.hostname or "", address.port or 0), timeout=10).close()
         except (OSError, ValueError) as error:
             errors.append(str(error))
-    raise PipelineError(f"{absence} at {servers} ({'; '.join(errors)}): start it, or {otherwise}")
+    raise PipelineError(f"{problem} at {servers} ({'; '.join(errors)}): start it, or {alternative}")
 
 
 def call_in_thread(function: Callable[..., Result], *arguments: Any) -> concurrent.futures.Future[Result]:
@@ -2578,7 +2583,7 @@ def advice_on(error: Exception) -> str | None:
 
 
 def log_reference(spark_log: str) -> str:
-    """Returns the end of a message, which names Spark's own log if there is one."""
+    """Returns a text to append to a message: the name of Spark's own log, or nothing if the log is empty."""
     return f"; Spark's own log: {spark_log}" if os.path.isfile(spark_log) and os.path.getsize(spark_log) else ""
 
 
@@ -2609,7 +2614,7 @@ def choose_engine(config: DataPipelineConfig, source: Source, spark: SparkSessio
 
 
 def create_spark_session(config: DataPipelineConfig) -> SparkSession:
-    """Returns a session of the configured engine, which ends with this process. Raises PipelineError."""
+    """Returns a session of the configured engine. It is stopped when this process exits. Raises PipelineError."""
     engine = choose_engine(config, open_source(config))
     engine.check()
     engine.start(os.devnull)
@@ -2638,8 +2643,8 @@ def is_local(master: str) -> bool:
     return not master or master.startswith("local")
 
 
-def own_master(config: DataPipelineConfig) -> str:
-    """Returns the master of the flag or of `SPARK_MASTER`; empty leaves it to Spark. Raises ConfigurationError."""
+def configured_master(config: DataPipelineConfig) -> str:
+    """Returns `spark_master` or `SPARK_MASTER`. If both are empty, Spark chooses. Raises ConfigurationError."""
     master = config.spark_master or os.environ.get("SPARK_MASTER") or None
     try:
         return parse_setting("spark_master", master) or ""
@@ -2654,25 +2659,25 @@ class Engine(ABC):
     """
 
     spark: SparkSession  # from `start` on
-    shares_storage = False  # from `start` on: whether other machines write the tables, and may see another disk
+    shares_storage = False  # from `start` on: whether other machines write the tables
 
     def __init__(self, config: DataPipelineConfig, rows: int, given: SparkSession | None) -> None:
         self.config = config
         self.given = given
         self.expected_rows = rows
         self.startup_dominates = rows < SMALL_RUN
-        self.settings: Mapping[str, str] = {  # of the session: the tables or their speed depend on them
+        self.settings: Mapping[str, str] = {  # of the session, which change the tables or the speed
             # Small plans have one partition. Adaptive execution would plan them again for nothing.
             "spark.sql.adaptive.enabled": str(not self.startup_dominates).lower(),
             "spark.sql.session.timeZone": "UTC",
-            # Java does not compile larger methods. Above the limit, Spark splits the generated code.
+            # Java does not compile larger methods. Above the limit, Spark runs without whole-stage code.
             "spark.sql.codegen.hugeMethodLimit": "8000",
             "spark.sql.shuffle.partitions": str(config.shuffle_partitions or partition_count(rows, MILLION)),
             # The default, INT96, is deprecated and keeps readers from skipping by date.
             "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
             "spark.sql.timestampType": "TIMESTAMP_LTZ",  # what TIMESTAMP means in the contract
         }
-        if config.source_dir:  # so that a staging model gives the same on Spark 4; the pipeline's own SQL does anyway
+        if config.source_dir:  # Spark 4 turns ANSI mode on; models are written for all versions
             self.settings = {**self.settings, "spark.sql.ansi.enabled": "false"}
         self._started = contextlib.ExitStack()
         self._tag = f"data_pipeline-{secrets.token_hex(4)}"
@@ -2700,8 +2705,8 @@ class Engine(ABC):
         Spark's own log goes to the file `spark_log`. The engine removes the temporary folder when it closes.
         """
         if self.given is None:
-            # In a thread, signals do not interrupt pyspark. If interrupted, it would lose the JVM that it has just
-            # launched, which then never ends. In a thread Spark also leaves the signal handlers alone.
+            # In a thread, because an interrupt within pyspark would leave a new JVM running for ever. Signals only
+            # reach the main thread. In another thread, Spark also leaves the signal handlers alone.
             launch = call_in_thread(self.create_session, spark_log)
             try:
                 self.spark = launch.result()
@@ -2711,9 +2716,6 @@ class Engine(ABC):
                     self.close_session()
                 raise
             self._started.callback(self.close_session)
-            # This replaces Sail's own handler, which would stop the server before the run has ended.
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGINT, signal.getsignal(signal.SIGINT))
             return
         self.spark = self.given
         for key, value in self.settings.items():
@@ -2746,7 +2748,7 @@ class Engine(ABC):
         """Tags the jobs of this thread, so that `cancel_jobs` leaves other jobs of the session alone."""
 
     def cancel_jobs(self) -> None:
-        """Cancels the jobs of this run."""
+        """Cancels the jobs of this run, or those of the whole session if jobs have no tags."""
         self.spark.interruptAll()
 
     def is_infrastructure_failure(self, error: Exception) -> bool:
@@ -2765,7 +2767,7 @@ class Engine(ABC):
         return PipelineError(
             f"the disk of {self.config.root}, or of Spark's own files{machine}, is full ({full[0]}, in {step}): "
             "free some room, or choose another folder with --data-dir, or for Spark's own files with "
-            "SPARK_LOCAL_DIRS; what was published is as it was"
+            "SPARK_LOCAL_DIRS; the published data has not changed"
         )
 
     def read(self, uri: str, schema: Any = None) -> DataFrame:
@@ -2777,7 +2779,7 @@ class Engine(ABC):
         """Writes rows as Parquet, and returns the metrics over them."""
         from pyspark.sql import Observation
 
-        # The observation has to come last. Below a join with an empty table, Spark would drop it. Below a shuffle that
+        # observe() has to be the last step. Below a join with an empty table, Spark would drop it. Below a shuffle that
         # is repeated because a machine was lost, it would count twice.
         observation = Observation()
         observed = rows.observe(observation, F.expr(f"to_json({named_struct(metrics)}) AS metrics"))
@@ -2812,14 +2814,14 @@ class Engine(ABC):
 class Spark(Engine):
     """Spark in the JVM of this process. Executors are threads of it, or processes on the machines of a cluster.
 
-    Those of a cluster may be missing, die, or see another disk.
+    Executors of a cluster may be missing, die, or see another disk.
     """
 
     def __init__(self, config: DataPipelineConfig, rows: int, given: SparkSession | None) -> None:
         super().__init__(config, rows, given)
         self.lost = threading.Event()  # set when a cluster has had no executor for too long
         self.temporary_folder = ""  # for Java and Spark; if empty, they choose one
-        self.master = own_master(config)  # if empty, Spark chooses it
+        self.master = configured_master(config)  # if empty, Spark chooses it
 
     def check(self) -> None:
         if os.environ.get("SPARK_HOME"):
@@ -2843,8 +2845,8 @@ class Spark(Engine):
             spark = self.builder(self.options()).getOrCreate()
         except (Py4JError, PySparkException) as error:
             advice = advice_on(error) or (
-                "correct its settings: the master has to be of this version of Spark, and --driver-host, or "
-                "SPARK_LOCAL_IP, an address of this machine"
+                "correct its settings: the master must run this version of Spark; --driver-host or SPARK_LOCAL_IP must "
+                "be an address of this machine"
             )
             raise PipelineError(
                 f"Spark does not start{' on ' if self.master else ''}{self.master}: {start_failure(error, spark_log)}; "
@@ -2916,7 +2918,7 @@ class Spark(Engine):
 
         # Spark's server for Python's accumulators only checks every half second whether to stop.
         server: Any = self.spark.sparkContext._accumulatorServer
-        if server:  # not where the session was stopped by somebody else
+        if server:  # None if somebody else stopped the session
             server.shutdown = functools.partial(call_in_thread, server.shutdown)
         with contextlib.suppress(Py4JError), warnings.catch_warnings(action="ignore"):  # Java has ended already
             super().close_session()
@@ -2939,7 +2941,7 @@ class Spark(Engine):
 
         def watch() -> None:
             last_seen = time.monotonic()
-            with contextlib.suppress(Py4JError):  # Spark has ended: the threads that wait for its jobs fail
+            with contextlib.suppress(Py4JError):  # Spark has ended: then the jobs fail by themselves
                 while not ended.wait(1):
                     if self.executors():
                         last_seen = time.monotonic()
@@ -2987,15 +2989,21 @@ class Spark(Engine):
         else:
             return super().explain(error, step, spark_log)
         return PipelineError(
-            f"{self.master} {problem}, in {step}: see on the master's page and in the workers' "
-            "logs whether workers are there, with the memory and the cores that are asked for, whether they reach this "
-            "machine, by --driver-host, and whether their executors die, for lack of --executor-memory for example; "
-            f"what was published is as it was{log_reference(spark_log)}"
+            f"{self.master} {problem}, in {step}: see on the master's page and in the workers' logs that there are "
+            "workers with enough memory and cores, that they reach this machine (--driver-host), and that their "
+            "executors do not die (--executor-memory); the published data has not changed"
+            f"{log_reference(spark_log)}"
         )
 
 
 class Sail(Engine):
     """Sail, an engine in Rust, as a server for Spark Connect within this process."""
+
+    def start(self, spark_log: str, temporary_folder: str = "") -> None:
+        super().start(spark_log, temporary_folder)
+        # Sail installs a handler that Python does not see. Setting Python's own again replaces it.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.getsignal(signal.SIGINT))
 
     def check(self) -> None:
         # The last three are what pyspark's client for Spark Connect imports.
@@ -3013,7 +3021,7 @@ class Sail(Engine):
     def close_session(self) -> None:
         super().close_session()
         self._server.stop()
-        # With it, pyspark would treat every later session of this process and its children as a remote one.
+        # pyspark sets this variable. If it stayed, every later session would be a remote one.
         os.environ.pop("SPARK_CONNECT_MODE_ENABLED", None)
 
     def versions(self) -> dict[str, str | None]:
@@ -3050,8 +3058,8 @@ class Sail(Engine):
     @contextlib.contextmanager
     def cached(self, rows: DataFrame, folder: str | None) -> Iterator[DataFrame]:
         """Writes the rows and reads them back: Sail keeps nothing in memory."""
-        with tempfile.TemporaryDirectory(dir=folder) as beside:
-            rows.write.parquet(path := f"{beside}/rows")
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            rows.write.parquet(path := f"{temporary}/rows")
             # Without rows there are no files.
             yield self.read(path, rows.schema) if os.path.exists(path) else rows.limit(0)
 
@@ -3068,7 +3076,7 @@ def check_shared_storage(engine: Engine, snapshot: Snapshot) -> None:
     )
     try:
         spark.sql(f"SELECT CAST(id AS STRING) FROM range({lines})").write.text(uri)
-        seen = snapshot.take_lines("probe")
+        seen = snapshot.count_and_remove_lines("probe")
         if seen is None:
             seen = spark.read.text(uri).count()
             context = spark.sparkContext
@@ -3194,7 +3202,7 @@ class _Py4JCache:
 
     @classmethod
     def install(cls, jvm: Any) -> None:
-        """Caches the members that pyspark uses most, under the names of all supported versions."""
+        """Caches the members that pyspark uses most. The names are those of Spark 3.5 and of Spark 4."""
         for name in ("functions", "org.apache.spark.sql.functions", "PythonUtils", "py4j"):
             setattr(jvm, name, cls(getattr(jvm, name)))
 
@@ -3212,9 +3220,9 @@ def class_path(spark: Path) -> str:
 def archive_options(java: Path, spark: Path) -> list[str]:
     """Returns Java's options to use an archive of Spark's classes or, if there is none, to list the classes for it.
 
-    With an archive (class data sharing), Java starts in half the time. Java ignores an archive that is broken or does
-    not fit its version or the jars. Java's dynamic archives are as fast, but crash with a flight recorder, and can
-    keep Java from starting.
+    With an archive (static class data sharing), Java starts in half the time. Java ignores an archive that is broken
+    or does not fit its version or the jars. A dynamic archive (`-XX:ArchiveClassesAtExit`) is as fast, but Java crashes
+    with it when a flight recorder runs, and may not start at all.
     """
     version = java_version(java)
     # Java makes no archive if a folder of the class path contains files, such as Spark's settings.
@@ -3259,7 +3267,7 @@ def make_archive(archive: str, classes: str, java: str, spark: str) -> None:
     listed, made = Path(classes), Path(f"{classes}.made")
     entries = (entry for jar in Path(spark, "jars").glob("*.jar") for entry in zipfile.ZipFile(jar).namelist())
     versioned = {found[1] for entry in entries if (found := re.match(r"META-INF/versions/\d+/(.+)\.class", entry))}
-    # With a flight recorder, Java would crash because it cannot find the originals of these two kinds of classes.
+    # Removes method handle species and classes of META-INF/versions: with them, a flight recorder crashes Java.
     lines = [line for line in listed.read_text().splitlines(keepends=True) if "[SPECIES_RESOLVE]" not in line]
     listed.write_text("".join(line for line in lines if line.split()[0] not in versioned))
     options = (f"-XX:SharedClassListFile={classes}", f"-XX:SharedArchiveFile={made}")
@@ -3274,7 +3282,7 @@ def make_archive(archive: str, classes: str, java: str, spark: str) -> None:
 
 # ── Storage ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-# The marks of snapshots. A snapshot without a mark is from a run that was killed.
+# The marks of snapshots. A snapshot without a mark is that of the present run, or of a run that was killed.
 AUDITED, REFUSED = "_AUDITED", "_REFUSED"
 RUN_ID = re.compile(r"(\d{8}T\d{6}Z)-[0-9a-f]{4}")
 RUN_TIME = "%Y%m%dT%H%M%SZ"
@@ -3344,7 +3352,7 @@ class Snapshot:
         """Returns the URI of a table. It has a scheme, since the engine may have another default file system."""
         return ("file://" if self.folder else "") + self.path(*names)
 
-    def take_lines(self, name: str) -> int | None:
+    def count_and_remove_lines(self, name: str) -> int | None:
         """Counts the lines of the text files in a folder and removes it. Returns None if only the engine can do it."""
         if self.folder is None:
             return None
@@ -3407,7 +3415,7 @@ class RunRecords:
             return f"unreadable record ({type(error).__name__}: {error})"
 
     def all(self, newest: int = 0) -> Iterator[tuple[str, RunRecord | str]]:
-        """Returns the newest run ids, or all, oldest first. Each has its record, or the reason why it is unreadable."""
+        """Returns run ids, oldest first: all, or the `newest`. Each has its record, or why that is unreadable."""
         run_ids = [name.removesuffix(".json") for name in names_by_run(self.folder) if name.endswith(".json")]
         return ((run_id, self._read(run_id)) for run_id in run_ids[-newest:])
 
@@ -3421,13 +3429,12 @@ class RunRecords:
         return [record for _, record in self.all(HISTORY) if isinstance(record, RunRecord)]
 
     def expire(self, keep: int, but: Collection[str]) -> None:
-        """Removes the records and logs of all but the newest runs and of those in `but`."""
+        """Removes old records and logs. Keeps those of the newest runs, and of the runs in `but`."""
         by_run = itertools.groupby(names_by_run(self.folder), key=lambda name: name.partition(".")[0])
         runs = [(run_id, list(names)) for run_id, names in by_run if RUN_ID.fullmatch(run_id)]
-        with best_effort("Old run records are not removed"):
-            for name in itertools.chain.from_iterable(names for run_id, names in runs[:-keep] if run_id not in but):
-                if name.endswith((".json", ".spark.log")):
-                    os.unlink(f"{self.folder}/{name}")
+        for name in itertools.chain.from_iterable(names for run_id, names in runs[:-keep] if run_id not in but):
+            if name.endswith((".json", ".spark.log")):
+                os.unlink(f"{self.folder}/{name}")
 
 
 class Store:
@@ -3535,8 +3542,9 @@ class Store:
             self.remove([record.run_id])
             raise
         finally:
-            self.expire_snapshots(keep)
-            self.runs.expire(keep_runs, but={record.run_id, str(self.published()), *self.snapshots()})
+            with best_effort("Old snapshots and run records are not removed"):  # the data may be published by now
+                self.expire_snapshots(keep)
+                self.runs.expire(keep_runs, but={record.run_id, str(self.published()), *self.snapshots()})
 
     def snapshots(self, status: str | None = None) -> list[str]:
         """Returns the run ids of the snapshots, oldest first: those with the status, or all."""
@@ -3581,18 +3589,19 @@ class Store:
         os.replace(link, self.path("current"))
 
     def remove(self, run_ids: Iterable[str]) -> None:
-        """Removes snapshots, except the published one."""
+        """Removes snapshots, except the published one. A failure is only a warning."""
         for run_id in set(run_ids) - {self.published()}:
-            for status in (AUDITED, REFUSED):  # first, so that a partly removed snapshot has no mark
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self.path("snapshots", run_id, status))
-            # The next run removes the rest, since it has no mark.
-            shutil.rmtree(folder := self.path("snapshots", run_id), ignore_errors=True)
-            if os.path.exists(folder):
-                logger.warning("Cannot remove all of %s: are there files of another user?", folder)
+            folder = self.path("snapshots", run_id)
+            with best_effort(f"Cannot remove {folder}"):
+                for status in (AUDITED, REFUSED):  # first, so that a partly removed snapshot has no mark
+                    Path(folder, status).unlink(missing_ok=True)
+                # The next run removes the rest, since it has no mark.
+                shutil.rmtree(folder, ignore_errors=True)
+                if os.path.exists(folder):
+                    logger.warning("Cannot remove all of %s: are there files of another user?", folder)
 
     def expire_snapshots(self, keep: int) -> None:
-        """Removes all but the newest audited snapshots, and the newest refused one."""
+        """Removes old snapshots. Keeps the newest audited ones, the newest refused one, and the published one."""
         self.remove([*self.snapshots(AUDITED)[:-keep], *self.snapshots(REFUSED)[:-1]])
 
     def recover(self) -> None:
@@ -3638,7 +3647,8 @@ def roll_back(store: Store, run_id: str, timeout: float) -> str:
     with store.lock(timeout):
         store.recover()
         published, known = store.published(), store.snapshots(AUDITED)
-        is_gone = published not in known or store.runs.get(published) is None  # then a later snapshot is fine too
+        # If the published snapshot or its record is gone, any other snapshot will do.
+        is_gone = published not in known or store.runs.get(published) is None
         before = [name for name in known if name != published and (is_gone or name < str(published))]
         for chosen in [name for name in known if name == run_id] if run_id else reversed(before):
             try:
@@ -3649,8 +3659,8 @@ def roll_back(store: Store, run_id: str, timeout: float) -> str:
                 if run_id:
                     raise
                 logger.warning("Passed over: %s", error)
-        wanted = run_id or "that is whole before the published one"
-        kept = f"kept are {', '.join(known) or 'none'} (--list-runs shows them)"
+        wanted = run_id or "that is intact and older than the published one"
+        kept = f"there are {', '.join(known) or 'none'} (--list-runs shows them)"
         raise PipelineError(f"no snapshot {wanted} in {store.root}: {kept}")
 
 
@@ -3661,13 +3671,13 @@ def check_layout(store: Store) -> None:
         target = os.readlink(path) if os.path.islink(path) else ""
         is_own = target == f"current/{name}" or (name == "current" and RUN_ID.fullmatch(os.path.basename(target)))
         if os.path.lexists(path) and not is_own:
-            problem = "is not this pipeline's, which would put its own there"
+            problem = "was not made by this pipeline, which needs this name"
             raise PipelineError(f"{path} {problem}: move it away, or choose another folder with --data-dir")
 
 
 # ── Landed files ─────────────────────────────────────────────────────────────────────────────────────────────────
-# One strict reader for all engines stages the records as Parquet. pyarrow parses CSV and Parquet, Python JSON, calamine
-# Excel. Then the engine converts the values to the types of the contract.
+# One strict reader for all engines stages the records as Parquet. pyarrow parses CSV and Parquet; Python parses JSON;
+# calamine parses Excel. Then the engine converts the values to the types of the contract.
 
 FILE_FORMATS: Mapping[str, str] = {
     ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".txt": "lines",
@@ -3693,13 +3703,13 @@ class LandedFile:
     path: str  # in the source folder
     size: int
     mtime_ns: int
-    delivery: int = 0  # its position in the list
+    delivery: int = 0  # its position in the list, and the `_delivery` of its rows
     sha256: str = ""
     rows: int = 0
     malformed: int = 0
     columns: Sequence[str] = ()
     problem: str = ""  # why it is left out
-    is_bad: bool = False  # whether the file is damaged; a file that changes is only left for the next run
+    is_bad: bool = False  # whether the problem is damage; a file that changes or repeats another is not bad
 
     @property
     def records(self) -> int:
@@ -3798,7 +3808,7 @@ def list_files(root: str, data_root: str = "") -> list[LandedFile]:
         except BadFileError as error:
             found.append(file_at(path, str(error)))
     if skipped:
-        logger.warning("skipped, as their names have no known ending or they are no files: %s", shorten(skipped))
+        logger.warning("skipped, because of an unknown ending or as they are no regular files: %s", shorten(skipped))
     found.sort(key=lambda file: natural_order(file.path))
     return [dataclasses.replace(file, delivery=number) for number, file in enumerate(found, start=1)]
 
@@ -3854,7 +3864,7 @@ class Part:
     types: Sequence[pa.DataType]
     folder: str
     is_malformed: bool
-    deliveries: set[int] = field(default_factory=set)  # of the files that the records are from
+    deliveries: set[int] = field(default_factory=set)  # those of the files
     pending: list[pa.Table] = field(default_factory=list)  # not yet written
 
     def write(self) -> None:
@@ -3880,7 +3890,7 @@ class FileReader:
         self.keys: dict[str, dict[str, str]] = {}
 
     def read(self, files: Sequence[LandedFile], with_models: Iterable[str]) -> list[Part]:
-        """Reads the files and returns their records. Sources `with_models` may have any columns.
+        """Reads the files and returns their records. Files of sources without a model need the contract's columns.
 
         Files that cannot be read, or that change while they are read, have a `problem` afterwards.
         """
@@ -3901,6 +3911,7 @@ class FileReader:
                 file.leave_out(str(error) or type(error).__name__)
         for part in self.parts.values():
             part.write()
+        # The columns of a file that changes are known, so its parts stay; `union_parts` leaves out its rows.
         readable = {file.delivery for file in files if not file.problem}
         for file in files:
             self._check_unchanged(file)
@@ -3910,7 +3921,7 @@ class FileReader:
         path, member = split_member(os.path.join(self.root, file.path))
         state = os.stat(path) if os.path.exists(path) else None
         if state is None or state.st_mtime_ns != file.mtime_ns or (state.st_size != file.size and not member):
-            file.leave_out("it changed while it was read, so that the next run will read it", is_bad=False)
+            file.leave_out("it changed while it was read; the next run will read it", is_bad=False)
 
     def _undecodable(self, path: str, error: UnicodeDecodeError) -> str:
         """Describes the first byte of a file that is not text in the encoding, with its line."""
@@ -3985,8 +3996,8 @@ class FileReader:
     def _scan_csv(self, file: LandedFile, text: TextIO) -> None:
         """Stages the records of a file, block by block.
 
-        A malformed record with the text `END` is added after the last record. If a quote is not closed, that text is
-        part of another record.
+        A malformed record with the text `END` is added after the last record. If the last malformed record is another
+        one, a quote was not closed.
         """
         delimiter, header = read_header(text, file.suffix, self.config)
         file.columns = column_names(header)
@@ -3996,9 +4007,10 @@ class FileReader:
         end = END + delimiter * len(header)
         malformed: list[tuple[int, str]] = []  # records that are not yet staged
         are_malformed: set[int] = set()  # the numbers of all malformed records
+        # The numbers of well-formed records. pyarrow reports the malformed records of a batch before the batch itself.
         numbers = itertools.filterfalse(are_malformed.__contains__, itertools.count(1))
 
-        def keep(row: Any) -> str:
+        def on_malformed(row: Any) -> str:
             if len(malformed) > BATCH:
                 self._stage_malformed(file, malformed)
                 malformed.clear()
@@ -4007,7 +4019,7 @@ class FileReader:
             return "skip"
 
         try:
-            for batch in open_csv(CsvText(text, end), len(header), delimiter, self.config.source_quote, keep):
+            for batch in open_csv(CsvText(text, end), len(header), delimiter, self.config.source_quote, on_malformed):
                 file.rows += batch.num_rows
                 self._stage(file, file.columns, batch.columns, list(itertools.islice(numbers, batch.num_rows)))
         except pa.ArrowInvalid:
@@ -4071,7 +4083,7 @@ class CsvText(io.RawIOBase):
     def __init__(self, text: TextIO, end: str) -> None:
         self.text = text
         self.end = end
-        self.encoded = codecs.BOM_UTF8  # pyarrow skips this one, and keeps one in the first value
+        self.encoded = codecs.BOM_UTF8  # pyarrow drops one at the start, which may not be that of a value
         self.last = "\n"  # the last character of the text
 
     def readinto(self, buffer: Any) -> int:
@@ -4148,7 +4160,8 @@ def zip_members(path: str) -> list[tuple[str, int]]:
 def read_header(text: TextIO, suffix: str, config: DataPipelineConfig) -> tuple[str, list[str]]:
     """Reads the header of CSV, and returns the delimiter and the fields. Raises BadFileError.
 
-    The delimiter is given by the settings or by a first line `sep=;`. Otherwise the one with the most fields is taken.
+    The delimiter is given by the settings or by a first line `sep=;`. Otherwise it is the one that leaves no quotes in
+    fields and gives the most of them.
     """
     quote = config.source_quote
     lines = (line for line in iter(text.readline, "") if line.strip("\r\n"))
@@ -4174,8 +4187,10 @@ def read_header(text: TextIO, suffix: str, config: DataPipelineConfig) -> tuple[
         raise BadFileError(f"its header cannot be read: {error}; is a quote not closed?") from None
 
 
-def open_csv(text: CsvText, width: int, delimiter: str, quote: str, keep: Callable[[Any], str]) -> Iterable[Any]:
-    """Returns the records of CSV in Arrow batches. Calls `keep` for each record with another number of fields."""
+def open_csv(
+    text: CsvText, width: int, delimiter: str, quote: str, on_malformed: Callable[[Any], str]
+) -> Iterable[Any]:
+    """Returns the records of CSV in Arrow batches. Calls a function for each record with another number of fields."""
     from pyarrow import csv as arrow_csv
 
     names = [f"c{number}" for number in range(width)]
@@ -4183,7 +4198,7 @@ def open_csv(text: CsvText, width: int, delimiter: str, quote: str, keep: Callab
         io.BufferedReader(text, BLOCK),
         arrow_csv.ReadOptions(use_threads=False, block_size=BLOCK, column_names=names),
         arrow_csv.ParseOptions(
-            delimiter=delimiter, quote_char=quote, newlines_in_values=True, invalid_row_handler=keep,
+            delimiter=delimiter, quote_char=quote, newlines_in_values=True, invalid_row_handler=on_malformed,
             ignore_empty_lines=width > 1,  # in a single column, an empty line is a null
         ),
         arrow_csv.ConvertOptions(
@@ -4252,7 +4267,7 @@ def parse_object(line: str, decimal: str = ".") -> dict[str, str | None]:
     def no_number(text: str) -> NoReturn:
         raise ValueError(f"{text} is no number")
 
-    def landed(value: Any) -> str | None:
+    def as_text(value: Any) -> str | None:
         if isinstance(value, str):
             return value.removeprefix(NUMBER).replace(".", decimal) if value.startswith(NUMBER) else value
         text = json.dumps(value, ensure_ascii=False)
@@ -4262,8 +4277,8 @@ def parse_object(line: str, decimal: str = ".") -> dict[str, str | None]:
     parsed = json.loads(line, object_pairs_hook=unique, parse_constant=no_number, **numbers)
     if not isinstance(parsed, dict):
         raise ValueError("it is no object")
-    values = {name: landed(value) for name, value in parsed.items()}
-    "".join(text for item in values.items() for text in item if text).encode()  # raises for half a character
+    values = {name: as_text(value) for name, value in parsed.items()}
+    "".join(text for item in values.items() for text in item if text).encode()  # raises for half of a surrogate pair
     return values
 
 
@@ -4320,9 +4335,8 @@ def report_delivery(files: Sequence[LandedFile], record: RunRecord) -> None:
         delivery = record.delivery.setdefault(file.source, {"files": 0, "bytes": 0, "rows": 0, "left_out": {}})
         if file.problem:
             delivery["left_out"][file.path] = file.problem
-            if not file.problem.startswith(
-                SAME_CONTENT
-            ):  # that costs nothing, and lasts as long as the file lies there
+            # A repeated file loses no data, and would be reported at every run.
+            if not file.problem.startswith(SAME_CONTENT):
                 record.anomalies.append(f"{file.path} is left out: {file.problem}")
             logger.warning("%s is left out: %s", file.path, file.problem)
             continue
@@ -4346,7 +4360,7 @@ def union_parts(
     frames = [read_part(engine, part) for part in parts]
     nothing = ", ".join(f"CAST(NULL AS {kind}) AS {name}" for name, kind in LANDED_COLUMNS.items())
     frames = frames or [engine.spark.sql(f"SELECT {nothing} WHERE false")]
-    # Once, since each use of `dtypes` is a call to Sail's server.
+    # Reads `dtypes` once, since each use is a call to Sail's server.
     columns_of = [{name.lower(): (name, kind) for name, kind in frame.dtypes} for frame in frames]
     spellings: dict[str, str] = {}
     kinds: dict[str, set[str]] = {}
@@ -4372,7 +4386,7 @@ def union_parts(
 
 
 def cast_to_text(value: str, kind: str) -> str:
-    """Returns Spark SQL for the text of a value. Numbers have no exponent, timestamps are in UTC."""
+    """Returns Spark SQL for the text of a value. Numbers have no exponent if possible, timestamps are in UTC."""
     if kind in ("float", "double"):
         plain = f"try_cast({value} AS DECIMAL(38,6))"
         return (
@@ -4393,7 +4407,7 @@ def read_part(engine: Engine, part: Part) -> DataFrame:
 
 
 class KnownExport(NamedTuple):
-    """A source of ready models, and the columns that they read of it, in lower case."""
+    """A kind of file that ready models read: its system, source, file name patterns, and columns in lower case."""
 
     system: str
     source: str
@@ -4439,14 +4453,14 @@ def header_of(source: LandedFiles, file: LandedFile) -> list[str]:
 
 
 def export_hint(source: LandedFiles) -> str:
-    """Returns the end of an error when nothing is there for a table: three files that look like known exports."""
+    """Returns hints to append to an error about a missing source: up to three files that look like known exports."""
     texts = [file for file in source.listed if file.suffix in (".csv", ".tsv", ".txt") and not file.problem]
     headers = [(file, header_of(source, file)) for file in {file.top: file for file in texts}.values()]
     hints = [f"; {looks}: {advice}" for looks, advice in recognized_exports(headers, source.config.models) if advice]
     return "".join(hints[:3])
 
 
-INSPECTED_BYTES = 100 * MILLION  # that --inspect-source reads of each source, in whole files
+INSPECTED_BYTES = 100 * MILLION  # read from each source by --inspect-source, in whole files
 # Common names for columns of the contract. They also match as the last words of a longer name.
 OTHER_NAMES: Mapping[str, str] = {
     "transaction_id": "order_id order_no order_number order invoice invoice_no id", "status": "state",
@@ -4458,7 +4472,7 @@ OTHER_NAMES: Mapping[str, str] = {
     "supplier": "vendor brand", "category": "group department type", "price": "cost", "weight_kg": "weight",
     "stock_quantity": "stock inventory on_hand", "created_date": "created_at since date", "is_active": "active enabled",
 }  # fmt: skip
-# Formats of dates and times: Python's, to find the one that fits all values of a sample, and Spark's.
+# Formats of dates and times: Python's, which is tested on a sample, and the same one in Spark.
 TIME_FORMATS: Mapping[str, str] = {
     f"{day}{time}": f"{spark_day}{spark_time}"
     for day, spark_day in (
@@ -4568,7 +4582,7 @@ def proposed_model(name: str, records: Mapping[str, DataFrame]) -> Iterator[str]
             remarks.append(f"{column}: {' and '.join(map(repr, also))} would fit too: choose the right one")
         if column == "status" and (others := {value.lower() for value in values} - {*STATUSES}):
             remarks.append(f"{column}: map by CASE: {', '.join(sorted(others))}")
-        columns.append(f"{expression(landed, column, kind, values)} AS {column}")
+        columns.append(f"{proposed_expression(landed, column, kind, values)} AS {column}")
     is_derived = over != name and name != "transactions"
     columns += [] if is_derived else [", ".join(LANDED_COLUMNS)]
     yield from (f"  a model to start from, {name}.sql:", "", *(f"    -- {remark}" for remark in remarks))
@@ -4600,7 +4614,7 @@ def fitting_formats(values: Sequence[str]) -> list[str]:
     return found
 
 
-def expression(landed: str, column: str, kind: str, values: Sequence[str]) -> str:
+def proposed_expression(landed: str, column: str, kind: str, values: Sequence[str]) -> str:
     """Returns Spark SQL that makes a column of the contract from a landed column with these values."""
     name = landed if re.fullmatch(r"[A-Za-z]\w*", landed) else quoted(landed)
     if kind in ("date", "timestamp") and (formats := fitting_formats(values)):
@@ -4651,11 +4665,11 @@ Key = TypeVar("Key")
 Answer: TypeAlias = list[dict[str, Any]]  # rows
 
 
-def inspect(run: Run, queries: Mapping[Key, str]) -> dict[Key, Answer]:
+def answer_queries(run: Run, queries: Mapping[Key, str]) -> dict[Key, Answer]:
     """Answers queries of finished tables by DuckDB if it can read the files, or else by the engine."""
     here = {key: sql for key, sql in queries.items() if all(answered_by_duckdb(run, *name) for name in tables_in(sql))}
-    elsewhere = run.parallel(lambda key: inspect_by_engine(run, queries[key]), queries.keys() - here.keys())
-    return {**(inspect_files(run.snapshot, here) if here else {}), **elsewhere}
+    elsewhere = run.parallel(lambda key: answer_by_engine(run, queries[key]), queries.keys() - here.keys())
+    return {**(answer_by_duckdb(run.snapshot, here) if here else {}), **elsewhere}
 
 
 def tables_in(sql: str) -> list[tuple[str, str]]:
@@ -4670,12 +4684,12 @@ def answered_by_duckdb(run: Run, layer: str, name: str) -> bool:
 
 
 def columns_in_utc(layer: str, name: str, zoneless: str) -> list[str]:
-    """Returns the columns of a table as SQL, with timestamps as the type `zoneless`."""
+    """Returns the columns of a table as SQL, with timestamps cast to the engine's type without a time zone."""
     columns = TABLES[name].columns(layer)
     return [f"CAST({column} AS {zoneless}) AS {column}" if kind == "timestamp" else column for column, kind in columns]
 
 
-def inspect_files(snapshot: Snapshot, queries: Mapping[Key, str]) -> dict[Key, Answer]:
+def answer_by_duckdb(snapshot: Snapshot, queries: Mapping[Key, str]) -> dict[Key, Answer]:
     """Answers queries by DuckDB, which reads the files independently of the engine that wrote them.
 
     Raises:
@@ -4729,7 +4743,7 @@ def ask_duckdb(connection: duckdb.DuckDBPyConnection, sql: str) -> Answer:
         raise
 
 
-def inspect_by_engine(run: Run, sql: str) -> Answer:
+def answer_by_engine(run: Run, sql: str) -> Answer:
     """Answers a query by the engine."""
     with contextlib.ExitStack() as stack:
         views = {}
@@ -4756,7 +4770,7 @@ def profile(run: Run) -> None:
     exact = {name: answered_by_duckdb(run, BRONZE, name) for name in names(BRONZE)}
     columns = [(table.name, name, kind) for table in tables(BRONZE) for name, kind in table.columns()]
     with run.step("profile"):
-        answers = inspect(run, {(table, name): query(table, name, kind) for table, name, kind in columns})
+        answers = answer_queries(run, {(table, name): query(table, name, kind) for table, name, kind in columns})
     for table, name, _ in columns:
         [found] = answers[table, name]
         rows, filled = found["row_count"], found["filled"]
@@ -4786,17 +4800,19 @@ def example_rows(run: Run, table: Table, where: str) -> Answer:
     """Returns the first three quarantined rows that meet a condition, without their nulls."""
     order = ", ".join(f"{name} NULLS FIRST" for name, _ in table.columns(QUARANTINE))
     query = f"SELECT * FROM {QUARANTINE}.{table.name} WHERE {where} ORDER BY {order} LIMIT 3"
-    return [{name: value for name, value in row.items() if value is not None} for row in inspect(run, {0: query})[0]]
+    return [
+        {name: value for name, value in row.items() if value is not None} for row in answer_queries(run, {0: query})[0]
+    ]
 
 
 def find_rejects_by_file(run: Run) -> None:
-    """Counts quarantined rows by landed file, largest first."""
+    """Counts quarantined rows by landed file: the ten files with the most."""
     queries = {
         name: f"SELECT coalesce(_source_file, 'unknown') AS file, count(*) AS rejected "
         f"FROM {QUARANTINE}.{name} GROUP BY 1 ORDER BY rejected DESC, file LIMIT {PREVIEW_ROWS}"
         for name in names(BRONZE)
     }
-    run.record.rejects = inspect(run, queries if run.record.delivery else {})
+    run.record.rejects = answer_queries(run, queries if run.record.delivery else {})
     for name, rows in run.record.rejects.items():
         if rows:
             files = ", ".join(f"{row['file']} {row['rejected']:,}" for row in rows)
@@ -4832,7 +4848,7 @@ def audit_problems(record: RunRecord, found: Mapping[tuple[str, Table], Answer])
         if rows != written:
             yield f"{name}: {written:,} rows were written, {rows:,} are there"
         elif rows - row.get("inferred", 0) != expected:
-            yield f"{name}: {rows - row.get('inferred', 0):,} rows, but bronze holds {expected:,} for it"
+            yield f"{name}: {rows - row.get('inferred', 0):,} rows, but {expected:,} are expected from bronze"
         elif row.get("key_count", rows) != rows:
             yield f"{name}: {rows - row['key_count']:,} repeated keys"
     for name, quality in record.quality.items():
@@ -4854,7 +4870,7 @@ def audit(run: Run) -> None:
     failed = "AUDIT FAILED, nothing is published: "
     with run.step("audit"):
         try:
-            found = inspect(run, audit_queries())
+            found = answer_queries(run, audit_queries())
         except Exception as error:
             if run.engine.is_infrastructure_failure(error):
                 raise
@@ -4885,9 +4901,9 @@ def read_controls(path: str, config: DataPipelineConfig) -> list[Control]:
         with open(path, "rb", buffering=0) as content:
             text = open_text(content, config.source_encoding)
             delimiter, header = read_header(text, ".csv", config)
-            rows = [row for row in csv.reader(text, delimiter=delimiter) if any(row)]
+            rows = [row for row in csv.reader(text, delimiter=delimiter, quotechar=config.source_quote) if any(row)]
         columns = [name.lower() for name in column_names(header)]
-    except (BadFileError, UnicodeError, csv.Error) as error:
+    except (BadFileError, OSError, UnicodeError, csv.Error) as error:
         raise ConfigurationError(f"{path} cannot be read: {error}; save it as CSV in UTF-8") from None
     if "period" not in columns or len(columns) < 2 or {*columns} - {"period", *CONTROL_FIGURES} or not rows:
         raise ConfigurationError(
@@ -4929,7 +4945,7 @@ def figures_by_period(run: Run) -> dict[tuple[str, str], Decimal]:
         for period in ("transaction_year, transaction_month", "transaction_date")
     }
     found: dict[tuple[str, str], Decimal] = {}
-    for row in itertools.chain.from_iterable(inspect(run, queries).values()):
+    for row in itertools.chain.from_iterable(answer_queries(run, queries).values()):
         period = row.get("transaction_date") or "{transaction_year:04}-{transaction_month:02}".format(**row)
         found |= {(str(period), name): Decimal(row[name]) for name in CONTROL_FIGURES if name in row}
     return found
@@ -4980,11 +4996,11 @@ def audit_again(store: Store, run_id: str) -> None:
         raise PipelineError(f"snapshot {run_id} cannot be checked: its run record is missing or unreadable")
     snapshot = Snapshot(store, record)
     try:
-        if record.sha256:  # the queries may not fit the tables of an earlier version
+        if record.sha256:  # records of early versions have none
             changed = sorted(dict(record.sha256.items() ^ snapshot.checksums().items()))
             problems = [f"{file} is not as it was written" for file in changed]
         else:
-            problems = list(audit_problems(record, inspect_files(snapshot, audit_queries())))
+            problems = list(audit_problems(record, answer_by_duckdb(snapshot, audit_queries())))
     except (OSError, RuntimeError) as error:
         problems = [str(error)]
     if problems:
@@ -4999,7 +5015,7 @@ def summarize(run: Run) -> None:
         return f"SELECT * FROM {GOLD}.{table.name} ORDER BY {', '.join(order)} LIMIT {PREVIEW_ROWS}"
 
     with run.step("summary"):
-        found = inspect(run, {**{table.name: preview(table) for table in tables(GOLD)}, **SUMMARIES})
+        found = answer_queries(run, {**{table.name: preview(table) for table in tables(GOLD)}, **SUMMARIES})
     run.record.previews = {name: found[name] for name in names(GOLD)}
     run.record.summaries = {name: found[name] for name in SUMMARIES}
     [orders], [returns] = run.record.summaries.pop("orders"), run.record.summaries.pop("returns")
@@ -5012,7 +5028,7 @@ def summarize(run: Run) -> None:
 RESULTS = ("succeeded", "refused", "failed", "interrupted", "killed")  # of a run that has ended
 VERSIONS = ("pipeline", "python", "spark", "java", "sail")  # in a run record
 
-# The present names of fields by their names in schema version 1, in a record and in its `quality`.
+# Fields of a record and of its `quality` that were renamed after schema version 1: old name, new name.
 RENAMED_FIELDS: Mapping[str, str] = {
     "at": "current_step", "offsets": "started_after", "highlights": "previews", "missed": "gate_failures",
     "kept": "accepted", "failed": "violations",
@@ -5056,10 +5072,10 @@ class RunRecord:
     orders: int | None = None  # completed orders; all rows with the same order_id are one
     returns: int | None = None
     refunds: Decimal | None = None  # amount paid back for the returns
-    controls: dict[str, Any] | None = None  # agreement with the shop's own report: figures, first, last, since
+    controls: dict[str, Any] | None = None  # figures, first and last period of the shop's report; agreement since a run
     previews: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # the first rows of each gold table
     summaries: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # by the names of SUMMARIES
-    anomalies: list[str] = field(default_factory=list)  # a line each, on figures that differ from the last runs
+    anomalies: list[str] = field(default_factory=list)  # figures that differ from the last runs, and files left out
     gate_failures: list[dict[str, Any]] = field(default_factory=list)  # table, rule, rows, message, examples
     error: dict[str, str] | None = None  # type, message, traceback
 
@@ -5105,7 +5121,7 @@ class RunRecord:
 
     @property
     def duration(self) -> float | None:
-        """Seconds of the whole run; None if it was killed."""
+        """Seconds of the whole run; None if it has not ended or was killed."""
         return self.seconds.get("total")
 
     def fail(self, error: BaseException) -> None:
@@ -5234,14 +5250,14 @@ def recording(record: RunRecord, store: Store, engine: Engine) -> Iterator[None]
 
 
 def explain_error(error: BaseException, record: RunRecord, engine: Engine, store: Store) -> BaseException:
-    """Returns the interrupt behind an error, its explanation by store or engine, or the error itself.
+    """Returns the error to report: the interrupt, if there was one, or the best explanation, or the error itself.
 
     Logs the step that was interrupted or that failed without an explanation.
     """
     if stopped := interruption(error):
         logger.error("INTERRUPTED in %s: %s; nothing is published", record.current_step, stopped)
         return stopped
-    if lost := store.lost_lock():  # then other errors follow from it
+    if lost := store.lost_lock():  # other errors are its consequences
         return lost
     if not isinstance(error, Exception) or isinstance(error, PipelineError):
         return error
@@ -5326,7 +5342,7 @@ def anomalies(record: RunRecord, history: Sequence[RunRecord], factor: float) ->
 
 
 def alert(record: RunRecord, history: Sequence[RunRecord]) -> str | None:
-    """Returns the text of an alert. None if this run and the one before succeeded, and there are no anomalies."""
+    """Returns the text of an alert, or None if there is nothing to report: two good runs without anomalies."""
     before = [run.result for run in history if run.run_id < record.run_id]
     where = f"run {record.run_id} on {socket.gethostname()}, {record.data_dir}"
     # Nobody needs an alert about their own Ctrl-C. SIGTERM comes from systemd or a runner, which may inform nobody.
@@ -5554,7 +5570,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     instead = parser.add_argument_group("instead of a run").add_mutually_exclusive_group()
     instead.add_argument("--list-runs", action="store_true", help="show the runs and their results")
-    text = "publish an earlier run again (default: the newest complete one before)"
+    text = "publish an earlier run again (default: the newest intact one before the published one)"
     instead.add_argument("--rollback", metavar="RUN", nargs="?", const="", help=text)
     text = "show the contents of a source folder, and a model for it"
     instead.add_argument("--inspect-source", metavar="DIR", nargs="?", const="", help=text)
@@ -5630,7 +5646,7 @@ def execute(flags: argparse.Namespace, config: DataPipelineConfig) -> None:
 def report_failure(error: BaseException, flags: argparse.Namespace | None, *, has_record: bool) -> int:
     """Logs the error that ended the process and returns the exit code.
 
-    Sends an alert if there is no run record, even if other settings than the webhook are wrong.
+    A run with a record has sent its own alert. Without one, this sends it, even if other settings are invalid.
     """
     error = interruption(error) or error
     interrupted, expected = isinstance(error, KeyboardInterrupt), isinstance(error, PipelineError)
@@ -5652,7 +5668,7 @@ def report_failure(error: BaseException, flags: argparse.Namespace | None, *, ha
 
 @contextlib.contextmanager
 def stoppable(is_over: Callable[[], bool]) -> Iterator[None]:
-    """Raises Stopped in the block at the first SIGINT or SIGTERM, unless it is over; ignores later signals."""
+    """Raises Stopped in the block at the first SIGINT or SIGTERM, unless `is_over()`; ignores later signals."""
     stopped = False
 
     def stop(number: int, _: Any) -> None:
@@ -5679,7 +5695,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     configure_logging()
     flags = None
-    started: list[RunRecord] = []  # a run that has a record reports its own failure
+    started: list[RunRecord] = []  # the record of the run, once there is one
     with stoppable(lambda: bool(started) and started[0].exit_code is not None):
         try:
             flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)

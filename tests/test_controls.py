@@ -144,6 +144,12 @@ def test_controls_of_a_spreadsheet(tmp_path: Path) -> None:
         Control("2026-01", {"revenue": Decimal("1000.50")})
     ]
     assert read_controls(str(tmp_path / "none.csv"), commas) == []
+    (tmp_path / "controls.csv").write_text("period;revenue\n'2026-01';'1,5'\n")
+    quoted = read_controls(str(tmp_path / "controls.csv"), DataPipelineConfig(source_decimal=",", source_quote="'"))
+    assert quoted == [Control("2026-01", {"revenue": Decimal("1.5")})]
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(ConfigurationError, match=r"folder\.csv cannot be read: .*Is a directory"):
+        read_controls(str(tmp_path / "folder.csv"), commas)
     (tmp_path / "controls.csv").write_text("period;revenue\n2026-01;1000.50\n")
     with pytest.raises(ConfigurationError, match=r"row 1: revenue '1000\.50'"):
         read_controls(str(tmp_path / "controls.csv"), commas)

@@ -147,12 +147,16 @@ def test_empty_source(published: DataPipelineConfig, spark: SparkSession, monkey
 @pytest.mark.parametrize(
     ("function", "lost", "message"),
     [
-        ("flag_rows", "transaction_id = 'TXN_0000003'", "silver.transactions_clean: .* rows, but bronze holds"),
+        (
+            "flag_rows",
+            "transaction_id = 'TXN_0000003'",
+            "silver.transactions_clean: .* rows, but .* are expected from bronze",
+        ),
         ("with_outcome", "_outcome = 'rejected' AND amount IS NULL", "transactions: 2 of 1,000 .* unaccounted for"),
         pytest.param(
             "with_outcome",
             "_outcome = 'duplicate'",
-            "silver.transactions_clean: .* rows, but bronze holds",
+            "silver.transactions_clean: .* rows, but .* are expected from bronze",
             marks=pytest.mark.slow,
         ),
     ],

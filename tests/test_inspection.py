@@ -22,11 +22,11 @@ from data_pipeline import (
     DataPipelineConfig,
     Run,
     RunRecord,
+    answer_by_duckdb,
+    answer_queries,
     audit,
     audit_queries,
     example_rows,
-    inspect,
-    inspect_files,
     profile,
     summarize,
     tables,
@@ -46,15 +46,15 @@ def by_engine(monkeypatch: pytest.MonkeyPatch, run: Run) -> Run:
         raise AssertionError("DuckDB was asked")
 
     monkeypatch.setattr(data_pipeline, "DUCKDB_ROWS", -1)
-    monkeypatch.setattr(data_pipeline, "inspect_files", fail)
+    monkeypatch.setattr(data_pipeline, "answer_by_duckdb", fail)
     return run
 
 
 def test_audit_of_the_engine(by_engine: Run, report: RunRecord, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its figures are those of DuckDB, with which the audit passes, and finds missing rows."""
     queries = audit_queries()
-    from_files = inspect_files(by_engine.snapshot, queries)
-    from_engine = inspect(by_engine, queries)
+    from_files = answer_by_duckdb(by_engine.snapshot, queries)
+    from_engine = answer_queries(by_engine, queries)
     assert set(from_files) == set(from_engine)
     for key, [row] in from_engine.items():
         [expected] = from_files[key]
@@ -64,7 +64,7 @@ def test_audit_of_the_engine(by_engine: Run, report: RunRecord, monkeypatch: pyt
         assert (run, asked) == (by_engine, queries)
         return from_engine
 
-    monkeypatch.setattr(data_pipeline, "inspect", answer)
+    monkeypatch.setattr(data_pipeline, "answer_queries", answer)
     by_engine.record.revenue = None
     by_engine.record.sha256 = {}
     audit(by_engine)
@@ -100,7 +100,7 @@ def test_examples_are_the_same(by_engine: Run, run: Run, monkeypatch: pytest.Mon
             answers = example_rows(by_engine, table, where)
             with monkeypatch.context() as undone:
                 undone.setattr(data_pipeline, "DUCKDB_ROWS", 1_000)
-                undone.setattr(data_pipeline, "inspect_files", inspect_files)
+                undone.setattr(data_pipeline, "answer_by_duckdb", answer_by_duckdb)
                 assert example_rows(run, table, where) == answers
             assert len(answers) == (3 if table.name == "transactions" else 0)
 
@@ -119,7 +119,7 @@ def test_folder_with_quotes(run: Run, config: DataPipelineConfig, tmp_path: Any)
     (odd / "snapshots").mkdir(parents=True)
     (odd / "snapshots" / run.record.run_id).symlink_to(run.snapshot.path())
     snapshot = data_pipeline.Snapshot(data_pipeline.Store(str(odd)), run.record)
-    [row] = inspect_files(snapshot, {0: "SELECT count(*) AS n FROM gold.device_analytics"})[0]
+    [row] = answer_by_duckdb(snapshot, {0: "SELECT count(*) AS n FROM gold.device_analytics"})[0]
     assert row["n"] == run.record.rows["gold.device_analytics"]
 
 
@@ -130,7 +130,7 @@ def test_interrupt_ends_the_queries(run: Run) -> None:
     threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        inspect_files(run.snapshot, {0: query})
+        answer_by_duckdb(run.snapshot, {0: query})
     assert time.monotonic() - started < 5
 
 

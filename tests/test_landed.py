@@ -415,7 +415,7 @@ def test_only_finished_files_of_known_formats_are_listed_in_natural_order(
     assert [file.source for file in files if not file.problem] == sources
     assert {file.path: file.size for file in files}["all.zip/a.csv"] == 9
     assert (
-        "skipped, as their names have no known ending or they are no files: notes.md, transactions/pipe.csv"
+        "skipped, because of an unknown ending or as they are no regular files: notes.md, transactions/pipe.csv"
         in caplog.text
     )
 
@@ -791,8 +791,8 @@ def test_models_mean_the_same_in_all_versions_of_spark(spark: SparkSession, smal
 
 # What is found when bronze is written, in a run; and what a model can be said to lack before.
 LOSSES: dict[str, tuple[str, str]] = {
-    "WHERE": ("SELECT * FROM transactions WHERE status = 'x'", "0 rows came of 1 records of transactions"),
-    "stack": ("SELECT t.*, stack(2, 1, 2) AS n FROM transactions t", "2 rows came of 1 records of transactions"),
+    "WHERE": ("SELECT * FROM transactions WHERE status = 'x'", "0 rows from 1 records"),
+    "stack": ("SELECT t.*, stack(2, 1, 2) AS n FROM transactions t", "2 rows from 1 records"),
     "fails": ("SELECT *, raise_error('no such') AS x FROM transactions", "transactions.sql fails .*no such.*; c"),
 }
 MODELS: dict[str, tuple[str, str]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import random
@@ -226,6 +227,27 @@ def add_whole(store: Store, run_id: str, tables: Path, **changes: Any) -> Path:
     return folder
 
 
+def test_old_snapshot_that_cannot_be_removed_is_a_warning_only(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run has been published by then, so it must not fail."""
+    add(store, IDS[0])
+    real = Path.unlink
+
+    def unlink(path: Path, *arguments: Any, **options: Any) -> None:
+        if path.parent.name == IDS[0]:
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+        real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    with store.lock(0), store.snapshot(record := RunRecord(IDS[1], "", store.root, {}, {}), keep=1, keep_runs=9):
+        add(store, IDS[1])
+        store.publish(record)
+    assert store.published() == IDS[1]
+    assert store.snapshots(AUDITED) == [IDS[0], IDS[1]]
+    assert f"Cannot remove {store.path('snapshots', IDS[0])}: [Errno 1] Operation not permitted" in caplog.text
+
+
 def test_rollback(store: Store, empty_tables: Path) -> None:
     for run_id in IDS[:3]:
         add_whole(store, run_id, empty_tables)
@@ -288,7 +310,9 @@ def test_rollback_where_none_is_whole(store: Store, empty_tables: Path, caplog: 
     first, second, last = caplog.messages
     assert first.startswith(f"Passed over: snapshot {IDS[1]} cannot be checked: its run record is missing")
     assert second.startswith(f"Passed over: snapshot {IDS[0]} is not whole: gold/device_analytics")
-    assert last.startswith(f"no snapshot that is whole before the published one in {store.root}: kept are {IDS[0]}, ")
+    assert last.startswith(
+        f"no snapshot that is intact and older than the published one in {store.root}: there are {IDS[0]}, "
+    )
     assert store.published() == IDS[2], "not a later one, which somebody has gone back from"
 
 
@@ -326,7 +350,11 @@ def test_rollback_that_cannot_be(store: Store, tmp_path: Path) -> None:
     add(store, IDS[2])
     store.switch_to(IDS[0])
     for wanted, message in (
-        ("", f"no snapshot that is whole before the published one in {store.root}: kept are {IDS[0]}, {IDS[2]}"),
+        (
+            "",
+            f"no snapshot that is intact and older than the published one in {store.root}: "
+            f"there are {IDS[0]}, {IDS[2]}",
+        ),
         (IDS[1], f"no snapshot {IDS[1]}"),
         ("../..", "no snapshot ../.."),
     ):
@@ -341,7 +369,7 @@ def test_rollback_that_cannot_be(store: Store, tmp_path: Path) -> None:
 def test_folder_that_is_not_ours_is_refused_and_left_alone(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
     (tmp_path / name / "precious.txt").write_text("years of work")
-    with pytest.raises(PipelineError, match=rf"{tmp_path}/{name} is not this pipeline's.*move it away"):
+    with pytest.raises(PipelineError, match=rf"{tmp_path}/{name} was not made by this pipeline.*move it away"):
         preflight(DataPipelineConfig(data_dir=str(tmp_path)))
     assert (tmp_path / name / "precious.txt").read_text() == "years of work"
 
