@@ -2833,10 +2833,10 @@ class Spark(Engine):
                 check_reachable("no Spark master", servers, "choose another with --spark-master")
 
     def create_session(self, spark_log: str) -> SparkSession:
+        import_spark()  # before anything else imports pyspark
         from py4j.protocol import Py4JError
         from pyspark.errors import PySparkException
 
-        import_spark()
         # By default, Spark's workers use the `python3` of the PATH.
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
         try:
