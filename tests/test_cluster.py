@@ -267,7 +267,7 @@ def test_driver_host_of_another_machine(by_flag: bool, tmp_path: Path) -> None:
             log = process.communicate(timeout=300)[1]
     assert (process.returncode, log.count("ERROR")) == (2, 1), log
     assert f"Spark does not start{f' on {master}' if by_flag else ''}: java.net.BindException" in log
-    assert "--driver-host, or SPARK_LOCAL_IP, an address of this machine; Spark's own log: " in log
+    assert "--driver-host or SPARK_LOCAL_IP must be an address of this machine; Spark's own log: " in log
 
 
 @pytest.mark.slow

@@ -12,13 +12,16 @@ from typing import Any
 
 import duckdb
 import pytest
-from conftest import one, open_tables
+from conftest import ENGINE, one, open_tables
 from pyspark.sql import SparkSession
 
 from data_pipeline import DataPipelineConfig, RunRecord, run_pipeline
 
 MODELS = Path(__file__).parent.parent / "models"
 AS_OF = date(2026, 3, 1)
+
+# A second run of a model takes six seconds on Spark, and half a second on Sail.
+variant = pytest.mark.skipif(ENGINE != "sail", reason="Sail runs it")
 
 Config = Callable[..., DataPipelineConfig]
 Run = Callable[..., tuple[RunRecord, duckdb.DuckDBPyConnection]]
@@ -185,6 +188,7 @@ def test_shopify_customers_and_products_of_orders_alone(run_model: Run) -> None:
     assert products["OLD-BAG"] == ("Canvas Bag", Decimal("35.00"), None, False)
 
 
+@variant
 @pytest.mark.slow
 def test_shopify_orders_alone_are_enough(run_model: Run, tmp_path: Path) -> None:
     for file in (MODELS / "shopify" / "sample").glob("orders_*.csv"):
@@ -196,6 +200,7 @@ def test_shopify_orders_alone_are_enough(run_model: Run, tmp_path: Path) -> None
     assert one(db, "SELECT count(*) FROM bronze_products WHERE is_active IS NULL") == 9
 
 
+@variant
 @pytest.mark.slow
 def test_shopify_export_that_overlaps_changes_only_what_has_changed(run_model: Run, tmp_path: Path) -> None:
     shutil.copytree(MODELS / "shopify" / "sample", tmp_path, dirs_exist_ok=True)
@@ -217,6 +222,7 @@ def test_shopify_export_that_overlaps_changes_only_what_has_changed(run_model: R
     assert (record.revenue, record.refunds) == (Decimal("312.17"), Decimal("62.00"))  # 292.18 + 19.99
 
 
+@variant
 @pytest.mark.slow
 def test_shopify_order_with_fewer_lines_than_before(run_model: Run, tmp_path: Path) -> None:
     shutil.copytree(MODELS / "shopify" / "sample", tmp_path, dirs_exist_ok=True)
@@ -309,6 +315,7 @@ def test_uci(run_model: Run) -> None:
     assert prices == {"21001A": Decimal("6.95"), "22105": Decimal("3.39"), "84077": Decimal("0.42")}
 
 
+@variant
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dates", "expected"),
@@ -436,6 +443,7 @@ def test_woocommerce(run_model: Run) -> None:
     }
 
 
+@variant
 @pytest.mark.slow
 def test_woocommerce_later_export_replaces_the_items_of_an_order(run_model: Run, tmp_path: Path) -> None:
     shutil.copytree(MODELS / "woocommerce" / "sample", tmp_path, dirs_exist_ok=True)
@@ -449,6 +457,7 @@ def test_woocommerce_later_export_replaces_the_items_of_an_order(run_model: Run,
     assert totals(record) == (Decimal("281.90"), Decimal("120.98"), 5, 10)
 
 
+@variant
 @pytest.mark.slow
 @pytest.mark.parametrize("system", ["shopify", "woocommerce"])
 def test_refund_that_is_no_number_is_rejected_with_its_text(
