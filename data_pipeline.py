@@ -2247,8 +2247,9 @@ class FailingKeys(NamedTuple):
 
 def duplicate_keys(rows: DataFrame, key: Sequence[str]) -> DataFrame:
     """One row per key that several rows share: `key_hash`, and `rows`, the number of rows with the key."""
+    is_complete = " AND ".join(f"{name} IS NOT NULL" for name in key)
     # Nearly all keys differ, so counting in each partition before the shuffle would only take memory.
-    hashes = rows.dropna(subset=[*key]).select(F.xxhash64(*key).alias("key_hash")).repartition("key_hash")
+    hashes = rows.where(is_complete).select(F.xxhash64(*key).alias("key_hash")).repartition("key_hash")
     return hashes.groupBy("key_hash").agg(F.count(F.lit(1)).alias("rows")).where("rows > 1")
 
 
