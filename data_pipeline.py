@@ -2328,7 +2328,7 @@ def flag_rows(
 
 
 def rank_versions(rows: DataFrame, table: Table) -> DataFrame:
-    """Ranks the rows of each key that no rule rejects, and marks conflicts.
+    """Ranks the rows of each key, and marks conflicts.
 
     `_order` is 1 for the latest row: the largest by `sequence_by`, then by delivery, then by all columns in order.
     `_versions` is the number of different rows of the key. In a table that carries money, a key is in conflict in two
@@ -2336,11 +2336,9 @@ def rank_versions(rows: DataFrame, table: Table) -> DataFrame:
     and differ otherwise. `_disputed` marks all rows of such a key: none is kept. `_conflict` marks the rows to reject:
     all in case 1, those that are tied in case 2.
     """
-    columns = [name for name, _ in table.columns(BRONZE)]
-    # Rejected rows are not ranked: each one is treated as a key of its own.
-    key = f"PARTITION BY {', '.join(table.key)}, CASE WHEN _rejected THEN xxhash64({', '.join(columns)}) END"
+    key = f"PARTITION BY {', '.join(table.key)}"
     sequence = [f"{by} DESC NULLS LAST" for by in (*table.sequence_by, "_delivery")]
-    all_columns = [f"{name} DESC NULLS LAST" for name in columns]
+    all_columns = [f"{name} DESC NULLS LAST" for name, _ in table.columns(BRONZE)]
 
     def differ(text: str) -> str:
         return f"coalesce(min({text}) OVER ({key}) <> max({text}) OVER ({key}), false)"
@@ -2374,7 +2372,9 @@ def with_outcome(set_aside: DataFrame, table: Table, rules: Iterable[Rule], conf
         "WHEN _order = 1 AND NOT _disputed THEN 'kept' ELSE 'duplicate' END"
     )
     added = {"_outcome": outcome, "_reasons": f"array_compact(array({cases}))"}
-    return rank_versions(set_aside, table).select("*", *named_columns(added))
+    ranked = rank_versions(set_aside.where("NOT _rejected"), table)
+    rows = ranked.unionByName(set_aside.where("_rejected"), allowMissingColumns=True)
+    return rows.select("*", *named_columns(added))
 
 
 def nullify_values(rows: DataFrame, rules: Iterable[Rule], config: DataPipelineConfig) -> DataFrame:
@@ -2441,7 +2441,8 @@ def separate_rows(run: Run, received: Received, keys: Sequence[FailingKeys]) -> 
     violations |= {found.flag.removeprefix("_"): found.rows for found in keys if found.flag != "_duplicate_key"}
     rules = [*received.violated_rules, *(rule for rule in key_rules(table) if violations[rule.name])]
     flagged = flag_rows(received.rows, keys, rules, config)
-    set_aside = with_outcome(flagged.where("_rejected OR _duplicate_key"), table, rules, config)
+    set_aside = run.cached(flagged.where("_rejected OR _duplicate_key"))
+    set_aside = with_outcome(set_aside, table, rules, config)
     set_aside = run.cached(run.engine.coalesced(set_aside, 1 + total // ROWS_PER_FILE))
     # `received.passing` was counted before keys were compared. So rows set aside are subtracted, and those kept added.
     kept = part_counts(table, "_outcome = 'kept'")
