@@ -148,7 +148,7 @@ def test_empty_source(published: DataPipelineConfig, spark: SparkSession, monkey
     ("function", "lost", "message"),
     [
         (
-            "flag_rows",
+            "rows_without_keys",
             "transaction_id = 'TXN_0000003'",
             "silver.transactions_clean: .* rows, but .* are expected from bronze",
         ),
