@@ -30,6 +30,7 @@ from data_pipeline import (
     names,
     nullify_values,
     orphan_keys,
+    rows_without_keys,
     with_outcome,
 )
 
@@ -198,6 +199,8 @@ def test_rows_are_flagged_by_few_and_by_many_keys(
     flagged = flag_rows(rows, keys, [*table.rules, key_rules(table)[0]], config)
     assert flagged.columns == [*rows.columns, "_duplicate_key", "_customer_id_unknown", "_rejected"]
     verdicts = {row["transaction_id"]: tuple(row)[-3:] for row in flagged.collect()}
+    left = [row["transaction_id"] for row in rows_without_keys(rows, keys).collect()]
+    assert sorted(left, key=str) == sorted((key for key, (*flags, _) in verdicts.items() if not any(flags)), key=str)
     assert verdicts == {
         "T2": (True, False, False), None: (False, False, True), "T3": (False, True, True),
         "T4": (False, False, False), "T5": (False, False, True),
