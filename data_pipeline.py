@@ -3943,7 +3943,9 @@ class FileReader:
 
     def _undecodable(self, path: str, error: UnicodeDecodeError) -> str:
         """Describes the first byte of a file that is not text in the encoding, with its line."""
-        line, decoder = 1, codecs.getincrementaldecoder(error.encoding)()
+        # Python calls all single-byte encodings charmap.
+        encoding = self.config.source_encoding if error.encoding == "charmap" else error.encoding
+        line, decoder = 1, codecs.getincrementaldecoder(encoding)()
         with open_landed(path) as opened:
             content = decompressed(path, opened)
             try:
@@ -3951,7 +3953,7 @@ class FileReader:
                     line += decoder.decode(block).count("\n")
             except UnicodeDecodeError as found:
                 line += found.object[: found.start].count(b"\n")
-        byte = f"{error.encoding!r} can't decode byte 0x{error.object[error.start]:02x} ({error.reason})"
+        byte = f"{encoding!r} can't decode byte 0x{error.object[error.start]:02x} ({error.reason})"
         return f"line {line:,}: {byte}; see --source-encoding"
 
     def _stage(

@@ -352,6 +352,13 @@ def test_file_that_cannot_be_read_is_named_with_the_reason(case: str, tmp_path: 
     assert (good.problem, rows["records"]) == ("", [("1", 1)])
 
 
+def test_text_in_no_encoding_of_single_bytes_is_named_with_its_line(tmp_path: Path, small: Small) -> None:
+    """Python calls all such encodings charmap."""
+    land(tmp_path, {"transactions/a.csv": b"id,name\n1,a\n2,\x81\n3,c\n", "transactions/b.csv": "id\n1\n"})
+    [bad, _], _ = read(tmp_path, small(source_encoding="cp1252"))
+    assert bad.problem.startswith("line 3: 'cp1252' can't decode byte 0x81 (")
+
+
 def landed_members(folder: Path, archive: str) -> list[LandedFile]:
     state = (folder / archive).stat()
     return [
