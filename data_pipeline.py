@@ -3705,7 +3705,7 @@ UNFINISHED = re.compile(r"[._].*|.*[.](tmp|part|_COPYING_)")  # names of files t
 LANDED_COLUMNS: Mapping[str, str] = {"_delivery": "bigint", "_source_file": "string", "_source_row": "bigint"}
 BLOCK = 4 * 2**20  # bytes of text that are parsed together; no record may be longer
 PENDING = 16 * 2**20  # bytes of records that are written together
-BATCH = 10_000  # rows of JSON and Excel that are staged together
+BATCH = 1_000  # rows of JSON and Excel that are staged together
 END = secrets.token_hex(8)  # the beginning of a record that marks the end of CSV
 
 
