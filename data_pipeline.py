@@ -449,8 +449,7 @@ def run_pipeline(
     """Runs source → bronze → silver → gold into a new snapshot, audits it, and publishes it.
 
     `spark` is a session to use and leave running. By default the run uses the session of this process, or a new one.
-    `on_start` is called with the run record as soon as it is saved; an earlier error leaves no record. A run that
-    fails changes nothing that is published.
+    `on_start` is called with the run record once that is saved. A run that fails changes nothing that is published.
 
     Raises:
         PipelineError: something that the user can correct.
@@ -1292,9 +1291,8 @@ def customers_enriched(
     """One row per customer, with the customer's completed orders. `tenure_days` is as of the as-of date.
 
     If orphans are kept, a customer known only from orders or returns is inferred: it has an id but no attributes.
-    Customer 0 has all orders without a customer, and the segment `Unknown`. Unknown `email`,
-    `city`, `age` (with `age_group`) and `signup_date` (with `tenure_days`) are null. The order dates of a customer
-    without orders are null. All rows with the same `order_id` are one order.
+    Customer 0 has all orders without a customer, and the segment `Unknown`. Unknown `email`, `city`, `age` (with
+    `age_group`) and `signup_date` (with `tenure_days`) are null, as are the order dates of a customer without orders.
     """
     orders = transactions_clean.select("customer_id", "amount", "transaction_date", "order_id")
     if config.keeps_orphans:
@@ -2485,8 +2483,7 @@ def separate_rows(run: Run, received: Received, keys: Sequence[FailingKeys]) -> 
         superseded=counts["superseded"],
     )
     columns = received.rows.columns
-    passing = received.rows.where(f"NOT ({is_rejected(received.violated_rules, config)})")
-    valid = rows_without_keys(passing, keys)
+    valid = rows_without_keys(received.rows.where(f"NOT ({is_rejected(received.violated_rules, config)})"), keys)
     if not is_clean:
         valid = valid.unionByName(set_aside.where("_outcome = 'kept'").select(columns))
     rejected = set_aside.where("_outcome = 'rejected'").select(*columns, "_reasons")
