@@ -2423,7 +2423,7 @@ class Quality:
         """The share of the rows received that were rejected."""
         return self.quarantined / self.received if self.received else 0.0
 
-    def violated(self) -> str:
+    def violation_list(self) -> str:
         """Returns the violated rules, each with its number of rows."""
         return ", ".join(f"{name} {count:,}" for name, count in self.violations.items() if count)
 
@@ -2432,7 +2432,7 @@ class Quality:
         return (
             f"{table}: {self.received:,} received = {self.accepted:,} accepted + {self.quarantined:,} quarantined"
             f" + {self.duplicates:,} duplicates removed ({self.superseded:,} of them superseded versions);"
-            f" rules broken: {self.violated() or 'none'}"
+            f" rules broken: {self.violation_list() or 'none'}"
         )
 
 
