@@ -193,10 +193,11 @@ def test_nothing_to_run_on(make_cluster: MakeCluster, published: DataPipelineCon
     before = os.readlink(folder(tmp_path) / "current")
     cluster = make_cluster("one")
     dead = {"SILVER LAYER": ("master", "one")}
-    for flag, killing, where in ("--executor-memory=99g", {}, "start of the executors:"), ("--seed=42", dead, ""):
-        code, log = run(tmp_path, cluster, flag, "--cluster-timeout=12", killing=killing)
+    never, later = ("--executor-memory=99g", {}, "start of the executors:", 5), ("--seed=42", dead, "", 12)
+    for flag, killing, where, timeout in never, later:
+        code, log = run(tmp_path, cluster, flag, f"--cluster-timeout={timeout}", killing=killing)
         assert (code, log.count("ERROR")) == (2, 1), log
-        assert f"{cluster.url} left the run without an executor for 12 s, in {where}" in log
+        assert f"{cluster.url} left the run without an executor for {timeout} s, in {where}" in log
         assert os.readlink(folder(tmp_path) / "current") == before
         assert record_of_last_run(published)["result"] == "failed"
         assert len(list(folder(tmp_path).glob("snapshots/*"))) == 1
