@@ -100,6 +100,7 @@ def test_order_lines_under_the_number_of_their_order_are_refused(
         ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_currencies_are_not_added_up(published_from: Callable[..., RunRecord]) -> None:
     """Those of completed orders count, in any spelling; with one named, orders in others are rejected."""
     cancelled = "1004,1,mug,1,9.00,2026-01-05 10:00:00,card,cancelled"
@@ -167,6 +168,7 @@ def test_orphans_are_rejected_where_that_is_wanted(published_from: Callable[...,
         published_from({"transactions.csv": csv_of(*ORPHANS)}, orphans="reject")
 
 
+@pytest.mark.slow
 def test_attributes_are_optional(published_from: Callable[..., RunRecord]) -> None:
     """A list of ids is enough; what a shop does not track does not cost it its orders."""
     files = {"products.csv": "product_id,price\nlamp,\nkite,-1\nmug,9.00\n", "customers.csv": "customer_id\n1\n2\n"}
@@ -182,6 +184,7 @@ def test_attributes_are_optional(published_from: Callable[..., RunRecord]) -> No
         assert db.sql("SELECT * FROM product_analytics").fetchall() == [("Unknown", "Unknown", 3, 9, 0, 0)]
 
 
+@pytest.mark.slow
 def test_negative_lines_are_returns(published_from: Callable[..., RunRecord]) -> None:
     """They lie beside the revenue; a negative amount alone is an error."""
     returns = [
@@ -209,6 +212,7 @@ def test_payment_method_that_is_not_accepted_is_named_with_its_flag(published_fr
     assert said + "name it in --payment-methods" in str(failure.value)
 
 
+@pytest.mark.slow
 def test_files_of_several_conventions_lie_together(published_from: Callable[..., RunRecord]) -> None:
     """Delimiters and encodings are found per file; so are the files within an archive, and a zone after a space."""
     packed = io.BytesIO()
@@ -242,6 +246,7 @@ def test_ids_that_a_spreadsheet_has_damaged_are_rejected_by_name(published_from:
     assert said + "export the ids as text" in str(failure.value)
 
 
+@pytest.mark.slow
 def test_what_is_rejected_below_the_limit_is_a_warning(
     published_from: Callable[..., RunRecord], caplog: pytest.LogCaptureFixture
 ) -> None:
