@@ -193,8 +193,9 @@ def test_nothing_to_run_on(make_cluster: MakeCluster, published: DataPipelineCon
     before = os.readlink(folder(tmp_path) / "current")
     cluster = make_cluster("one")
     dead = {"SILVER LAYER": ("master", "one")}
-    never, later = ("--executor-memory=99g", {}, "start of the executors:", 5), ("--seed=42", dead, "", 12)
-    for flag, killing, where, timeout in never, later:
+    never: dict[str, tuple[str, ...]] = {}
+    cases = ("--executor-memory=99g", never, "start of the executors:", 5), ("--seed=42", dead, "", 12)
+    for flag, killing, where, timeout in cases:
         code, log = run(tmp_path, cluster, flag, f"--cluster-timeout={timeout}", killing=killing)
         assert (code, log.count("ERROR")) == (2, 1), log
         assert f"{cluster.url} left the run without an executor for {timeout} s, in {where}" in log
