@@ -369,8 +369,8 @@ class DataPipelineConfig:
 
     def redacted(self) -> dict[str, Any]:
         """Returns the values by field, with *** in place of a secret."""
-        secrets = [option.name for option in dataclasses.fields(self) if "secret" in option.metadata]
-        return dataclasses.asdict(self) | {name: "***" for name in secrets if getattr(self, name)}
+        secret = [option.name for option in dataclasses.fields(self) if "secret" in option.metadata]
+        return dataclasses.asdict(self) | {name: "***" for name in secret if getattr(self, name)}
 
     @property
     def root(self) -> str:
@@ -525,7 +525,7 @@ def ingest_bronze(run: Run, source: Source) -> dict[str, Received]:
     def ingest(name: str) -> Received:
         table = TABLES[name]
         violation_sql = violation_counts(table.rules, run.config)
-        passing_sql = part_counts(table, f"NOT ({is_rejected(table.rules, run.config)})")
+        passing_sql = part_counts(table, passes_rules(table.rules, run.config))
         with run.step(f"{BRONZE}.{name}"):
             rows = with_lineage(source.delivery(run.engine.spark, name), table, run.record)
             try:
@@ -1333,8 +1333,8 @@ def orders_by_dimension(transactions_clean: DataFrame) -> DataFrame:
     return transactions_clean.groupBy(
         "product_category",
         "payment_method",
-        F.coalesce("device", F.lit("Unknown")).alias("device"),
-        F.coalesce("browser", F.lit("Unknown")).alias("browser"),
+        F.coalesce("device", F.lit(UNKNOWN)).alias("device"),
+        F.coalesce("browser", F.lit(UNKNOWN)).alias("browser"),
     ).agg(
         F.count(F.lit(1)).alias("transaction_count"),
         sum_of_money("amount").alias("total_revenue"),
@@ -1368,7 +1368,7 @@ def _mean_transaction(name: str) -> Column:
 def customer_analytics(customers_enriched: DataFrame) -> DataFrame:
     """One row per segment and city. Ages in years; `segment_revenue` is the sum of `total_spent`."""
     return (
-        customers_enriched.groupBy("customer_segment", F.coalesce("city", F.lit("Unknown")).alias("city"))
+        customers_enriched.groupBy("customer_segment", F.coalesce("city", F.lit(UNKNOWN)).alias("city"))
         .agg(
             F.count(F.lit(1)).alias("customer_count"),
             F.sum("age").cast("decimal(18,0)").alias("years"),
@@ -2271,7 +2271,7 @@ def find_failing_keys(run: Run, bronze: Mapping[str, Received]) -> dict[str, lis
         checks.append((name, "_duplicate_key", table.key))
         queries.append(duplicate_keys(received.rows, table.key))
         for key, parent in table.foreign_keys.items():
-            parents = bronze[parent].rows.where(f"NOT ({is_rejected(bronze[parent].violated_rules, run.config)})")
+            parents = bronze[parent].rows.where(passes_rules(bronze[parent].violated_rules, run.config))
             checks.append((name, f"_{key}_unknown", (key,)))
             queries.append(orphan_keys(received.rows, parents, key))
     numbered = (query.select(F.lit(n).alias("number"), "key_hash", "rows") for n, query in enumerate(queries))
@@ -2299,6 +2299,11 @@ def grouped_keys(keys: DataFrame) -> Iterator[tuple[int, int, int, str | DataFra
 def is_rejected(rules: Iterable[Rule], config: DataPipelineConfig) -> str:
     """Returns Spark SQL for whether any of the rules rejects a row; never null."""
     return " OR ".join(rule.is_violated(config) for rule in rules if rule.rejects(config)) or "false"
+
+
+def passes_rules(rules: Iterable[Rule], config: DataPipelineConfig) -> str:
+    """Returns Spark SQL for whether none of the rules rejects a row; never null."""
+    return f"NOT ({is_rejected(rules, config)})"
 
 
 def violation_counts(rules: Iterable[Rule], config: DataPipelineConfig) -> dict[str, str]:
@@ -2459,7 +2464,7 @@ def separate_rows(run: Run, received: Received, keys: Sequence[FailingKeys]) -> 
     set_aside = run.cached(run.engine.coalesced(set_aside, 1 + total // ROWS_PER_FILE))
     # `received.passing` was counted before keys were compared. So rows set aside are subtracted, and those kept added.
     kept = part_counts(table, "_outcome = 'kept'")
-    counted = part_counts(table, f"NOT ({is_rejected(table.rules, config)})")
+    counted = part_counts(table, passes_rules(table.rules, config))
     metrics = {
         "rejected": "count_if(_outcome = 'rejected')",
         "conflicts": "count_if(_conflict)",
@@ -2483,7 +2488,7 @@ def separate_rows(run: Run, received: Received, keys: Sequence[FailingKeys]) -> 
         superseded=counts["superseded"],
     )
     columns = received.rows.columns
-    valid = rows_without_keys(received.rows.where(f"NOT ({is_rejected(received.violated_rules, config)})"), keys)
+    valid = rows_without_keys(received.rows.where(passes_rules(received.violated_rules, config)), keys)
     if not is_clean:
         valid = valid.unionByName(set_aside.where("_outcome = 'kept'").select(columns))
     rejected = set_aside.where("_outcome = 'rejected'").select(*columns, "_reasons")
@@ -3924,8 +3929,7 @@ class FileReader:
                 if re.search(DISK_FULL, str(error)):
                     raise
                 file.leave_out(str(error) or type(error).__name__)
-        for part in self.parts.values():
-            part.write()
+        self._write_pending()
         # The columns of a file that changes are known, so its parts stay; `union_parts` leaves out its rows.
         readable = {file.delivery for file in files if not file.problem}
         for file in files:
@@ -3973,9 +3977,12 @@ class FileReader:
         part.pending.append(pa.table(table))
         self.pending_bytes += part.pending[-1].nbytes
         if self.pending_bytes > PENDING:
-            self.pending_bytes = 0
-            for part in self.parts.values():
-                part.write()
+            self._write_pending()
+
+    def _write_pending(self) -> None:
+        self.pending_bytes = 0
+        for part in self.parts.values():
+            part.write()
 
     def _stage_malformed(self, file: LandedFile, rows: Sequence[tuple[int, str]]) -> None:
         """Stages malformed records verbatim."""
