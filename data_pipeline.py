@@ -75,6 +75,7 @@ import codecs
 import collections
 import concurrent.futures
 import contextlib
+import copy
 import csv
 import dataclasses
 import difflib
@@ -320,6 +321,12 @@ class DataPipelineConfig:
     source_time_zone: TimeZone = _option("UTC", "time zone of landed timestamps without one")
     settle_seconds: float = _option(5.0, "seconds that landed files must not have changed", min=0.0, max=86_400.0)
     on_bad_file: str = _option("refuse", "treatment of unreadable landed files", choices=("refuse", "quarantine"))
+    incremental: bool = _option(False, "generated data: add the days since the published as-of date")
+    full_refresh: bool = _option(False, "receive what has arrived, and compute every key")
+    reload: bool = _option(False, "receive everything anew: bronze begins again")
+    accept_missing_files: bool = _option(False, "reload even if files that were read are gone: their rows are lost")
+    reread: str | None = _option(None, "pattern of landed files to receive again, in place of what they gave before")
+    verify_incremental: bool = _option(False, "also compute a full refresh, and publish only if the tables are equal")
     history_days: int = _option(730, "days of history, including the as-of date", min=1, max=3_650)
     defect_rate: float = _option(0.02, "share of generated records with a defect", min=0.0, max=0.5)
     silver_above: Decimal = _option(Decimal(500), "customers who spent more than this are Silver", min=Decimal(0))
@@ -461,6 +468,8 @@ def run_pipeline(
     # `afterwards` ends after the lock: the webhook of `notify` may be slow, and another run may be waiting.
     with contextlib.ExitStack() as afterwards, store.lock(config.lock_timeout):
         store.recover()
+        base = find_base(config, source, store)
+        has_arrivals = source.find_arrivals(base)
         record = new_record(config, store, engine)
         afterwards.callback(notify, record, store, config)
         with (
@@ -470,17 +479,24 @@ def run_pipeline(
         ):
             if on_start:
                 on_start(record)
-            run = Run(config, engine, snapshot, record)
+            if base and not has_arrivals and base.is_current(config):
+                repeat_published(record, base)
+                return record
+            record.kind = "incremental" if base and not base.refresh else "full"
+            run = Run(config, engine, snapshot, record, base)
             run.start_engine(meanwhile=source.prepare)
             with run.layer(BRONZE, "Raw Data Ingestion"):
                 bronze = ingest_bronze(run, source)
             with run.layer(SILVER, "Data Cleansing and Enrichment"):
-                valid = clean(run, bronze)
+                affected = find_affected(run, bronze)
+                valid = clean(run, bronze, affected)
                 check_gate(run, source, valid)
-                silver = build_silver(run, valid)
+                silver = build_silver(run, valid, affected)
             with run.layer(GOLD, "Business Aggregations"):
                 build_gold(run, silver)
             audit(run)
+            if config.verify_incremental:
+                verify(run)
             check_controls(run, source.controls)
             summarize(run)
             warn_of_anomalies(record, store, config.anomaly_factor)
@@ -505,43 +521,58 @@ def preflight(config: DataPipelineConfig, spark: SparkSession | None = None) -> 
     return source, store, engine
 
 
+class Counts(NamedTuple):
+    """Counts over rows of a bronze table, before keys are compared."""
+
+    rows: int
+    violations: Mapping[str, int]  # rows that violate a rule, by its name
+    passing: Mapping[str, int]  # rows that no rule rejects: all of them, as `accepted`, and those of each silver table
+
+
 class Received(NamedTuple):
-    """A bronze table, and the counts that were taken while it was written."""
+    """Rows of a bronze table, with their counts."""
 
     table: Table
     rows: DataFrame
-    violations: Mapping[str, int]  # rows that violate a rule, by its name
-    passing: Mapping[str, int]  # rows that no rule rejects: all of them, as `accepted`, and those of each silver table
+    counts: Counts
+    arrived: Counts  # of the rows that this run has received
+    removed: DataFrame | None = None  # published rows that this run has removed from bronze
 
     @property
     def violated_rules(self) -> list[Rule]:
         """The rules that at least one row violates. The others need not be evaluated again."""
-        return [rule for rule in self.table.rules if self.violations[rule.name]]
+        return [rule for rule in self.table.rules if self.counts.violations[rule.name]]
 
 
 def ingest_bronze(run: Run, source: Source) -> dict[str, Received]:
-    """Writes the delivery unchanged, counts the violations of each rule in the same pass, and profiles each column."""
+    """Adds the delivery to bronze, counts the violations of each rule in the same pass, and profiles each column."""
 
     def ingest(name: str) -> Received:
         table = TABLES[name]
-        violation_sql = violation_counts(table.rules, run.config)
-        passing_sql = part_counts(table, passes_rules(table.rules, run.config))
         with run.step(f"{BRONZE}.{name}"):
-            rows = with_lineage(source.delivery(run.engine.spark, name), table, run.record)
             try:
-                counts = run.write(BRONZE, table, rows, {**violation_sql, **passing_sql})
+                rows = source.delivery(run, name)
+                change = bronze_change(run, source, table, rows and with_lineage(rows, table, run.record))
+                arrived = counts_of(table, write_bronze(run, table, change))
             except Exception as error:
                 if explanation := source.explain(error, run.engine, name):
                     raise explanation from error
                 raise
-        source.check_rows(name, counts["rows"])
-        violations, passing = ({key: counts[key] for key in metrics} for metrics in (violation_sql, passing_sql))
-        return Received(table, run.read(BRONZE, table), violations, passing)
+        source.check_rows(name, arrived.rows)
+        bronze = run.read(BRONZE, table)
+        is_counted = run.base is None or (name == "transactions" and not run.base.refresh)
+        counts = arrived if is_counted else count_rows(bronze, table, run.config)
+        removed = None
+        if run.base and change.kept is not None:
+            kept = bronze.where(F.col("_run_id") != run.record.run_id)
+            removed = run.base.read(run.engine, BRONZE, table).exceptAll(kept)
+        return Received(table, bronze, counts, arrived, removed)
 
     with run.step("source"):
         source.receive(run)
+    run.snapshot.save_state(state_of(run.config, source), source.ledger)
     bronze = run.parallel(ingest, names(BRONZE))
-    profile(run)
+    profile(run, [received.table for received in bronze.values() if received.arrived.rows or not run.base])
     return bronze
 
 
@@ -552,24 +583,39 @@ def with_lineage(rows: DataFrame, table: Table, record: RunRecord) -> DataFrame:
     return rows.select(*named_columns({name: added.get(name, quoted(name)) for name, _ in table.columns(BRONZE)}))
 
 
-def clean(run: Run, bronze: Mapping[str, Received]) -> dict[str, DataFrame]:
-    """Writes rejected rows to quarantine, with the reasons. Returns the valid rows of each table, one per key."""
+def clean(run: Run, bronze: Mapping[str, Received], affected: Affected | None) -> dict[str, DataFrame]:
+    """Writes rejected rows to quarantine, with the reasons. Returns the valid rows of each table, one per key.
+
+    With affected keys, only their orders are cleaned; the other rows of quarantine are carried over.
+    """
+    received = bronze if affected is None else {**bronze, "transactions": affected.orders}
     with run.step("survey"):
-        failing_keys = find_failing_keys(run, bronze)
+        failing_keys = find_failing_keys(run, received, received, run.config)
 
     def separate(name: str) -> DataFrame:
-        valid, rejected, quality = separate_rows(run, bronze[name], failing_keys[name])
+        table, base = TABLES[name], run.base
+        separated = separate_rows(run, received[name], failing_keys[name], run.config)
+        rejected, quality = separated.rejected, separated.quality
+        if affected and base and name == affected.orders.table.name:
+            rejected = carry_rows_over(run, affected, QUARANTINE, table, rejected)
+            quality = base.record.quality[name].changed(affected.before, quality)
         with run.step(f"{QUARANTINE}.{name}"):
-            quarantined = run.write(QUARANTINE, TABLES[name], rejected)["rows"]
+            quarantined = run.write(QUARANTINE, table, rejected)["rows"]
         run.record.quality[name] = dataclasses.replace(quality, quarantined=quarantined)
+        if base:
+            run.record.arrived[name] = separated.arrived
         # The profile shows the number of repeated keys at the first column of the key.
         repeated = (keys.surplus for keys in failing_keys[name] if keys.flag == "_duplicate_key")
-        run.record.profile[name][TABLES[name].key[0]]["duplicates"] = next(repeated, 0)
-        return valid
+        if (columns := run.record.profile.get(name)) and not base:
+            columns[table.key[0]]["duplicates"] = next(repeated, 0)
+        return separated.valid
 
     valid = run.parallel(separate, bronze)
     for name in bronze:
-        for line in (*describe_profile(name, run.record.profile[name]), run.record.quality[name].describe(name)):
+        for line in (
+            *describe_profile(name, run.record.profile.get(name, {})),
+            *run.record.quality[name].describe(name, run.record.arrived.get(name)),
+        ):
             logger.info("%s", line)
     find_rejects_by_file(run)
     return valid
@@ -604,22 +650,25 @@ def check_gate(run: Run, source: Source, valid: Mapping[str, DataFrame]) -> None
 
 
 def check_quarantine_rate(run: Run, table: Table) -> None:
-    """Fails the gate if too many rows of a table were rejected. Otherwise warns, if landed rows were rejected."""
-    quality, limit = run.record.quality[table.name], run.config.max_quarantine_rate
-    if (rate := quality.quarantine_rate) > limit:
-        message = (
-            f"{quality.quarantined:,} of {quality.received:,} rows are quarantined, {rate:.2%}, and "
-            f"--max-quarantine-rate allows {limit:.2%}: {'; '.join(top_reasons(run, table))}"
-        )
-        record_gate_failure(run, table, "max_quarantine_rate", quality.quarantined, message)
-    elif quality.quarantined and run.config.source_dir:
-        rows = f"{quality.quarantined:,} of {quality.received:,} rows are quarantined"
-        logger.warning("%s: %s: %s", table.name, rows, "; ".join(top_reasons(run, table)))
+    """Fails the gate if too many rows were rejected, of those that arrived or of all. Warns of rejected landed rows."""
+    limit = run.config.max_quarantine_rate
+    parts = {"that arrived ": run.record.arrived.get(table.name), "": run.record.quality[table.name]}
+    for which, quality in parts.items():
+        if quality is None or not quality.quarantined:
+            continue
+        rows = f"{quality.quarantined:,} of {quality.received:,} rows {which}are quarantined"
+        if (rate := quality.quarantine_rate) > limit:
+            message = f"{rows}, {rate:.2%}, and --max-quarantine-rate allows {limit:.2%}: "
+            message += "; ".join(top_reasons(run, table, quality))
+            return record_gate_failure(run, table, "max_quarantine_rate", quality.quarantined, message)
+        if run.config.source_dir and quality == run.record.delivered[table.name]:
+            logger.warning("%s: %s: %s", table.name, rows, "; ".join(top_reasons(run, table, quality)))
+    return None
 
 
-def top_reasons(run: Run, table: Table) -> list[str]:
+def top_reasons(run: Run, table: Table, quality: Quality) -> list[str]:
     """Describes the three rules that reject the most rows of a table, each with an example and advice."""
-    violations = run.record.quality[table.name].violations
+    violations = quality.violations
     rules = [rule for rule in (*table.rules, *key_rules(table)) if rule.rejects(run.config) and violations[rule.name]]
     reasons = []
     for rule in sorted(rules, key=lambda rule: -violations[rule.name])[:3]:
@@ -642,22 +691,24 @@ def describe_example(table: Table, rule: Rule, row: Mapping[str, Any]) -> str:
 
 def check_currency(run: Run, transactions: DataFrame) -> None:
     """Records the currency of orders and returns. Fails the gate if there are several, since amounts are added up."""
-    profile = run.record.profile["transactions"]["currency"]
-    bounds = {profile["min"], profile["max"]} - {None}
-    currencies = [bound.strip().upper() for bound in bounds]
-    if len(bounds) > 1:
+    profile = run.record.profile.get("transactions", {}).get("currency", {})
+    bounds = {profile.get("min"), profile.get("max")} - {None}
+    published = {run.base.record.currency} if run.base and run.base.record.currency else set()
+    currencies = {str(bound).strip().upper() for bound in bounds} | published
+    # If all rows have the same currency, they need not be counted.
+    if len(bounds) > 1 or len(currencies) > 1:
         named = transactions.where(f"({COMPLETED} OR {RETURNED}) AND {CURRENCY} IS NOT NULL")
         counted = named.groupBy(F.expr(CURRENCY).alias("currency")).count().collect()
         orders = {row["currency"]: row["count"] for row in counted}
-        currencies = sorted(orders)
+        currencies = {*orders} | published
         if len(currencies) > 1:
-            counts = ", ".join(f"{name} {orders[name]:,}" for name in currencies)
+            counts = ", ".join(f"{name} {orders.get(name, 'published')}" for name in sorted(currencies))
             message = (
                 f"the orders and returns are in several currencies, {counts}: convert the amounts in transactions.sql, "
                 "or choose one by --currency: orders in other currencies are then rejected"
             )
             record_gate_failure(run, TABLES["transactions"], "currency", sum(orders.values()), message, "false")
-    only_one = currencies[0] if len(currencies) == 1 else None
+    only_one = min(currencies) if len(currencies) == 1 else None
     run.record.currency = run.config.currency or only_one or None
 
 
@@ -671,23 +722,27 @@ def record_gate_failure(run: Run, table: Table, rule: str, rows: int, message: s
         logger.info("  for example %s", example)
 
 
-def build_silver(run: Run, valid: Mapping[str, DataFrame]) -> dict[str, DataFrame]:
-    """Enriches valid rows: active products, completed orders and returns, then customers with their orders."""
+def build_silver(run: Run, valid: Mapping[str, DataFrame], affected: Affected | None) -> dict[str, DataFrame]:
+    """Enriches valid rows: active products, completed orders and returns, then customers with their orders.
+
+    With affected keys, the orders and returns of the other keys are carried over.
+    """
     customers, products, transactions = valid["customers"], valid["products"], valid["transactions"]
     # Most data has no returns. Then a second search for them would only cost time.
-    has_returns = run.record.quality["transactions"].silver["transactions_returned"] > 0
+    has_returns = affected or run.record.quality["transactions"].silver["transactions_returned"] > 0
+    returned = transactions_returned(transactions if has_returns else transactions.where("false"), products)
     first = {
         "products_active": lambda: products_active(products),
-        "transactions_clean": lambda: transactions_clean(transactions, products),
-        "transactions_returned": lambda: transactions_returned(
-            transactions if has_returns else transactions.where("false"), products
+        "transactions_clean": lambda: carry_months_over(run, affected, transactions_clean(transactions, products)),
+        "transactions_returned": lambda: carry_rows_over(
+            run, affected, SILVER, TABLES["transactions_returned"], returned
         ),
     }
     run.write_all(SILVER, first)
     orders = run.read(SILVER, TABLES["transactions_clean"])
     returns = run.read(SILVER, TABLES["transactions_returned"])
-    order_ids = run.record.profile["transactions"]["order_id"]
-    has_order_ids = order_ids["nulls"] < order_ids["rows"]
+    order_ids = run.record.profile.get("transactions", {}).get("order_id", {"nulls": 0, "rows": 1})
+    has_order_ids = run.base is not None or order_ids["nulls"] < order_ids["rows"]
     second = {
         "customers_enriched": lambda: customers_enriched(customers, orders, returns, run.config, has_order_ids),
     }
@@ -720,8 +775,16 @@ Result = TypeVar("Result")
 class Run:
     """One execution of the pipeline: the state that the layers share."""
 
-    def __init__(self, config: DataPipelineConfig, engine: Engine, snapshot: Snapshot, record: RunRecord) -> None:
+    def __init__(
+        self,
+        config: DataPipelineConfig,
+        engine: Engine,
+        snapshot: Snapshot,
+        record: RunRecord,
+        base: Base | None = None,
+    ) -> None:
         self.config = config
+        self.base = base
         self.engine = engine
         self.snapshot = snapshot
         self.record = record
@@ -838,16 +901,41 @@ class Run:
         elif layer == GOLD:
             rows = rows.coalesce(1).sortWithinPartitions(*map(sort_order, table.order))
         uri = self.snapshot.table_uri(layer, table.name)
-        counts = self.engine.write(rows, uri, {"rows": "count(1)", **(metrics or {})})
-        self.record.rows[name] = counts["rows"]
+        counts = self._write_files(layer, table, rows, {"rows": "count(1)", **(metrics or {})})
+        self.record.rows[name] = self.record.rows.get(name, 0) + counts["rows"]
         self.record.bytes[name] = self.snapshot.size(layer, table.name)
         rows_written, folder = f"{counts['rows']:,} rows", uri.removeprefix("file://")
         logger.info("✓ Saved %s to: %s (%s, %.2f s)", table.name, folder, rows_written, time.perf_counter() - started)
         return counts
 
-    def read(self, layer: str, table: Table) -> DataFrame:
-        """Returns a table that this run has written, with the declared schema: Spark need not read it from files."""
-        return self.engine.read(self.snapshot.table_uri(layer, table.name), table.schema_in(layer))
+    def _write_files(self, layer: str, table: Table, rows: DataFrame, metrics: Mapping[str, str]) -> dict[str, Any]:
+        """Writes the files of a table. Later snapshots link those of bronze and those by month, so they are named."""
+        uri = self.snapshot.table_uri(layer, table.name)
+        # Writing a file for each month takes longer, which a run that generates all data anew would do in vain.
+        month = month_sql(table) if self.config.source_dir or self.config.incremental else ""
+        if self.snapshot.folder is None or not (layer == BRONZE or month):
+            return self.engine.write(rows, uri, metrics)
+        staged = self.snapshot.table_uri(f".{layer}.{table.name}")
+        has_links = bool(self.snapshot.files(layer, table.name))
+        counts = self.engine.write(rows, staged, metrics, month)
+        self.snapshot.adopt(staged, layer, table.name, keep=counts["rows"] > 0 or not has_links)
+        if not self.snapshot.files(layer, table.name):  # without rows, there is no month
+            self.engine.write(rows.limit(0).coalesce(1), staged, {})
+            self.snapshot.adopt(staged, layer, table.name)
+        return counts
+
+    def add_linked(self, layer: str, table: Table, rows: int) -> None:
+        """Adds to the record the rows of a table that are in linked files."""
+        name = f"{layer}.{table.name}"
+        self.record.rows[name] = self.record.rows.get(name, 0) + rows
+        self.record.bytes[name] = self.snapshot.size(layer, table.name)
+
+    def read(self, layer: str, table: Table, files: Sequence[str] = ()) -> DataFrame:
+        """Returns a table of the snapshot, or only the rows of some of its files.
+
+        It has the declared schema, so that Spark does not have to read the schema from the files.
+        """
+        return self.engine.read(files or self.snapshot.table_uri(layer, table.name), table.schema_in(layer))
 
 
 # ── Contract ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -906,9 +994,11 @@ class Table:
     foreign_keys: Mapping[str, str] = field(default_factory=dict)  # bronze: the parent table by column
     sequence_by: tuple[str, ...] = ()  # bronze: Spark SQL that orders the records of a key, the latest last
     constant: tuple[str, ...] = ()  # bronze
+    inherited: tuple[str, ...] = ()  # bronze: the columns that silver copies into the rows of child tables
     defects: tuple[str, ...] = ()  # bronze: the kinds of defect in generated records
     from_table: str = ""
     where: str = "true"
+    month_of: str = ""  # silver: the date whose month decides in which file a row is
     revenue: str | None = None  # the column whose sum is the revenue, the same in all tables that have one
     order: tuple[str, ...] = ()  # gold: Spark SQL that orders the rows; a leading minus puts the largest first
 
@@ -1064,7 +1154,7 @@ TABLES["customers"] = Table(
 )  # fmt: skip
 
 TABLES["products"] = Table(
-    BRONZE, "products", key=("product_id",), sequence_by=("created_date",),
+    BRONZE, "products", key=("product_id",), sequence_by=("created_date",), inherited=("category",),
     schema="""
         product_id STRING, product_name STRING, category STRING, price DECIMAL(12,2), stock_quantity INT,
         supplier STRING, weight_kg DOUBLE, created_date DATE, is_active BOOLEAN""",
@@ -1257,8 +1347,9 @@ def with_category_and_date(transactions: DataFrame, products: DataFrame) -> Data
 
 
 @declare(
-    SILVER, key=("transaction_id",), from_table="transactions", where=COMPLETED, revenue="amount", schema=ORDER_SCHEMA
-)
+    SILVER, key=("transaction_id",), from_table="transactions", where=COMPLETED, month_of="transaction_date",
+    revenue="amount", schema=ORDER_SCHEMA,
+)  # fmt: skip
 def transactions_clean(transactions: DataFrame, products: DataFrame) -> DataFrame:
     """One row per completed order, or per order line if the source has order lines.
 
@@ -1473,6 +1564,20 @@ class Source:
 
     expected_rows: Mapping[str, int]  # estimated rows of each bronze table; 0 only if it may be empty
     controls: Sequence[Control] = ()  # the figures of the shop's own report; the tables must agree with them
+    identity: Mapping[str, Any]  # its kind and settings; a run only builds on data from the same source
+    continues: bool  # whether a run builds on the published data, instead of receiving everything anew
+    models_text: Mapping[str, str] = {}  # the staging models, by table
+    ledger: Sequence[LandedFile] = ()  # the files that have been read; complete after `receive`
+
+    def check(self) -> None:
+        """Raises ConfigurationError if records are missing that a run needs that receives everything."""
+
+    def find_arrivals(self, base: Base | None) -> bool:
+        """Finds what the run has to receive, and returns whether there is anything. Raises ConfigurationError."""
+        raise NotImplementedError
+
+    def check_reload(self, ledger: Sequence[LandedFile]) -> None:
+        """Raises NotPublishedError if records that were received before cannot be received again."""
 
     def prepare(self) -> None:
         """Prepares what needs no engine, while the engine starts."""
@@ -1480,9 +1585,17 @@ class Source:
     def receive(self, run: Run) -> None:
         """Receives the records. Raises NotPublishedError if they cannot be used."""
 
-    def delivery(self, spark: SparkSession, name: str) -> DataFrame:
-        """Returns the records of a bronze table, with the columns of its contract."""
+    def delivery(self, run: Run, name: str) -> DataFrame | None:
+        """Returns the records of a bronze table that arrived, with the columns of its contract; None if none did."""
         raise NotImplementedError
+
+    def is_received_whole(self, name: str) -> bool:
+        """Returns whether `delivery` has all records of a bronze table, and not only those that arrived."""
+        return False
+
+    def replaced_deliveries(self, name: str) -> list[int]:
+        """Returns the deliveries whose rows of a bronze table are replaced by this one."""
+        return []
 
     def check_rows(self, name: str, rows: int) -> None:
         """Checks the number of rows of a bronze table against the records received. Raises PipelineError."""
@@ -1497,7 +1610,9 @@ def open_source(config: DataPipelineConfig) -> Source:
     if not config.source_dir:
         return Generated(config)
     landed = LandedFiles(config)
-    landed.check()
+    landed.warn_of_unused()
+    if config.reload or not Store(config.root).published():
+        landed.check()
     return landed
 
 
@@ -1510,6 +1625,10 @@ class Generated(Source):
 
     def __init__(self, config: DataPipelineConfig) -> None:
         self.config = config
+        sizes = ("seed", "num_customers", "num_products", "num_transactions", "history_days", "defect_rate")
+        self.identity = {"kind": "generated data", **{name: getattr(config, name) for name in sizes}}
+        self.continues = config.incremental or config.full_refresh
+        self.base: Base | None = None  # the days after its as-of date are generated
         self.expected_rows = {
             "customers": config.num_customers,
             "products": config.num_products,
@@ -1526,14 +1645,25 @@ class Generated(Source):
         """Draws the words of the records, which takes a while. They are cached."""
         name_pools(self.config.seed)
 
-    def delivery(self, spark: SparkSession, name: str) -> DataFrame:
+    def find_arrivals(self, base: Base | None) -> bool:
+        """Finds the days to generate: those after the as-of date of the base, or the whole history."""
+        self.base = base
+        return base is None or base.config.as_of_date < self.config.as_of_date
+
+    def delivery(self, run: Run, name: str) -> DataFrame | None:
         """Returns the generated records of a bronze table."""
-        generate = {
+        generate: Mapping[str, Callable[[SparkSession, DataPipelineConfig], DataFrame]] = {
             "customers": generate_customers,
             "products": generate_products,
             "transactions": generate_transactions,
-        }[name]
-        return generate(spark, self.config).selectExpr(
+        }
+        if self.base is None:
+            records = generate[name](run.engine.spark, self.config)
+        elif self.find_arrivals(self.base):
+            records = later_records(run, self.base, name, self.base.config.as_of_date)
+        else:
+            return None
+        return records.selectExpr(
             "*",
             f"CAST({self.config.as_of_date:%Y%m%d} AS BIGINT) AS _delivery",
             "CAST(NULL AS STRING) AS _source_file",
@@ -1557,6 +1687,8 @@ class LandedFiles(Source):
         self.root = expand_path("source_dir", config.source_dir or "")
         if not os.path.isdir(self.root):
             raise ConfigurationError(f"there is no folder {self.root} on this machine: correct source_dir")
+        self.identity = {"kind": "landed files", "folder": self.root}
+        self.continues = not config.reload
         self.controls = read_controls(os.path.join(self.root, CONTROLS), config)
         if config.models in ready_models() and config.source_decimal != ".":
             raise ConfigurationError(
@@ -1564,14 +1696,11 @@ class LandedFiles(Source):
                 "again, without saving the file in a spreadsheet, and leave source_decimal out"
             )
         self.models = read_models(models_folder(config.models, self.root))
+        self.models_text = {name: model.sql for name, model in self.models.items()}
         self.inputs = {name: self.models[name].inputs if name in self.models else (name,) for name in names(BRONZE)}
         self.used = list(dict.fromkeys(source for inputs in self.inputs.values() for source in inputs))
         self.listed = assign_sources(list_files(self.root, config.root), self.models, self.used)
         self.files = [file for file in self.listed if file.source in self.used]
-        if not self.listed:
-            raise ConfigurationError(
-                f"no file in {self.root} can be read: land CSV, JSON lines, Excel (.xlsx) or Parquet"
-            )
         for file in self.listed:
             if re.match(r"controls?\b", file.top, re.IGNORECASE):
                 raise ConfigurationError(f"{file.path} looks like control totals: call it {CONTROLS}")
@@ -1584,13 +1713,91 @@ class LandedFiles(Source):
             name: sum(file.estimated_rows for file in self.files if file.source in inputs) or 1
             for name, inputs in self.inputs.items()
         }
+        self.arrived: Sequence[LandedFile] = self.files  # not read before, or to be read again
+        self.ledger = []
+        self.number = 0  # the `_delivery` of rows without a file; files of this run have higher ones
+        self.replaced: list[int] = []  # deliveries of files that are received again
+        self.gone: list[LandedFile] = []  # files that were read before and are not there any more
         self.parts: Sequence[Part] = ()
         self.views: dict[str, str] = {}  # the view of each source's records
         self._records: dict[str, DataFrame] = {}
         self._malformed: dict[str, DataFrame] = {}
 
+    def find_arrivals(self, base: Base | None) -> bool:
+        """Finds the files that have not been read before.
+
+        A file is known if its path is in the ledger with the same size and time, or with the same content.
+
+        Raises:
+            ConfigurationError: there are no files for a table, or none that `--reread` names.
+        """
+        if base is None:
+            return True
+        known = {file.path: file for file in base.ledger}  # the last one read, if a file was replaced
+        pattern = self.config.reread
+        again = {path for path in known if pattern and fnmatch.fnmatchcase(path, pattern)}
+        if pattern and not again & {file.path for file in self.files}:
+            raise ConfigurationError(f"reread names no file that was read and is still there: {pattern}")
+        self.replaced = [file.delivery for file in base.ledger if file.path in again]
+        self.number = 1 + max((file.delivery for file in base.ledger), default=0)
+        self.arrived, seen = [], []
+        for file in self.files:
+            before = known.get(file.path)
+            if before and file.path not in again and self._is_same(file, before):
+                seen.append(dataclasses.replace(before, size=file.size, mtime_ns=file.mtime_ns))
+            else:
+                self.arrived.append(dataclasses.replace(file, delivery=self.number + 1 + len(self.arrived)))
+        present = {file.path: file for file in seen}
+        self.ledger = [
+            file if file != known[file.path] else present.get(file.path, file)
+            for file in base.ledger
+            if file.delivery not in self.replaced
+        ]
+        self.gone = [file for path, file in known.items() if path not in {file.path for file in self.files}]
+        if self.gone:
+            names = shorten([file.path for file in self.gone])
+            logger.info("Gone since they were read, their rows stay: %s", names)
+        again_whole = {source for name in self.inputs if self.is_received_whole(name) for source in self.inputs[name]}
+        self.files = [*(file for file in seen if file.source in again_whole and not file.problem), *self.arrived]
+        return bool(self.arrived)
+
+    def _is_same(self, file: LandedFile, before: LandedFile) -> bool:
+        """Returns whether a file is unchanged since it was read before."""
+        if (file.size, file.mtime_ns) == (before.size, before.mtime_ns):
+            return True
+        with contextlib.suppress(BadFileError, OSError), open_landed(os.path.join(self.root, file.path)) as content:
+            if hashlib.file_digest(content, "sha256").hexdigest() == before.sha256:
+                return True
+        text = "%s has other content than run %s has read: it is read as new; --reread %s replaces the rows it gave"
+        logger.warning(text, file.path, before.run, shlex.quote(file.path))
+        return False
+
+    def check_reload(self, ledger: Sequence[LandedFile]) -> None:
+        """Raises NotPublishedError if files that were read before are gone, unless that is accepted."""
+        gone = {file.path: None for file in ledger} | {}
+        for file in self.files:
+            gone.pop(file.path, None)
+        if gone and not self.config.accept_missing_files:
+            raise NotPublishedError(
+                f"a reload would lose the rows of files that are gone, nothing is published: {shorten([*gone])}; put "
+                "them back, or accept it with --accept-missing-files"
+            )
+
+    def is_received_whole(self, name: str) -> bool:
+        """Returns whether a table is received whole: its model needs records that arrive at different times."""
+        if name not in self.models or self.models[name].is_piecewise:
+            return False
+        return any(file.source in self.inputs[name] for file in self.arrived)
+
+    def replaced_deliveries(self, name: str) -> list[int]:
+        return self.replaced
+
     def check(self) -> None:
-        """Checks that there are files for each table, and warns of unused files. Raises ConfigurationError."""
+        """Checks that there are files for each table. Raises ConfigurationError."""
+        if not self.listed:
+            raise ConfigurationError(
+                f"no file in {self.root} can be read: land CSV, JSON lines, Excel (.xlsx) or Parquet"
+            )
         landed = {file.source for file in self.files}
         for name, inputs in self.inputs.items():
             model = self.models.get(name)
@@ -1607,6 +1814,9 @@ class LandedFiles(Source):
                 advice = f"land a file such as {name}.csv or a folder {name} of files, or write a model {name}.sql"
             text = f"nothing is there for the table {name} in {self.root}: {advice}"
             raise ConfigurationError(text + export_hint(self))
+
+    def warn_of_unused(self) -> None:
+        """Warns of files that no model and no table uses."""
         if unused := list(dict.fromkeys(file.top for file in self.listed if file.source not in self.used)):
             without_model = [name for name in names(BRONZE) if name not in self.models]
             nearest = next(filter(None, (_nearest(source_name(top), without_model) for top in unused)), "")
@@ -1614,31 +1824,44 @@ class LandedFiles(Source):
 
     def prepare(self) -> None:
         """Waits until the files have settled."""
-        wait_until_settled(self.files, self.config.settle_seconds)
+        wait_until_settled(self.arrived, self.config.settle_seconds)
 
     def receive(self, run: Run) -> None:
-        """Reads the files, and keeps their list with the snapshot.
+        """Reads the files, and adds those that arrived to the ledger.
 
         Raises:
-            NotPublishedError: a file cannot be read, or lacks a column that the contract requires.
+            NotPublishedError: a file cannot be read, lacks a column that the contract requires, or is gone although a
+                table has to be received whole.
         """
+        self._check_whole()
         reader = FileReader(self.root, run.temporary_folder(".staged"), self.config)
         without_model = {*names(BRONZE)} - self.models.keys()
         self.parts = reader.read(self.files, with_models={*self.used} - without_model)
-        leave_out_repeated(self.files)
-        report_delivery(self.files, run.record)
+        leave_out_repeated(self.arrived, self.ledger)
+        report_delivery(self.arrived, run.record)
         if self.config.on_bad_file == "refuse" and (bad := [file for file in self.files if file.is_bad]):
             more = f"; so are {len(bad) - 1} more" if bad[1:] else ""
             raise NotPublishedError(
                 f"{bad[0].path} cannot be read, nothing is published: {bad[0].problem}{more}; correct it, or go on "
                 "without it by --on-bad-file quarantine"
             )
-        run.snapshot.save_files(self.files)
+        read = [file for file in self.arrived if not file.problem or file.problem.startswith(SAME_CONTENT)]
+        self.ledger = [*self.ledger, *(dataclasses.replace(file, run=run.record.run_id) for file in read)]
         self._warn_of_missing_columns()
         self._records = self.records(run.engine, self.files)
         self.views = {source: run.temporary_view(rows) for source, rows in self._records.items()}
         malformed = [part for part in self.parts if part.is_malformed]
         self._malformed = {part.source: union_parts(run.engine, [part], self.files) for part in malformed}
+
+    def _check_whole(self) -> None:
+        """Raises NotPublishedError if a table has to be received whole, and files for it are gone."""
+        for name, inputs in self.inputs.items():
+            gone = [file.path for file in self.gone if file.source in inputs]
+            if gone and self.is_received_whole(name) and not self.config.accept_missing_files:
+                raise NotPublishedError(
+                    f"the model {name}.sql needs all files that were read, nothing is published: {shorten(gone)} "
+                    "is gone; put them back, or accept with --accept-missing-files that their rows are lost"
+                )
 
     def records(self, engine: Engine, files: Sequence[LandedFile]) -> dict[str, DataFrame]:
         """Returns the records of each source, with all columns that the models declare for it."""
@@ -1659,13 +1882,13 @@ class LandedFiles(Source):
         for source, columns in self.declared_columns().items():
             landed = {name.lower() for file in self.files if file.source == source for name in file.columns}
             missing = dict.fromkeys(name for name in columns if name.lower() not in landed)
-            if landed and missing:
+            if landed and missing and {file.source for file in self.arrived} & {source}:
                 logger.warning("%s: no file has the columns %s: they are null", source, ", ".join(missing))
 
     def check_rows(self, name: str, rows: int) -> None:
         """Checks that a table has a row for each record, unless its model joins or aggregates. Raises PipelineError."""
         number = Counter(dict.fromkeys(self.inputs[name], 0))
-        for file in self.files:
+        for file in self.arrived:
             if file.source in number and not file.problem:
                 number[file.source] += file.records if self.table_of(file.source) == name else file.rows
         if not self.keeps_records(name):
@@ -1692,20 +1915,32 @@ class LandedFiles(Source):
 
         return min((name for name, inputs in self.inputs.items() if source in inputs), key=order)
 
-    def delivery(self, spark: SparkSession, name: str) -> DataFrame:
+    def delivery(self, run: Run, name: str) -> DataFrame | None:
         """Returns the records of a bronze table with the types of its contract, and malformed lines verbatim."""
-        table, inputs = TABLES[name], self.inputs[name]
+        table, inputs, spark = TABLES[name], self.inputs[name], run.engine.spark
+        if run.base and not any(file.source in inputs for file in self.arrived):
+            return None
+        views = self.views
+        # A table that is received in pieces must not see the files that were read again for another table.
+        seen = F.lit(True) if self.is_received_whole(name) else F.col("_delivery") > self.number
+        is_again = any(file.delivery < self.number for file in self.files if file.source in inputs)
+        records = {
+            source: self._records[source].where(seen) if is_again else self._records[source] for source in inputs
+        }
+        if is_again:
+            views = {source: run.temporary_view(rows) for source, rows in records.items()}
         if name not in self.models:
-            records = self._records[name]
+            rows = records[name]
         # Files without records have no columns, so a model would fail. The gate reports that there are no rows.
         elif inputs and not {*inputs} & {part.source for part in self.parts if not part.is_malformed}:
-            records = self._records[inputs[0]].select(*LANDED_COLUMNS)
+            rows = records[inputs[0]].select(*LANDED_COLUMNS)
         else:
-            records = apply_model(spark, self.models[name], self.views)
-        rows = apply_contract(records, table, self.config)
+            rows = apply_model(spark, self.models[name], views)
+        rows = apply_contract(rows, table, self.config, self.number)
         for source in inputs:
             if source in self._malformed and self.table_of(source) == name:
-                rows = rows.unionByName(apply_contract(self._malformed[source], table, self.config))
+                malformed = apply_contract(self._malformed[source], table, self.config, self.number)
+                rows = rows.unionByName(malformed.where(seen) if is_again else malformed)
         return rows
 
     def explain(self, error: Exception, engine: Engine, name: str) -> PipelineError | None:
@@ -1731,6 +1966,7 @@ class Model:
     columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # columns that files may lack, by source
     inputs: tuple[str, ...] = ()  # the sources that it reads
     keeps_records: bool = False  # whether it reads one source and makes one row of each record
+    is_piecewise: bool = False  # whether files can be read one after the other: no row depends on another record
 
 
 def parse_model(name: str, text: str) -> Model:
@@ -1763,8 +1999,10 @@ def parse_model(name: str, text: str) -> Model:
         if not isinstance(scope.sources.get(table.alias_or_name), Scope)
     ]
     changes_rows = query.find(exp.Distinct, exp.Group, exp.Join, exp.SetOperation, exp.Lateral, exp.Explode)
-    inputs = tuple(dict.fromkeys(reads))
-    return Model(name, sql, declared["source"], declared["columns"], inputs, len(reads) == 1 and not changes_rows)
+    combines_rows = query.find(exp.Group, exp.Join, exp.SetOperation, exp.AggFunc, exp.Window, exp.Limit, exp.Subquery)
+    inputs, reads_one = tuple(dict.fromkeys(reads)), len(reads) == 1
+    keeps_records, is_piecewise = reads_one and not changes_rows, reads_one and not combines_rows
+    return Model(name, sql, declared["source"], declared["columns"], inputs, keeps_records, is_piecewise)
 
 
 def models_folder(models: str | None, root: str) -> str:
@@ -1878,8 +2116,8 @@ def quoted(column: str) -> str:
     return "`{}`".format(column.replace("`", "``"))
 
 
-def apply_contract(rows: DataFrame, table: Table, config: DataPipelineConfig) -> DataFrame:
-    """Returns rows with the columns of the contract, matched by their names.
+def apply_contract(rows: DataFrame, table: Table, config: DataPipelineConfig, number: int = 0) -> DataFrame:
+    """Returns rows with the columns of the contract, matched by their names. `number` is the default `_delivery`.
 
     A value that does not fit its type becomes null. Its text is kept in `_rescued_data`, as are all columns that are
     not in the contract.
@@ -1905,7 +2143,7 @@ def apply_contract(rows: DataFrame, table: Table, config: DataPipelineConfig) ->
     is_rescued = F.coalesce(*rescued.values(), F.lit(None)).isNotNull()
     values = {name: F.col(f"_typed_{name}") for name in columns}
     values |= {name: F.col(given[name][0]) for name in LANDED_COLUMNS if name in given}
-    values.setdefault("_delivery", F.lit(0))
+    values.setdefault("_delivery", F.lit(number))
     kinds = {**dict(table.columns()), **LANDED_COLUMNS}
     return rows.select("*", *typed).select(
         *(values.get(name, F.lit(None)).cast(kind).alias(name) for name, kind in kinds.items()),
@@ -2042,10 +2280,37 @@ def _has(defect: str) -> Column:
     return F.col("defect").eqNullSafe(defect)
 
 
-def _records(spark: SparkSession, rows: int) -> DataFrame:
-    """One row per record to generate, numbered by `id` from 1."""
+class Batch(NamedTuple):
+    """The records to generate: those with the ids after `first` up to `last`.
+
+    `days_ago` is Spark SQL for the days between the day of a record and the as-of date; empty for the first delivery,
+    whose records are spread over the history.
+    """
+
+    first: int
+    last: int
+    days_ago: str = ""
+
+
+def batch_of(config: DataPipelineConfig, table: str, since: date | None) -> Batch:
+    """Returns the records of the first delivery, or of the days after `since`.
+
+    Each later day has as many as a day of the first delivery has on average. Their ids depend on the day alone.
+    """
+    size: int = getattr(config, f"num_{table}")
+    if since is None:
+        return Batch(0, size)
+    daily = math.ceil(size / config.history_days)
+    began, ended = ((day - date(2000, 1, 1)).days for day in (since, config.as_of_date))
+    days_ago = f"{ended - 1} - (id - {size + 1}) div {max(daily, 1)}"
+    return Batch(size + daily * began, size + daily * ended, days_ago)
+
+
+def _records(spark: SparkSession, batch: Batch) -> DataFrame:
+    """One row per record to generate, numbered by `id`."""
     # `spark.range` takes Java a third of a second longer.
-    return spark.sql(f"SELECT id FROM range(1, {rows + 1}, 1, {partition_count(rows)})")
+    first, last = batch.first + 1, batch.last + 1
+    return spark.sql(f"SELECT id FROM range({first}, {last}, 1, {partition_count(last - first)})")
 
 
 def _numbered_id(prefix: str, number: Column, digits: int, largest: int) -> Column:
@@ -2053,9 +2318,12 @@ def _numbered_id(prefix: str, number: Column, digits: int, largest: int) -> Colu
     return F.concat(F.lit(prefix), F.lpad(number.cast("string"), max(digits, len(str(largest))), "0"))
 
 
-def generate_customers(spark: SparkSession, config: DataPipelineConfig) -> DataFrame:
-    """One row per customer record. Customers sign up evenly over the history, in the order of their ids."""
-    pools = name_pools(config.seed)
+def generate_customers(spark: SparkSession, config: DataPipelineConfig, since: date | None = None) -> DataFrame:
+    """One row per customer record. Customers sign up evenly over the history, in the order of their ids.
+
+    With `since`, these are the customers who signed up after that day.
+    """
+    pools, batch = name_pools(config.seed), batch_of(config, "customers", since)
     random = SeededRandom(config.seed, F.col("id"))
     first_name = random.choice("first name", pools.first_names)
     last_name = random.choice("last name", pools.last_names)
@@ -2063,9 +2331,12 @@ def generate_customers(spark: SparkSession, config: DataPipelineConfig) -> DataF
     draws = {"customer domain": DOMAINS, "customer city": pools.cities}
     domain = pick("customer domain", DOMAINS)
     signed_up_after = F.expr(f"(id - 1) * {config.history_days} div {max(config.num_customers, 1)}").cast("int")
+    signup_date = F.date_add(F.lit(config.first_day), signed_up_after)
+    if batch.days_ago:
+        signup_date = F.date_sub(F.lit(config.as_of_date), F.expr(batch.days_ago).cast("int"))
     age = 18 + random.randrange("customer age", 32) + random.randrange("customer age too", 32)
     return (
-        _records(spark, config.num_customers)
+        _records(spark, batch)
         .transform(_with_defect, "customers", config)
         .withColumns({"first_name": first_name, "last_name": last_name, **random.draws(draws)})
         .select(
@@ -2077,7 +2348,7 @@ def generate_customers(spark: SparkSession, config: DataPipelineConfig) -> DataF
             .alias("email"),
             F.when(_has("impossible_age"), age + 200).otherwise(age).cast("int").alias("age"),
             pick("customer city", pools.cities).alias("city"),
-            F.date_add(F.lit(config.first_day), signed_up_after).alias("signup_date"),
+            signup_date.alias("signup_date"),
         )
     )
 
@@ -2108,7 +2379,7 @@ def generate_products(spark: SparkSession, config: DataPipelineConfig) -> DataFr
     in_stock = random.randrange("product in stock", 100) < 95
     stock = F.when(in_stock, random.randrange("product stock", 500) + 1).otherwise(0)
     age_days = (random.randrange("product age", 365) + 1).cast("int")
-    products = _with_price(_records(spark, config.num_products), random)
+    products = _with_price(_records(spark, Batch(0, config.num_products)), random)
     return products.select(
         _numbered_id("PROD_", F.col("id"), 4, config.num_products).alias("product_id"),
         F.concat_ws(" ", random.choice("product adjective", pools.adjectives), noun).alias("product_name"),
@@ -2127,11 +2398,15 @@ def _weekday_weights(as_of_date: date) -> dict[int, int]:
     return {days: WEEKDAY_WEIGHTS[(as_of_date.weekday() - days) % 7] for days in range(7)}
 
 
-def _transaction_days_ago(random: SeededRandom, config: DataPipelineConfig) -> Column:
+def _transaction_days_ago(random: SeededRandom, config: DataPipelineConfig, batch: Batch) -> Column:
     """Returns the days between a transaction and the as-of date. Recent days are more frequent, as are weekends.
 
     If the history is not a whole number of weeks, a day before its first day is replaced by one of the latest days.
+    One in 32 transactions of a later delivery is one to six days late.
     """
+    if batch.days_ago:
+        late = F.when(random.randrange("late", 32) == 0, random.randrange("days late", 6) + 1).otherwise(0)
+        return F.expr(batch.days_ago) + late
     weeks = math.ceil(config.history_days / 7)
     weeks_ago = F.least(random.randrange("week", weeks), random.randrange("week too", weeks))
     days = weeks_ago * 7 + pick("weekday", _weekday_weights(config.as_of_date))
@@ -2160,8 +2435,8 @@ def _transaction_customer(random: SeededRandom, config: DataPipelineConfig) -> C
     """Returns a customer who had signed up by then: the more loyal of two, so that a few customers buy much."""
     # (history_days - days_ago) * num_customers / history_days, rounded up: customers sign up evenly.
     customers = F.expr(
-        f"(({config.history_days} - days_ago) * {config.num_customers} + {config.history_days - 1})"
-        f" div {config.history_days}"
+        f"greatest(1, (({config.history_days} - days_ago) * {config.num_customers} + {config.history_days - 1})"
+        f" div {config.history_days})"
     )
     candidates = (random.randrange(name, customers) + 1 for name in ("customer", "customer too"))
     ranked = (F.struct(SeededRandom(config.seed, one).bits("loyalty"), one.alias("customer")) for one in candidates)
@@ -2182,8 +2457,12 @@ def _transaction_payment_method() -> Column:
 REPEATED = ("exact_duplicate", "changed_status", "other_product")  # defects that repeat the id of the record before
 
 
-def generate_transactions(spark: SparkSession, config: DataPipelineConfig) -> DataFrame:
-    """One row per transaction record. The amount is price × quantity. A duplicate repeats the record before it."""
+def generate_transactions(spark: SparkSession, config: DataPipelineConfig, since: date | None = None) -> DataFrame:
+    """One row per transaction record. The amount is price × quantity. A duplicate repeats the record before it.
+
+    With `since`, these are the transactions of the days after it.
+    """
+    batch = batch_of(config, "transactions", since)
     cities = name_pools(config.seed).cities
     random = SeededRandom(config.seed, F.col("number"))
     draws = random.draws({
@@ -2200,16 +2479,18 @@ def generate_transactions(spark: SparkSession, config: DataPipelineConfig) -> Da
     unknown_customer = F.col("customer") + config.num_customers
     product_id = F.when(_has("unknown_product"), 0).otherwise(F.col("product"))  # product numbers begin with 1
     return (
-        _records(spark, config.num_transactions)
+        _records(spark, batch)
         .transform(_with_defect, "transactions", config)
         .withColumn("number", F.expr(f"id - CAST(coalesce(defect IN {_one_of(REPEATED)}, false) AS BIGINT)"))
         .withColumns({**draws, "product": _transaction_product(random, config)})
-        .withColumns({"days_ago": _transaction_days_ago(random, config), "quantity": pick("quantity", QUANTITIES)})
+        .withColumns(
+            {"days_ago": _transaction_days_ago(random, config, batch), "quantity": pick("quantity", QUANTITIES)}
+        )
         .withColumn("customer", _transaction_customer(random, config))
         .withColumn("location", F.when(at_home, home).otherwise(F.col("location")))
         .transform(_with_price, SeededRandom(config.seed, F.col("product")))
         .select(
-            _numbered_id("TXN_", F.col("number"), 7, config.num_transactions).alias("transaction_id"),
+            _numbered_id("TXN_", F.col("number"), 7, batch.last).alias("transaction_id"),
             F.when(_has("unknown_customer"), unknown_customer).otherwise(F.col("customer")).alias("customer_id"),
             _numbered_id("PROD_", product_id, 4, config.num_products).alias("product_id"),
             "quantity",
@@ -2224,6 +2505,37 @@ def generate_transactions(spark: SparkSession, config: DataPipelineConfig) -> Da
             F.lit("USD").alias("currency"),
         )
     )
+
+
+def later_records(run: Run, base: Base, name: str, since: date) -> DataFrame:
+    """Returns the records of a bronze table that arrive in the days after `since`.
+
+    These are new customers and orders, one in ten products with another price and stock, and one in fifty of the
+    orders of the last 30 days with their next status.
+    """
+    spark, config = run.engine.spark, run.config
+    columns = [column for column, _ in TABLES[name].columns()]
+
+    def is_chosen(key: str, one_in: int) -> str:
+        return f"pmod(xxhash64({config.seed}L, '{config.as_of_date}', {key}), {one_in}) = 0"
+
+    published = base.read(run.engine, BRONZE, TABLES[name])
+    if name == "products":
+        latest = published.selectExpr("*", "rank() OVER (PARTITION BY product_id ORDER BY _delivery DESC) AS _rank")
+        factor = f"(90 + pmod(xxhash64({config.seed}L, '{config.as_of_date}', product_id, 'price'), 21))"
+        changed = {
+            "price": f"CAST(price * {factor} / 100 AS DECIMAL(12,2))",
+            "stock_quantity": f"CAST(pmod(xxhash64('{config.as_of_date}', product_id, 'stock'), 501) AS INT)",
+        }
+        chosen = latest.where(f"_rank = 1 AND {is_chosen('product_id', 10)}")
+        return chosen.select(*named_columns({column: changed.get(column, column) for column in columns}))
+    if name == "customers":
+        return generate_customers(spark, config, since)
+    next_status = "CASE status WHEN 'pending' THEN 'completed' WHEN 'completed' THEN 'refunded' END"
+    recent = f"timestamp >= TIMESTAMP'{since - timedelta(days=30)} 00:00:00'"
+    chosen = published.where(f"{recent} AND status IN ('pending', 'completed') AND {is_chosen('transaction_id', 50)}")
+    changed_orders = chosen.select(*named_columns({c: next_status if c == "status" else c for c in columns}))
+    return generate_transactions(spark, config, since).unionByName(changed_orders)
 
 
 # ── Quality ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2263,7 +2575,9 @@ def orphan_keys(rows: DataFrame, parents: DataFrame, key: str) -> DataFrame:
     return orphans.select(F.xxhash64(key).alias("key_hash"), "rows")
 
 
-def find_failing_keys(run: Run, bronze: Mapping[str, Received]) -> dict[str, list[FailingKeys]]:
+def find_failing_keys(
+    run: Run, bronze: Mapping[str, Received], parents: Mapping[str, Received], config: DataPipelineConfig
+) -> dict[str, list[FailingKeys]]:
     """Returns the duplicate and orphan keys of each bronze table. One query finds them all."""
     checks, queries = [], []
     for name, received in bronze.items():
@@ -2271,9 +2585,9 @@ def find_failing_keys(run: Run, bronze: Mapping[str, Received]) -> dict[str, lis
         checks.append((name, "_duplicate_key", table.key))
         queries.append(duplicate_keys(received.rows, table.key))
         for key, parent in table.foreign_keys.items():
-            parents = bronze[parent].rows.where(passes_rules(bronze[parent].violated_rules, run.config))
+            valid = parents[parent].rows.where(passes_rules(parents[parent].violated_rules, config))
             checks.append((name, f"_{key}_unknown", (key,)))
-            queries.append(orphan_keys(received.rows, parents, key))
+            queries.append(orphan_keys(received.rows, valid, key))
     numbered = (query.select(F.lit(n).alias("number"), "key_hash", "rows") for n, query in enumerate(queries))
     keys = run.cached(functools.reduce(lambda one, other: one.unionAll(other), numbered))
     found: dict[str, list[FailingKeys]] = {name: [] for name in bronze}
@@ -2315,6 +2629,24 @@ def part_counts(table: Table, among: str) -> dict[str, str]:
     """Returns Spark SQL that counts rows that meet a condition: all, as `accepted`, and those of each silver table."""
     parts = {"accepted": "true"} | {made.name: made.where for made in tables(SILVER) if made.from_table == table.name}
     return {part: f"count_if(({among}) AND ({condition}))" for part, condition in parts.items()}
+
+
+def row_counts(table: Table, config: DataPipelineConfig) -> dict[str, str]:
+    """Returns Spark SQL for the counts of rows that `counts_of` reads."""
+    parts = part_counts(table, passes_rules(table.rules, config))
+    return {"rows": "count(1)", **violation_counts(table.rules, config), **parts}
+
+
+def counts_of(table: Table, found: Mapping[str, int]) -> Counts:
+    """Returns the counts that the metrics of `row_counts` have found."""
+    violations = {rule.name: found[rule.name] for rule in table.rules}
+    passing = {name: found[name] for name in part_counts(table, "true")}
+    return Counts(found["rows"], violations, passing)
+
+
+def count_rows(rows: DataFrame, table: Table, config: DataPipelineConfig) -> Counts:
+    """Counts rows of a bronze table, and those that violate or pass its rules."""
+    return counts_of(table, aggregate(rows, row_counts(table, config)))
 
 
 def flag_rows(
@@ -2428,17 +2760,31 @@ class Quality:
         """The share of the rows received that were rejected."""
         return self.quarantined / self.received if self.received else 0.0
 
+    def changed(self, before: Quality, now: Quality) -> Quality:
+        """Returns the counts after a change: these, without those `before` it, and with those of `now`."""
+
+        def total(name: str) -> Any:
+            own, old, new = getattr(self, name), getattr(before, name), getattr(now, name)
+            return {key: own[key] - old[key] + new[key] for key in own} if isinstance(own, Mapping) else own - old + new
+
+        return Quality(**{part.name: total(part.name) for part in dataclasses.fields(self)})
+
     def violation_list(self) -> str:
         """Returns the violated rules, each with its number of rows."""
         return ", ".join(f"{name} {count:,}" for name, count in self.violations.items() if count)
 
-    def describe(self, table: str) -> str:
-        """Returns one line for the log."""
-        return (
+    def describe(self, table: str, arrived: Quality | None = None) -> Iterator[str]:
+        """Returns lines for the log: on all rows, and on those that arrived."""
+        yield (
             f"{table}: {self.received:,} received = {self.accepted:,} accepted + {self.quarantined:,} quarantined"
             f" + {self.duplicates:,} duplicates removed ({self.superseded:,} of them superseded versions);"
             f" rules broken: {self.violation_list() or 'none'}"
         )
+        if arrived:
+            yield (
+                f"{table}: {arrived.received:,} arrived = {arrived.accepted:,} accepted + {arrived.quarantined:,}"
+                f" quarantined + {arrived.duplicates:,} duplicates removed"
+            )
 
 
 class Separated(NamedTuple):
@@ -2447,53 +2793,418 @@ class Separated(NamedTuple):
     valid: DataFrame
     rejected: DataFrame
     quality: Quality
+    arrived: Quality  # of the rows that this run has received; kept orphans are not counted
 
 
-def separate_rows(run: Run, received: Received, keys: Sequence[FailingKeys]) -> Separated:
-    """Separates the valid rows of a bronze table, one per key, from the rejected rows."""
-    table, config = received.table, run.config
-    total = run.record.rows[f"{BRONZE}.{table.name}"]
-    violations = {**received.violations, **{rule.name: 0 for rule in key_rules(table)}}
-    violations |= {found.flag.removeprefix("_"): found.rows for found in keys if found.flag != "_duplicate_key"}
-    rules = [*received.violated_rules, *(rule for rule in key_rules(table) if violations[rule.name])]
+def outcome_counts(table: Table, config: DataPipelineConfig, flags: Iterable[str], among: str) -> dict[str, str]:
+    """Returns Spark SQL for counts of the rows set aside that meet a condition: by outcome, flag and silver table.
+
+    The counts of `row_counts` include rows that are set aside here. So `accepted` and the names of silver tables are
+    corrections of them: rows that are kept, minus rows that no rule rejects.
+    """
+    kept = part_counts(table, f"_outcome = 'kept' AND {among}")
+    passing = part_counts(table, f"{passes_rules(table.rules, config)} AND {among}")
+    return {
+        "rejected": f"count_if(_outcome = 'rejected' AND {among})",
+        "duplicate": f"count_if(_outcome = 'duplicate' AND {among})",
+        "superseded": f"""coalesce(sum(CASE WHEN NOT ({among}) THEN 0 WHEN _outcome = 'kept' THEN _versions - 1
+            WHEN _outcome = 'duplicate' AND _disputed THEN 1 END), 0)""",
+        **{flag: f"count_if({flag} AND {among})" for flag in flags},
+        **{part: f"{kept[part]} - {passing[part]}" for part in kept},
+    }
+
+
+def quality_of(table: Table, counts: Counts, found: Mapping[str, int]) -> Quality:
+    """Returns the account of rows from their counts and the counts of those set aside. Missing counts are 0."""
+    accepted = {part: rows + found.get(part, 0) for part, rows in counts.passing.items()}
+    return Quality(
+        received=counts.rows,
+        accepted=accepted.pop("accepted"),
+        quarantined=found.get("rejected", 0),
+        duplicates=found.get("duplicate", 0),
+        violations={**counts.violations, **{rule.name: found.get(rule.violation, 0) for rule in key_rules(table)}},
+        silver=accepted,
+        superseded=found.get("superseded", 0),
+    )
+
+
+def separate_rows(run: Run, received: Received, keys: Sequence[FailingKeys], config: DataPipelineConfig) -> Separated:
+    """Separates the valid rows of a bronze table, one per key, from the rejected rows.
+
+    Rows that a rule rejects or whose key is repeated are set aside, and ranked by key. All other rows are valid.
+    """
+    table, counts = received.table, received.counts
+    orphans = {found.flag: found.rows for found in keys if found.flag != "_duplicate_key"}
+    rules = [*received.violated_rules, *(rule for rule in key_rules(table) if rule.violation in orphans)]
     rejecting = {"_duplicate_key", *(rule.violation for rule in rules if rule.rejects(config))}
     keys = [found for found in keys if found.flag in rejecting]  # the others are orphans that are kept
     flagged = flag_rows(received.rows, keys, rules, config)
     set_aside = run.cached(flagged.where("_rejected OR _duplicate_key"))
     set_aside = with_outcome(set_aside, table, rules, config)
-    set_aside = run.cached(run.engine.coalesced(set_aside, 1 + total // ROWS_PER_FILE))
-    # `received.passing` was counted before keys were compared. So rows set aside are subtracted, and those kept added.
-    kept = part_counts(table, "_outcome = 'kept'")
-    counted = part_counts(table, passes_rules(table.rules, config))
-    metrics = {
-        "rejected": "count_if(_outcome = 'rejected')",
-        "conflicts": "count_if(_conflict)",
-        "duplicates": "count_if(_outcome = 'duplicate')",
-        "superseded": """coalesce(sum(CASE WHEN _outcome = 'kept' THEN _versions - 1
-            WHEN _outcome = 'duplicate' AND _disputed THEN 1 END), 0)""",
-        **{part: f"{kept[part]} - {counted[part]}" for part in kept},
-    }
+    set_aside = run.cached(run.engine.coalesced(set_aside, 1 + counts.rows // ROWS_PER_FILE))
+    flags = ["_conflict", *(found.flag for found in keys if found.flag in orphans)]
+    metrics = outcome_counts(table, config, flags, "true")
+    if run.base:
+        arrived = outcome_counts(table, config, flags, f"_run_id = {spark_text(run.record.run_id)}")
+        metrics |= {f"arrived {name}": sql for name, sql in arrived.items()}
     is_clean = not keys and not any(rule.rejects(config) for rule in rules)
-    counts = dict.fromkeys(metrics, 0) if is_clean else aggregate(set_aside, metrics)
-    if table.constant:
-        violations[f"{table.key[0]}_conflict"] = counts["conflicts"]
-    accepted = {part: received.passing[part] + counts[part] for part in kept}
-    quality = Quality(
-        received=total,
-        accepted=accepted.pop("accepted"),
-        quarantined=counts["rejected"],
-        duplicates=counts["duplicates"],
-        violations=violations,
-        silver=accepted,
-        superseded=counts["superseded"],
-    )
+    found = {} if is_clean else aggregate(set_aside, metrics)
     columns = received.rows.columns
     valid = rows_without_keys(received.rows.where(passes_rules(received.violated_rules, config)), keys)
     if not is_clean:
         valid = valid.unionByName(set_aside.where("_outcome = 'kept'").select(columns))
     rejected = set_aside.where("_outcome = 'rejected'").select(*columns, "_reasons")
-    rejected = run.engine.coalesced(rejected, 1 + counts["rejected"] // ROWS_PER_FILE)
-    return Separated(nullify_values(valid, rules, config), rejected, quality)
+    return Separated(
+        nullify_values(valid, rules, config),
+        run.engine.coalesced(rejected, 1 + found.get("rejected", 0) // ROWS_PER_FILE),
+        quality_of(table, counts, {**found, **orphans}),
+        quality_of(table, received.arrived, {name: found.get(f"arrived {name}", 0) for name in metrics}),
+    )
+
+
+# ── Incremental runs ─────────────────────────────────────────────────────────────────────────────────────────────
+# A run builds on the published snapshot, its base: it links the bronze of the base, adds what has arrived, computes the
+# orders of affected keys, and carries the other orders over. A full refresh computes all keys from the same bronze.
+
+# The settings that change the tables. The others do not: the snapshot of a run with other values can be built upon.
+TABLE_SETTINGS = (
+    "source_delimiter", "source_quote", "source_encoding", "source_decimal", "source_time_zone", "silver_above",
+    "gold_above", "premium_above", "payment_methods", "orphans", "currency",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Base:
+    """The published snapshot that a run builds on."""
+
+    snapshot: Snapshot
+    record: RunRecord
+    config: DataPipelineConfig  # of this run, but as of the date of the base
+    ledger: Sequence[LandedFile]
+    refresh: str = ""  # why all keys are computed; empty if only the affected ones are
+
+    def is_current(self, config: DataPipelineConfig) -> bool:
+        """Returns whether a run that receives nothing would give the same tables."""
+        is_asked = self.refresh or config.verify_incremental
+        return not is_asked and self.config.as_of_date == config.as_of_date
+
+    def read(self, engine: Engine, layer: str, table: Table, files: Sequence[str] = ()) -> DataFrame:
+        """Returns a table of the base, or only the rows of some of its files."""
+        return engine.read(files or self.snapshot.table_uri(layer, table.name), table.schema_in(layer))
+
+
+def state_of(config: DataPipelineConfig, source: Source) -> dict[str, Any]:
+    """Returns what the tables depend on besides bronze and the as-of date. It is kept with the snapshot."""
+    return {
+        "source": source.identity,
+        "pipeline": sha256(__file__),
+        "models": source.models_text,
+        "settings": {name: str(getattr(config, name)) for name in TABLE_SETTINGS},
+    }
+
+
+def find_base(config: DataPipelineConfig, source: Source, store: Store) -> Base | None:
+    """Returns the published snapshot if the run builds on it.
+
+    Raises:
+        ConfigurationError: the published data comes from another source.
+        PipelineError: the run record of the published snapshot is missing.
+        NotPublishedError: `--reload` would lose the rows of files that are gone.
+    """
+    published = store.published()
+    found = Snapshot(store, published).read_state() if published and store.is_local else None
+    if published is None:
+        return None
+    if found is None:  # the snapshot of an earlier version, or storage without links
+        source.check()
+        return None
+    state, ledger = found
+    own = state_of(config, source)
+    if config.reload:
+        source.check_reload(ledger)
+        return None
+    differ = {key for key, value in own["source"].items() if state["source"].get(key) != value}
+    if differ & ({*own["source"]} if source.continues else {"kind"}):
+        theirs, ours = (
+            ", ".join(f"{key} {source[key]}" for key in source) for source in (state["source"], own["source"])
+        )
+        raise ConfigurationError(
+            f"the published data is from another source ({theirs}) than this run's ({ours}): choose another "
+            "--data-dir, or let bronze begin again by --reload"
+        )
+    if not source.continues:
+        return None
+    record = store.runs.get(published)
+    if record is None:
+        raise PipelineError(
+            f"the run record of the published snapshot {published} is missing or unreadable, so nothing can build on "
+            "it: publish another one with --rollback, or let bronze begin again by --reload"
+        )
+    as_of = parse_setting("as_of_date", record.config["as_of_date"])
+    reasons = [f"the {key} differ" for key in ("models", "settings") if state[key] != own[key]]
+    reasons += ["the pipeline is another version"] if state["pipeline"] != own["pipeline"] else []
+    reasons += [f"the as-of date was {as_of}"] if as_of > config.as_of_date else []
+    reasons += ["--full-refresh"] if config.full_refresh else []
+    if reasons:
+        logger.info("Full refresh of all keys: %s", ", ".join(reasons))
+    base_config = dataclasses.replace(config, as_of_date=as_of)
+    return Base(Snapshot(store, published), record, base_config, ledger, ", ".join(reasons))
+
+
+def repeat_published(record: RunRecord, base: Base) -> None:
+    """Records that nothing has arrived: the figures are those of the base, which stays published."""
+    logger.info("Nothing has arrived since run %s, as of the same date: it stays published", base.record.run_id)
+    record.kind, record.current_step = "unchanged", "source"
+    for name in ("rows", "bytes", "quality", "currency", "revenue", "orders", "returns", "refunds", "controls"):
+        setattr(record, name, getattr(base.record, name))
+    record.arrived = {name: Quality(0, 0, 0, 0, {}) for name in names(BRONZE)}
+
+
+class BronzeChange(NamedTuple):
+    """The change of a bronze table: the rows to add, and those of the base to keep.
+
+    If `kept` is None, all rows of the base stay, and its files are linked.
+    """
+
+    added: DataFrame | None
+    kept: DataFrame | None = None
+
+
+def bronze_change(run: Run, source: Source, table: Table, delivered: DataFrame | None) -> BronzeChange:
+    """Returns the change of a bronze table by what a source delivers.
+
+    A table that is received whole is compared with the base. Files that are received again replace their rows.
+    """
+    if run.base is None or not run.base.record.rows[f"{BRONZE}.{table.name}"]:
+        return BronzeChange(delivered)
+    before = run.base.read(run.engine, BRONZE, table)
+    if delivered is not None and source.is_received_whole(table.name):
+        logger.info("%s is received whole, since its model needs all records: it is compared with before", table.name)
+        return changed_rows(run, table, before, delivered)
+    if replaced := source.replaced_deliveries(table.name):
+        return BronzeChange(delivered, before.where(~F.coalesce(F.col("_delivery").isin(replaced), F.lit(False))))
+    return BronzeChange(delivered)
+
+
+def changed_rows(run: Run, table: Table, before: DataFrame, now: DataFrame) -> BronzeChange:
+    """Compares a table that is received whole with the base. Equal rows stay as they are, with their lineage."""
+    content = f"to_json({named_struct({name: name for name in (*dict(table.columns()), '_rescued_data')})})"
+
+    def numbered(rows: DataFrame) -> DataFrame:  # equal rows are numbered, so that none matches twice
+        return rows.withColumn("_content", F.expr(content)).withColumn(
+            "_copy", F.expr("row_number() OVER (PARTITION BY _content ORDER BY _delivery, _source_row)")
+        )
+
+    by, names = ["_content", "_copy"], now.columns
+    before, now = run.cached(numbered(before)), run.cached(numbered(now))
+    added = now.join(before, by, how="left_anti").select(*names)
+    if not before.join(now, by, how="left_anti").limit(1).collect():
+        return BronzeChange(added)
+    return BronzeChange(added, before.join(now, by, how="left_semi").select(*names))
+
+
+def write_bronze(run: Run, table: Table, change: BronzeChange) -> Mapping[str, int]:
+    """Writes the rows that a change adds to a bronze table, and returns the counts of `row_counts` over them.
+
+    The published rows that stay are linked, or written again if rows are removed.
+    """
+    metrics = row_counts(table, run.config)
+    if change.kept is not None:
+        run.write(BRONZE, table, change.kept)
+    elif run.base:
+        run.snapshot.link(run.base.snapshot.files(BRONZE, table.name), BRONZE, table.name)
+        run.add_linked(BRONZE, table, run.base.record.rows[f"{BRONZE}.{table.name}"])
+    if change.added is None:
+        return dict.fromkeys(metrics, 0)
+    return run.write(BRONZE, table, change.added, metrics)
+
+
+class Affected(NamedTuple):
+    """The orders whose result may differ from what is published."""
+
+    keys: DataFrame  # one row per key: `key_hash`; rows without a key have a hash too
+    orders: Received  # their rows
+    before: Quality  # the account of these keys in the base
+
+
+def key_hash(table: Table) -> str:
+    """Returns Spark SQL for the hash of a row's key; never null."""
+    return f"xxhash64({', '.join(table.key)})"
+
+
+def with_keys(rows: DataFrame, table: Table, keys: DataFrame, *, how: str = "left_semi") -> DataFrame:
+    """Returns the rows of a table with one of the keys, or with `how="left_anti"` those with none of them."""
+    return rows.join(keys, F.expr(f"{key_hash(table)} = key_hash"), how=how)
+
+
+def find_affected(run: Run, bronze: Mapping[str, Received]) -> Affected | None:
+    """Returns the orders that have to be computed; None if these are all."""
+    base, received = run.base, bronze["transactions"]
+    if base is None or base.refresh:
+        return None
+    table, removed = received.table, received.removed
+    with run.step("affected keys"):
+        # Rows without a key count as one key: their reasons change when a parent arrives.
+        no_key = run.engine.spark.sql("SELECT xxhash64(CAST(NULL AS STRING)) AS key_hash")
+        rows = affected_rows(run, base, bronze).values()
+        hashes = [part.select(F.expr(key_hash(table)).alias("key_hash")) for part in rows]
+        keys = run.cached(functools.reduce(lambda one, other: one.unionAll(other), hashes, no_key).distinct())
+        run.record.affected_keys = keys.count() - 1
+        now = run.cached(with_keys(received.rows, table, keys))
+        before = now.where(F.col("_run_id") != run.record.run_id)
+        if removed is not None:
+            before = before.unionByName(with_keys(removed, table, keys))
+        orders = received._replace(rows=now, counts=count_rows(now, table, run.config))
+        return Affected(keys, orders, account_before(run, base, table, before))
+
+
+def affected_rows(run: Run, base: Base, bronze: Mapping[str, Received]) -> dict[str, DataFrame]:
+    """Returns rows of the orders whose result may differ from what is published, by the reason.
+
+    An order is affected if a row of its key has arrived, was removed, or is in quarantine, since the reason may no
+    longer hold. It is also affected if its customer or product has become valid or invalid, or has another category.
+    """
+    received = bronze["transactions"]
+    rows = {
+        "arrived": received.rows.where(F.col("_run_id") == run.record.run_id),
+        "quarantine": base.read(run.engine, QUARANTINE, received.table),
+    }
+    if received.removed is not None:
+        rows["removed"] = received.removed
+    for column, parent in received.table.foreign_keys.items():
+        changed = changed_parents(run, base, bronze[parent])
+        if changed is not None:
+            [key] = changed.columns
+            rows[parent] = received.rows.join(changed.withColumnRenamed(key, column), column, how="left_semi")
+    return rows
+
+
+def account_before(run: Run, base: Base, table: Table, rows: DataFrame) -> Quality:
+    """Returns the account of rows in the base: with its customers and products, as of its date."""
+    counts = count_rows(rows, table, base.config)
+    nothing = counts_of(table, collections.defaultdict(int))
+    parents = {}
+    for name in table.foreign_keys.values():
+        parent, violations = TABLES[name], base.record.quality[name].violations
+        found = Counts(0, violations, {})
+        parents[name] = Received(parent, base.read(run.engine, BRONZE, parent), found, nothing)
+    orders = {table.name: Received(table, rows, counts, nothing)}
+    failing_keys = find_failing_keys(run, orders, parents, base.config)
+    return separate_rows(run, orders[table.name], failing_keys[table.name], base.config).quality
+
+
+def changed_parents(run: Run, base: Base, received: Received) -> DataFrame | None:
+    """One row per key of a parent table that has become valid or invalid, or whose inherited columns differ.
+
+    None if there is no such key.
+    """
+    table = received.table
+    if not received.arrived.rows and received.removed is None and not depends_on_date(table):
+        return None
+
+    def valid(rows: DataFrame, config: DataPipelineConfig) -> DataFrame:
+        passing = rows.where(passes_rules(table.rules, config))
+        latest = rank_versions(passing, table).where("_order = 1") if table.inherited else passing
+        return latest.select(*table.key, *table.inherited).distinct()
+
+    now, before = valid(received.rows, run.config), valid(base.read(run.engine, BRONZE, table), base.config)
+    changed = run.cached(now.subtract(before).unionAll(before.subtract(now)).select(*table.key).distinct())
+    return changed if changed.limit(1).collect() else None
+
+
+def depends_on_date(table: Table) -> bool:
+    """Returns whether a rule that rejects rows compares them with the as-of date."""
+    return any(":as_of_date" in rule.violation and rule.severity != WARN for rule in table.rules)
+
+
+def carry_rows_over(run: Run, affected: Affected | None, layer: str, table: Table, rows: DataFrame) -> DataFrame:
+    """Adds the published rows of the keys that are not affected."""
+    if affected is None or run.base is None:
+        return rows
+    published = run.base.read(run.engine, layer, table)
+    return rows.unionByName(with_keys(published, table, affected.keys, how="left_anti"))
+
+
+def month_sql(table: Table) -> str:
+    """Returns Spark SQL for the month that decides in which file a row is; empty if the table has no such files."""
+    return f"substring(CAST({table.month_of} AS STRING), 1, 7)" if table.month_of else ""
+
+
+def parquet_rows(path: str) -> int:
+    """Returns the number of rows of a Parquet file, from its metadata."""
+    from pyarrow import parquet
+
+    return int(parquet.read_metadata(path).num_rows)
+
+
+def carry_months_over(run: Run, affected: Affected | None, rows: DataFrame) -> DataFrame:
+    """Links the published files of the months without an affected order, and returns the orders of the other months."""
+    base, table = run.base, TABLES["transactions_clean"]
+    if affected is None or base is None:
+        return rows
+    rows, month = run.cached(rows), F.expr(month_sql(table)).alias("month")
+    published = with_keys(base.read(run.engine, SILVER, table), table, affected.keys)
+    affected_months = rows.select(month).unionAll(published.select(month)).distinct().collect()
+    months = {row["month"] for row in affected_months}
+    files = base.snapshot.files(SILVER, table.name)
+    of_month = {file: re.match(r"\d{4}-\d\d(?=-)", os.path.basename(file)) for file in files}
+    linked = {file: found[0] for file, found in of_month.items() if found and found[0] not in months}
+    run.snapshot.link(linked, SILVER, table.name)
+    run.add_linked(SILVER, table, sum(map(parquet_rows, linked)))
+    run.record.months = {"written": len(months), "linked": len({*linked.values()})}
+    if rewritten := [file for file in files if file not in linked]:
+        others = with_keys(base.read(run.engine, SILVER, table, rewritten), table, affected.keys, how="left_anti")
+        rows = rows.unionByName(others)
+    return rows
+
+
+def verify(run: Run) -> None:
+    """Computes the full refresh of the same bronze beside the snapshot, and compares tables and accounts.
+
+    Raises:
+        NotPublishedError: they differ.
+    """
+    if run.record.kind != "incremental":
+        logger.info("Nothing to verify: all keys were computed")
+        return
+    with run.step("verification"):
+        beside = Snapshot(run.snapshot.store, run.record.run_id, ".full-refresh")
+        os.makedirs(beside.root)
+        full = Run(run.config, run.engine, beside, copy.deepcopy(run.record), run.base)
+        full.record.rows = {name: rows for name, rows in run.record.rows.items() if name.startswith(BRONZE)}
+        nothing = {table.name: counts_of(table, collections.defaultdict(int)) for table in tables(BRONZE)}
+        with full.layer(SILVER, "Full refresh, to compare with"):
+            bronze = {
+                table.name: Received(
+                    table, rows := run.read(BRONZE, table), count_rows(rows, table, run.config), nothing[table.name]
+                )
+                for table in tables(BRONZE)
+            }
+            silver = build_silver(full, clean(full, bronze, None), None)
+        with full.layer(GOLD, "Full refresh, to compare with"):
+            build_gold(full, silver)
+        if problems := list(differences(run, full)):
+            raise NotPublishedError(
+                "VERIFICATION FAILED, nothing is published: the incremental run and the full refresh differ: "
+                f"{'; '.join(problems)}; run with --full-refresh, and report this as a bug"
+            )
+        shutil.rmtree(beside.root)
+    logger.info("VERIFICATION: all tables equal those of a full refresh")
+
+
+def differences(run: Run, full: Run) -> Iterator[str]:
+    """Returns a line for each table or account in which a run differs from a full refresh."""
+    for layer, table in SNAPSHOT_TABLES:
+        if layer == BRONZE:
+            continue
+        one, other = run.read(layer, table), full.read(layer, table)
+        for which, rows in {"incremental run": one.exceptAll(other), "full refresh": other.exceptAll(one)}.items():
+            if examples := rows.limit(3).collect():
+                shown = json.dumps(examples[0].asDict(), default=str, ensure_ascii=False)
+                yield f"{layer}.{table.name} has rows that only the {which} gives, for example {shown}"
+    for name, quality in run.record.quality.items():
+        if quality != full.record.quality[name]:
+            yield f"the account of {name} is {quality} and {full.record.quality[name]}"
 
 
 # ═════════════════════════════════ Below this line is machinery. ═════════════════════════════════════════════════
@@ -2541,6 +3252,14 @@ def aggregate(rows: DataFrame, metrics: Mapping[str, str]) -> dict[str, Any]:
     """Returns metrics over the rows, by name. They are given as Spark SQL."""
     [[values]] = rows.agg(F.expr(named_struct(metrics))).collect()
     return values.asDict()  # type: ignore[no-any-return]
+
+
+def write_parquet(rows: DataFrame, uri: str, month: str) -> None:
+    """Writes rows as Parquet: flat, or in a folder for each month."""
+    if month:
+        rows.withColumn("_month", F.expr(month)).write.mode("error").partitionBy("_month").parquet(uri)
+    else:
+        rows.write.mode("error").parquet(uri)
 
 
 def install_command(requirements: str) -> str:
@@ -2790,20 +3509,23 @@ class Engine(ABC):
             "SPARK_LOCAL_DIRS; the published data has not changed"
         )
 
-    def read(self, uri: str, schema: Any = None) -> DataFrame:
-        """Returns the rows of a Parquet table. Without a schema, the engine reads it from the files."""
+    def read(self, uri: str | Sequence[str], schema: Any = None) -> DataFrame:
+        """Returns the rows of a Parquet table, or of some files. Without a schema, the engine reads it from them."""
         reader = self.spark.read if schema is None else self.spark.read.schema(schema)
-        return reader.parquet(uri)
+        return reader.parquet(*([uri] if isinstance(uri, str) else (f"file://{path}" for path in uri)))
 
-    def write(self, rows: DataFrame, uri: str, metrics: Mapping[str, str]) -> dict[str, Any]:
-        """Writes rows as Parquet, and returns the metrics over them."""
+    def write(self, rows: DataFrame, uri: str, metrics: Mapping[str, str], month: str = "") -> dict[str, Any]:
+        """Writes rows as Parquet, and returns the metrics over them.
+
+        With `month`, a text in Spark SQL, the rows of each month are in files of a folder `_month=2026-01`.
+        """
         from pyspark.sql import Observation
 
         # observe() has to be the last step. Below a join with an empty table, Spark would drop it. Below a shuffle that
         # is repeated because a machine was lost, it would count twice.
         observation = Observation()
         observed = rows.observe(observation, F.expr(f"to_json({named_struct(metrics)}) AS metrics"))
-        observed.write.mode("error").parquet(uri)
+        write_parquet(observed, uri, month)
         return json.loads(observation.get["metrics"])  # type: ignore[no-any-return]
 
     @contextlib.contextmanager
@@ -3050,17 +3772,18 @@ class Sail(Engine):
     def describe(self) -> str:
         return f"Sail {importlib.metadata.version('pysail')}, as Spark {self.spark.version},"
 
-    def read(self, uri: str, schema: Any = None) -> DataFrame:
-        """Returns the rows of a Parquet table. It passes a path, since Sail would decode %41 in a URI."""
-        return super().read(uri.removeprefix("file://"), schema)
+    def read(self, uri: str | Sequence[str], schema: Any = None) -> DataFrame:
+        """Returns the rows of a Parquet table. It passes paths, since Sail would decode %41 in a URI."""
+        reader = self.spark.read if schema is None else self.spark.read.schema(schema)
+        return reader.parquet(*([uri.removeprefix("file://")] if isinstance(uri, str) else uri))
 
-    def write(self, rows: DataFrame, uri: str, metrics: Mapping[str, str]) -> dict[str, Any]:
+    def write(self, rows: DataFrame, uri: str, metrics: Mapping[str, str], month: str = "") -> dict[str, Any]:
         """Writes rows, and reads them back to count them: Sail cannot count while it writes.
 
         Sail writes no file for a table without rows. Then this method writes an empty file with the columns.
         """
         uri = uri.removeprefix("file://")
-        rows.write.mode("error").parquet(uri)
+        write_parquet(rows, uri, month)
         counts = aggregate(self.read(uri, rows.schema), metrics)
         if not counts["rows"] and not is_uri(uri) and not os.path.exists(uri):
             import pyarrow.parquet
@@ -3358,10 +4081,10 @@ def write_atomic(path: str, text: str) -> None:
 class Snapshot:
     """The folder of the tables that a run writes. `folder` is None if only the engine can reach it."""
 
-    def __init__(self, store: Store, record: RunRecord) -> None:
+    def __init__(self, store: Store, run_id: str, *folders: str) -> None:
         self.store = store
-        self.run_id = record.run_id
-        self.root = store.path("snapshots", record.run_id)
+        self.run_id = run_id
+        self.root = store.path("snapshots", run_id, *folders)
         self.folder = self.root if store.is_local else None
 
     def path(self, *names: str) -> str:
@@ -3380,28 +4103,71 @@ class Snapshot:
         shutil.rmtree(Path(self.folder, name), ignore_errors=True)
         return lines
 
+    def adopt(self, staged: str, layer: str, name: str, *, keep: bool = True) -> None:
+        """Moves the files of a staged table into a table of the snapshot, or removes them.
+
+        Their names begin with their month, if they have one, and the run id.
+        """
+        folder, target = Path(staged.removeprefix("file://")), Path(self.path(layer, name))
+        target.mkdir(parents=True, exist_ok=True)
+        first = 1 + len(self.files(layer, name))
+        for number, file in enumerate(sorted(folder.rglob("[!.]*.parquet")) if keep else (), start=first):
+            month = f"{file.parent.name.removeprefix('_month=')}-" if file.parent != folder else ""
+            file.rename(target / f"{month}{self.run_id}-{number}.parquet")
+        shutil.rmtree(folder, ignore_errors=True)
+
     def files(self, *names: str) -> list[str]:
         """Returns the paths of a table's data files, in order. The list is empty if only the engine can reach them."""
         return sorted(glob.glob(os.path.join(glob.escape(self.path(*names)), "*.parquet"))) if self.folder else []
+
+    def written_files(self, *names: str) -> list[str]:
+        """Returns the paths of the data files that the run of this snapshot has written. The others are links."""
+        by_run = ((file, RUN_ID.search(os.path.basename(file))) for file in self.files(*names))
+        return [file for file, found in by_run if found is None or found[0] == self.run_id]
 
     def size(self, *names: str) -> int | None:
         """Returns the bytes of a table's files; None if only the engine can reach them."""
         return sum(map(os.path.getsize, self.files(*names))) if self.folder else None
 
-    def save_files(self, files: Iterable[LandedFile]) -> None:
-        """Writes the list of the files that were read. It is published together with the tables."""
+    def save_state(self, state: Mapping[str, Any], ledger: Iterable[LandedFile]) -> None:
+        """Writes what the tables depend on, and the ledger of landed files. Both are published with the tables."""
         if self.folder:
             os.makedirs(self.folder, exist_ok=True)
-            read = [{**dataclasses.asdict(file), "run": self.run_id} for file in files if not file.problem]
-            text = json.dumps(read, indent=1, ensure_ascii=False)
-            Path(self.folder, "_files.json").write_text(text, encoding="utf-8", errors="surrogateescape")
+            files = [dataclasses.asdict(file) for file in ledger]
+            for name, content in {"_state.json": state, "_files.json": files}.items():
+                text = json.dumps(content, indent=1, ensure_ascii=False)
+                Path(self.folder, name).write_text(text, encoding="utf-8", errors="surrogateescape")
 
-    def checksums(self) -> dict[str, str]:
-        """Returns the SHA-256 of each data file by its path in the snapshot."""
+    def read_state(self) -> tuple[dict[str, Any], list[LandedFile]] | None:
+        """Returns what `save_state` has written; None for a snapshot of an earlier version."""
+        try:
+            state, files = (
+                json.loads(Path(self.path(name)).read_text(encoding="utf-8", errors="surrogateescape"))
+                for name in ("_state.json", "_files.json")
+            )
+        except FileNotFoundError:
+            return None
+        return state, [LandedFile(**file) for file in files]
+
+    def link(self, files: Iterable[str], layer: str, name: str) -> None:
+        """Links files of another snapshot into a table."""
+        os.makedirs(self.path(layer, name), exist_ok=True)
+        for file in files:
+            os.link(file, self.path(layer, name, os.path.basename(file)))
+
+    def checksums(self, known: Mapping[str, str] = {}) -> dict[str, str]:
+        """Returns the SHA-256 of each data file by its path in the snapshot. `known` has those of linked files."""
         files = [file for layer, table in SNAPSHOT_TABLES for file in self.files(layer, table.name)]
+        paths = {os.path.relpath(file, self.folder): file for file in files}
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            found = zip(files, pool.map(sha256, files), strict=True)
-            return {os.path.relpath(file, self.folder): sha for file, sha in found}
+            return dict(zip(paths, pool.map(lambda path: known.get(path) or sha256(paths[path]), paths), strict=True))
+
+    def make_read_only(self) -> None:
+        """Protects the data files, since later snapshots link them."""
+        for layer, table in SNAPSHOT_TABLES:
+            for file in self.written_files(layer, table.name):
+                with contextlib.suppress(PermissionError):  # a file of another user, on a cluster
+                    os.chmod(file, 0o444)
 
 
 class RunRecords:
@@ -3554,7 +4320,7 @@ class Store:
         A snapshot that is refused is kept and marked; one that failed is removed.
         """
         try:
-            yield Snapshot(self, record)
+            yield Snapshot(self, record.run_id)
         except NotPublishedError:
             self.set_status(record.run_id, REFUSED)
             raise
@@ -3581,6 +4347,7 @@ class Store:
     def set_status(self, run_id: str, status: str) -> None:
         """Marks a snapshot as audited or as refused."""
         if self.is_local:
+            os.makedirs(self.path("snapshots", run_id), exist_ok=True)
             Path(self.path("snapshots", run_id, status)).touch()
 
     def publish(self, record: RunRecord) -> None:
@@ -3723,7 +4490,8 @@ class LandedFile:
     path: str  # in the source folder
     size: int
     mtime_ns: int
-    delivery: int = 0  # its position in the list, and the `_delivery` of its rows
+    delivery: int = 0  # the `_delivery` of its rows, rising in the order in which files are read
+    run: str = ""  # the run that has read it
     sha256: str = ""
     rows: int = 0
     malformed: int = 0
@@ -4344,12 +5112,12 @@ def spark_text(text: str) -> str:
 SAME_CONTENT = "it has the same content as "
 
 
-def leave_out_repeated(files: Iterable[LandedFile]) -> None:
-    """Leaves out files of a source that have the same content as a later one."""
+def leave_out_repeated(files: Iterable[LandedFile], ledger: Iterable[LandedFile] = ()) -> None:
+    """Leaves out files of a source that have the same content as a later one, or as one that was read before."""
     whole = [file for file in files if file.records and not file.problem]
-    last = {(file.source, file.sha256): file for file in whole}
+    kept = {(file.source, file.sha256): file for file in (*whole, *(file for file in ledger if not file.problem))}
     for file in whole:
-        if (same := last[file.source, file.sha256]) is not file:
+        if (same := kept[file.source, file.sha256]) is not file:
             file.leave_out(f"{SAME_CONTENT}{same.path}", is_bad=False)
 
 
@@ -4684,20 +5452,25 @@ SUMMARIES: Mapping[str, str] = {
     },
 }
 
-TABLE_NAME = re.compile(rf"\b({'|'.join(LAYERS)})\.(\w+)")
+# `silver.transactions_clean`, or `silver.transactions_clean@written` for the files that the run has written.
+TABLE_NAME = re.compile(rf"\b({'|'.join(LAYERS)})\.(\w+)(@written)?")
 Key = TypeVar("Key")
 Answer: TypeAlias = list[dict[str, Any]]  # rows
 
 
 def answer_queries(run: Run, queries: Mapping[Key, str]) -> dict[Key, Answer]:
     """Answers queries of finished tables by DuckDB if it can read the files, or else by the engine."""
-    here = {key: sql for key, sql in queries.items() if all(answered_by_duckdb(run, *name) for name in tables_in(sql))}
+    here = {
+        key: sql
+        for key, sql in queries.items()
+        if all(answered_by_duckdb(run, layer, name) for layer, name, _ in tables_in(sql))
+    }
     elsewhere = run.parallel(lambda key: answer_by_engine(run, queries[key]), queries.keys() - here.keys())
     return {**(answer_by_duckdb(run.snapshot, here) if here else {}), **elsewhere}
 
 
-def tables_in(sql: str) -> list[tuple[str, str]]:
-    """Returns layer and name of the tables in a query."""
+def tables_in(sql: str) -> list[tuple[str, str, str]]:
+    """Returns layer, name and `@written`, or nothing, of the tables in a query."""
     return sorted(set(TABLE_NAME.findall(sql)))
 
 
@@ -4720,17 +5493,20 @@ def answer_by_duckdb(snapshot: Snapshot, queries: Mapping[Key, str]) -> dict[Key
         RuntimeError: files are missing or cannot be read.
     """
     answers = {}
-    views: set[tuple[str, str]] = set()
+    views: set[tuple[str, str, str]] = set()
     with duckdb_connection(snapshot.path()) as connection:
         for key, sql in queries.items():
             try:
-                for layer, name in set(tables_in(sql)) - views:
-                    rows = connection.read_parquet(snapshot.files(layer, name))
-                    rows.project(", ".join(columns_in_utc(layer, name, "TIMESTAMP"))).create_view(f"{layer}_{name}")
-                    views.add((layer, name))
-                answers[key] = ask_duckdb(connection, TABLE_NAME.sub(r"\1_\2", sql))
+                for view in set(tables_in(sql)) - views:
+                    layer, name, written = view
+                    files = snapshot.written_files(layer, name) if written else snapshot.files(layer, name)
+                    rows = connection.read_parquet(files, union_by_name=True)
+                    rows.project(", ".join(columns_in_utc(layer, name, "TIMESTAMP"))).create_view("_".join(view))
+                    views.add(view)
+                answers[key] = ask_duckdb(connection, TABLE_NAME.sub(r'"\1_\2_\3"', sql))
             except Exception as error:
-                raise RuntimeError(f"{', '.join('.'.join(table) for table in tables_in(sql))}: {error}") from error
+                tables = ", ".join(f"{layer}.{name}" for layer, name, _ in tables_in(sql))
+                raise RuntimeError(f"{tables}: {error}") from error
     return answers
 
 
@@ -4771,15 +5547,16 @@ def answer_by_engine(run: Run, sql: str) -> Answer:
     """Answers a query by the engine."""
     with contextlib.ExitStack() as stack:
         views = {}
-        for layer, name in tables_in(sql):
-            rows = run.read(layer, TABLES[name]).selectExpr(*columns_in_utc(layer, name, "TIMESTAMP_NTZ"))
-            views[layer, name] = stack.enter_context(run.engine.view(rows))
-        with_views = TABLE_NAME.sub(lambda found: views[found[1], found[2]], sql)
+        for layer, name, written in tables_in(sql):
+            rows = run.read(layer, TABLES[name], run.snapshot.written_files(layer, name) if written else ())
+            rows = rows.selectExpr(*columns_in_utc(layer, name, "TIMESTAMP_NTZ"))
+            views[layer, name, written] = stack.enter_context(run.engine.view(rows))
+        with_views = TABLE_NAME.sub(lambda found: views[found[1], found[2], found[3] or ""], sql)
         return [row.asDict() for row in run.engine.spark.sql(with_views).collect()]
 
 
-def profile(run: Run) -> None:
-    """Records the profile of each bronze column: rows, nulls, distinct values, min and max.
+def profile(run: Run, profiled: Sequence[Table]) -> None:
+    """Records the profile of the rows that arrived, by bronze column: rows, nulls, distinct values, min and max.
 
     DuckDB counts distinct values exactly. The engine estimates them to about 5 %, which takes little memory.
     """
@@ -4789,10 +5566,13 @@ def profile(run: Run) -> None:
         if not exact[table]:  # as text, because Sail does not count the distinct values of a DOUBLE
             distinct = f"approx_count_distinct({f'CAST({column} AS STRING)' if kind == 'double' else column})"
         figures = f"count(*) AS row_count, count({column}) AS filled, {distinct} AS different"
-        return f"SELECT {figures}, min({column}) AS minimum, max({column}) AS maximum FROM {BRONZE}.{table}"
+        arrived = f"{BRONZE}.{table}"
+        if run.base:
+            arrived += f"@written WHERE _run_id = '{run.record.run_id}'"
+        return f"SELECT {figures}, min({column}) AS minimum, max({column}) AS maximum FROM {arrived}"
 
-    exact = {name: answered_by_duckdb(run, BRONZE, name) for name in names(BRONZE)}
-    columns = [(table.name, name, kind) for table in tables(BRONZE) for name, kind in table.columns()]
+    exact = {table.name: answered_by_duckdb(run, BRONZE, table.name) for table in profiled}
+    columns = [(table.name, name, kind) for table in profiled for name, kind in table.columns()]
     with run.step("profile"):
         answers = answer_queries(run, {(table, name): query(table, name, kind) for table, name, kind in columns})
     for table, name, _ in columns:
@@ -4843,15 +5623,21 @@ def find_rejects_by_file(run: Run) -> None:
             logger.info("%s: quarantined rows by file: %s", name, files)
 
 
-def audit_queries() -> dict[tuple[str, Table], str]:
+def read_back(layer: str, table: Table) -> str:
+    """Returns SQL for max() of each column, which reads every value. A count may come from file statistics."""
+    return ", ".join(f"max({column})" for column, _ in table.columns(layer))
+
+
+def audit_queries(linked: Collection[tuple[str, Table]] = ()) -> dict[tuple[str, Table], str]:
     """Returns a query for each table of a snapshot: its rows, distinct keys and revenue.
 
-    Each query computes max() of each column, which reads every value. A count may come from file statistics.
+    Each query also reads every value, except those of tables with linked files.
     """
     queries = {}
     for layer, table in SNAPSHOT_TABLES:
         name = f"{layer}.{table.name}"
-        figures = [f"max({column})" for column, _ in table.columns(layer)] + ["count(*) AS row_count"]
+        figures = [] if (layer, table) in linked else [read_back(layer, table)]
+        figures.append("count(*) AS row_count")
         if table.layer != BRONZE:
             keys = f"SELECT DISTINCT {', '.join(table.key)} FROM {name}"
             figures.append(f"(SELECT count(*) FROM ({keys})) AS key_count")
@@ -4893,8 +5679,18 @@ def audit(run: Run) -> None:
     """
     failed = "AUDIT FAILED, nothing is published: "
     with run.step("audit"):
+        snapshot = run.snapshot
+        written = {part: snapshot.written_files(part[0], part[1].name) for part in SNAPSHOT_TABLES}
+        linked = [part for part in SNAPSHOT_TABLES if len(written[part]) < len(snapshot.files(part[0], part[1].name))]
         try:
-            found = answer_queries(run, audit_queries())
+            if linked:
+                queries = {
+                    (layer, table): f"SELECT {read_back(layer, table)} FROM {layer}.{table.name}@written"
+                    for layer, table in linked
+                    if written[layer, table]
+                }
+                answer_queries(run, queries)
+            found = answer_queries(run, audit_queries(linked))
         except Exception as error:
             if run.engine.is_infrastructure_failure(error):
                 raise
@@ -4902,7 +5698,8 @@ def audit(run: Run) -> None:
         if problems := list(audit_problems(run.record, found)):
             raise NotPublishedError(failed + "; ".join(problems))
         run.record.revenue = found[SILVER, TABLES["transactions_clean"]][0]["revenue"] or Decimal(0)
-        run.record.sha256 = run.snapshot.checksums()
+        run.record.sha256 = snapshot.checksums(known=run.base.record.sha256 if run.base else {})
+        snapshot.make_read_only()
     logger.info("AUDIT: rows, keys and revenue add up (%.1f s)", run.record.seconds["audit"])
 
 
@@ -5018,7 +5815,7 @@ def audit_again(store: Store, run_id: str) -> None:
     record, problems = store.runs.get(run_id), []
     if record is None:
         raise PipelineError(f"snapshot {run_id} cannot be checked: its run record is missing or unreadable")
-    snapshot = Snapshot(store, record)
+    snapshot = Snapshot(store, run_id)
     try:
         if record.sha256:  # records of early versions have none
             changed = sorted(dict(record.sha256.items() ^ snapshot.checksums().items()))
@@ -5078,6 +5875,7 @@ class RunRecord:
     config: Mapping[str, Any]
     versions: dict[str, str | None]
     schema_version: int = 2
+    kind: str = "full"  # full, incremental, or unchanged if nothing had arrived
     result: str = "running"
     exit_code: int | None = None
     finished_at: str | None = None
@@ -5087,7 +5885,10 @@ class RunRecord:
     sha256: dict[str, str] = field(default_factory=dict)  # of each data file, by its path in the snapshot
     seconds: dict[str, float] = field(default_factory=dict)
     started_after: dict[str, float] = field(default_factory=dict)
-    quality: dict[str, Quality] = field(default_factory=dict)
+    quality: dict[str, Quality] = field(default_factory=dict)  # of all rows of bronze
+    arrived: dict[str, Quality] = field(default_factory=dict)  # of the rows that arrived; empty if these are all rows
+    affected_keys: int | None = None  # the orders that an incremental run has computed
+    months: dict[str, int] = field(default_factory=dict)  # of transactions_clean: written, linked
     profile: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     delivery: dict[str, dict[str, Any]] = field(default_factory=dict)  # by source: files, bytes, rows, left_out
     rejects: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # by bronze table: file, rejected
@@ -5121,22 +5922,28 @@ class RunRecord:
         known = {known.name for known in dataclasses.fields(cls)} - {"schema_version"}
         read = {name: value for name, value in fields.items() if name in known}
         read |= {name: Decimal(read[name]) for name in ("revenue", "refunds") if read.get(name) is not None}
-        quality = {table: Quality(**renamed(found)) for table, found in read.get("quality", {}).items()}
-        return cls(**{"run_id": "", "data_dir": "", "versions": {}} | read | {"quality": quality})
+        for name in ("quality", "arrived"):
+            read[name] = {table: Quality(**renamed(found)) for table, found in read.get(name, {}).items()}
+        return cls(**{"run_id": "", "data_dir": "", "versions": {}} | read)
 
     def to_json(self) -> str:
         """Returns the text of the record's file."""
         return json.dumps(dataclasses.asdict(self), indent=1, default=str, ensure_ascii=False)
 
     @property
+    def delivered(self) -> Mapping[str, Quality]:
+        """The account of the rows that this run has received, by bronze table."""
+        return self.arrived or self.quality
+
+    @property
     def received(self) -> int:
-        """The rows received, of all bronze tables."""
-        return sum(quality.received for quality in self.quality.values())
+        """The rows that this run has received, of all bronze tables."""
+        return sum(quality.received for quality in self.delivered.values())
 
     @property
     def quarantine_rate(self) -> float:
-        """The share of all rows received that were rejected."""
-        return sum(quality.quarantined for quality in self.quality.values()) / max(self.received, 1)
+        """The share of the rows received that were rejected."""
+        return sum(quality.quarantined for quality in self.delivered.values()) / max(self.received, 1)
 
     @property
     def net_revenue(self) -> Decimal | None:
@@ -5213,7 +6020,7 @@ class RunRecord:
     def summary(self) -> Iterator[str]:
         """Returns the lines that close the log."""
         total = self.seconds["total"]
-        layers = ", ".join(f"{layer} {self.seconds[layer]:.1f} s" for layer in (BRONZE, SILVER, GOLD))
+        layers = ", ".join(f"{layer} {self.seconds[layer]:.1f} s" for layer in LAYERS if layer in self.seconds)
         for table, rows in self.rows.items():
             yield f"  {table:<28} {rows:>14,} rows"
         if self.returns:
@@ -5221,8 +6028,9 @@ class RunRecord:
                 _shown(amount, "money", self.currency) for amount in (self.revenue, self.refunds, self.net_revenue)
             )
             yield f"  revenue {gross} - {refunds} of {self.returns:,} returns = {net} net"
-        yield f"  {total:.1f} s in all: {layers}"
-        yield f"  {self.received / total:,.0f} rows per second, start-up included"
+        yield f"  {total:.1f} s in all: {layers or 'nothing to compute'}"
+        if self.received:
+            yield f"  {self.received / total:,.0f} rows per second, start-up included"
         yield f"  The data lies in {self.data_dir}"
 
 
@@ -5339,11 +6147,12 @@ def warn_of_anomalies(record: RunRecord, store: Store, factor: float) -> None:
 
 
 def compared_figures(record: RunRecord) -> dict[tuple[str, str, float], float]:
-    """Returns the rows and quarantine rates of a run, by table, format and tolerance."""
-    figures = {(name, "{:,.0f} rows", 1.0): float(rows) for name, rows in record.rows.items()}
+    """Returns the rows and quarantine rates of a run, by table, format and tolerance. Bronze has what arrived."""
+    arrived = {f"{BRONZE}.{name}": quality.received for name, quality in record.delivered.items()}
+    figures = {(name, "{:,.0f} rows", 1.0): float(rows) for name, rows in {**record.rows, **arrived}.items()}
     rates = {
         (name, "{:.2%} of the rows quarantined", 0.001): quality.quarantine_rate
-        for name, quality in record.quality.items()
+        for name, quality in record.delivered.items()
     }
     return {figure: value for figure, value in (figures | rates).items() if not figure[0].startswith(QUARANTINE)}
 
@@ -5351,10 +6160,11 @@ def compared_figures(record: RunRecord) -> dict[tuple[str, str, float], float]:
 def anomalies(record: RunRecord, history: Sequence[RunRecord], factor: float) -> list[str]:
     """Returns a line for each figure that differs by more than `factor` from its median in the last runs.
 
-    Only runs that succeeded count, and at least three are needed. The tolerance of a figure is added to both sides,
-    so that 1 row instead of none is no anomaly.
+    Only runs of the same kind that succeeded count, and at least three are needed. The tolerance of a figure is added
+    to both sides, so that 1 row instead of none is no anomaly.
     """
-    earlier = [compared_figures(run) for run in history if run.result == "succeeded"]
+    alike = (run for run in history if run.result == "succeeded" and run.kind == record.kind)
+    earlier = [compared_figures(run) for run in alike]
     found = []
     for figure, value in compared_figures(record).items() if len(earlier) >= 3 else ():
         name, text, noise = figure
@@ -5516,7 +6326,7 @@ def list_runs(store: Store) -> Iterator[str]:
     if not store.is_local:
         raise PipelineError(f"{store.root} has no run records: the last line of a run's log names its snapshot")
     published, kept = store.published(), store.snapshots(AUDITED)
-    yield f"  {'run':<21} {'started (UTC)':<20} {'as of':<11} {'rows':>14}  result"
+    yield f"  {'run':<21} {'started (UTC)':<20} {'as of':<11} {'rows':>14}  {'kind':<11}  result"
     for run_id, record in store.runs.all():
         sign = "*" if run_id == published else "+" if run_id in kept else " "
         if isinstance(record, str):
@@ -5524,7 +6334,7 @@ def list_runs(store: Store) -> Iterator[str]:
             continue
         rows = sum(count for table, count in record.rows.items() if table.startswith(BRONZE))
         started, as_of = record.started_at[:19], record.config.get("as_of_date", "")
-        yield f"{sign} {run_id:<21} {started:<20} {as_of:<11} {rows:>14,}  {record.result}"
+        yield f"{sign} {run_id:<21} {started:<20} {as_of:<11} {rows:>14,}  {record.kind:<11}  {record.result}"
     for part in (f"snapshots/{published}", f"runs/{published}.json") if published else ():
         if not os.path.exists(store.path(part)):
             yield f"* {published} is published, but {part} is gone: return to another with --rollback"
@@ -5584,8 +6394,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     for option in dataclasses.fields(DataPipelineConfig):
         default = "" if option.default in (None, dataclasses.MISSING) else f" (default: {option.default})"
         kind = str(option.type).partition(" ")[0].upper()
+        without_value: dict[str, Any] = {"nargs": "?", "const": "yes"} if kind == "BOOL" else {}
         parser.add_argument(
             _flag(option.name),
+            **without_value,
             metavar="|".join(option.metadata.get("choices", [kind])),
             help=f"{option.metadata['help']}{default} [{_variable(option.name)}]".replace("%", "%%"),
         )

@@ -119,6 +119,7 @@ def no_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*layers, "warn_of_anomalies"):
         monkeypatch.setattr(data_pipeline, name, lambda *_: None)
     monkeypatch.setattr(data_pipeline, "ingest_bronze", lambda run, _: os.makedirs(run.snapshot.path()))
+    monkeypatch.setattr(data_pipeline, "find_affected", lambda *_: None)
 
 
 def at_close(monkeypatch: pytest.MonkeyPatch, callback: Callable[[], None]) -> None:

@@ -211,7 +211,7 @@ def test_audit_blames_the_data_only_while_there_are_machines(
     record = dataclasses.replace(report, run_id="19991231T235959Z-0000", seconds={}, started_after={})
     engine = Spark(config, 0, spark)
     engine.spark, engine.shares_storage = spark, True
-    run = Run(config, engine, Snapshot(Store(config.root), record), record)
+    run = Run(config, engine, Snapshot(Store(config.root), record.run_id), record)
     died = (
         "Job aborted due to stage failure: … ExecutorLostFailure (executor 8 exited caused by one of the running tasks)"
     )
@@ -245,7 +245,7 @@ def test_probe_leaves_nothing(
     engine = choose_engine(config, open_source(config), spark)
     with contextlib.closing(engine):
         engine.start(os.devnull)
-        check_shared_storage(engine, Snapshot(Store(f"{scheme}{tmp_path}/data"), report))
+        check_shared_storage(engine, Snapshot(Store(f"{scheme}{tmp_path}/data"), report.run_id))
     assert list(tmp_path.glob("data/snapshots/*")) == [tmp_path / "data/snapshots" / report.run_id]
     assert list(tmp_path.glob("data/snapshots/*/*")) == []
 

@@ -56,7 +56,7 @@ def finished(
 def started_run(config: DataPipelineConfig, spark: SparkSession, record: RunRecord) -> Run:
     engine = choose_engine(config, open_source(config), spark)
     engine.start(os.devnull)
-    return Run(config, engine, Snapshot(Store(config.root), record), record)
+    return Run(config, engine, Snapshot(Store(config.root), record.run_id), record)
 
 
 def record_of_last_run(config: DataPipelineConfig) -> dict[str, Any]:
@@ -345,11 +345,11 @@ def test_disk_that_fills_up(
     first = Store(published.root).published()
     real = data_pipeline.clean
 
-    def clean(run: Run, bronze: Any) -> Any:
+    def clean(run: Run, bronze: Any, affected: Any) -> Any:
         with pytest.raises(OSError, match="No space left"), open(small_disk / "ballast", "wb", buffering=0) as file:
             while True:
                 file.write(bytes(4096))
-        return real(run, bronze)
+        return real(run, bronze, affected)
 
     monkeypatch.setattr(data_pipeline, "clean", clean)
     with pytest.raises(PipelineError, match=r"the disk of .* is full \(No space left on device, in quarantine\.\w+\)"):

@@ -15,6 +15,7 @@ import data_pipeline
 from data_pipeline import (
     MILLION,
     TABLES,
+    Batch,
     DataPipelineConfig,
     RunRecord,
     _records,
@@ -87,7 +88,7 @@ def test_planted_kinds_are_as_many_as_said(
     config = small(defect_rate=rate)
     for table, rows in (("customers", config.num_customers), ("transactions", config.num_transactions)):
         planted = injected_defects(table, rows, rate)
-        records = _with_defect(_records(spark, rows), table, config).where("defect IS NOT NULL")
+        records = _with_defect(_records(spark, Batch(0, rows)), table, config).where("defect IS NOT NULL")
         assert {row["defect"]: row["count"] for row in records.groupBy("defect").count().collect()} == planted
         assert set(planted) == set(TABLES[table].defects)
         assert sum(planted.values()) == int(rows * rate)

@@ -84,7 +84,7 @@ def test_summaries_are_the_same(by_engine: Run, report: RunRecord) -> None:
 
 def test_profile_is_the_same_but_for_distinct_values(by_engine: Run, report: RunRecord) -> None:
     by_engine.record.profile = {}
-    profile(by_engine)
+    profile(by_engine, tables("bronze"))
     for table in tables("bronze"):
         for name, found in by_engine.record.profile[table.name].items():
             expected = dict(report.profile[table.name][name])
@@ -118,7 +118,7 @@ def test_folder_with_quotes(run: Run, config: DataPipelineConfig, tmp_path: Any)
     odd = tmp_path / 'it\'s "a" folder; --'
     (odd / "snapshots").mkdir(parents=True)
     (odd / "snapshots" / run.record.run_id).symlink_to(run.snapshot.path())
-    snapshot = data_pipeline.Snapshot(data_pipeline.Store(str(odd)), run.record)
+    snapshot = data_pipeline.Snapshot(data_pipeline.Store(str(odd)), run.record.run_id)
     [row] = answer_by_duckdb(snapshot, {0: "SELECT count(*) AS n FROM gold.device_analytics"})[0]
     assert row["n"] == run.record.rows["gold.device_analytics"]
 

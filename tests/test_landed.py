@@ -122,7 +122,7 @@ def begun(spark: SparkSession, config: DataPipelineConfig) -> Iterator[tuple[Run
     with contextlib.closing(choose_engine(config, source, spark)) as engine:
         engine.start(os.devnull)
         record = new_record(config, store, engine)
-        run = Run(config, engine, Snapshot(store, record), record)
+        run = Run(config, engine, Snapshot(store, record.run_id), record)
         with run.layer("bronze", "of a test"):
             yield run, source
 
@@ -131,7 +131,9 @@ def delivery(spark: SparkSession, config: DataPipelineConfig, name: str) -> tupl
     """The records of a table as its source delivers them, without a whole run, and the run record."""
     with begun(spark, config) as (run, source):
         source.receive(run)
-        return source.delivery(spark, name).collect(), run.record
+        rows = source.delivery(run, name)
+        assert rows is not None
+        return rows.collect(), run.record
 
 
 def delivered(spark: SparkSession, config: DataPipelineConfig, name: str = "transactions") -> list[Row]:
@@ -681,7 +683,7 @@ def test_bad_file_refuses_the_run_and_what_is_published_stays(
 ) -> None:
     files = {"customers.csv": CUSTOMERS, "products.csv": PRODUCTS, "transactions/1.csv": ORDERS}
     source = land(tmp_path / "source", {**files, "transactions/2.csv.gz": gzip.compress(ORDERS.encode())[:-9]})
-    config = dataclasses.replace(published, source_dir=source, settle_seconds=0)
+    config = dataclasses.replace(published, source_dir=source, settle_seconds=0, reload=True)
     first = Store(config.root).published()
     with pytest.raises(
         NotPublishedError, match=r"transactions/2\.csv\.gz cannot be read, nothing is published: .*end-of-stream"
@@ -935,7 +937,9 @@ def test_model_joins_sources(
     with caplog.at_level(logging.INFO), begun(spark, config) as (run, source):
         ingest_bronze(run, source)
         assert run.record.delivery["olist_orders"]["rows"] == 3
-        rows = source.delivery(spark, "transactions").collect()
+        delivery = source.delivery(run, "transactions")
+        assert delivery is not None
+        rows = delivery.collect()
     assert (
         "transactions: 4 rows from olist_payments 2 records, olist_orders 3 records, olist_items 3 records"
         in caplog.text

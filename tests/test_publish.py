@@ -221,7 +221,7 @@ def add_whole(store: Store, run_id: str, tables: Path, **changes: Any) -> Path:
     store.set_status(run_id, AUDITED)
     rows = {f"{layer}.{table.name}": 0 for layer, table in SNAPSHOT_TABLES}
     record = RunRecord(run_id, "2026-03-01T12:00:00+00:00", store.root, {}, {}, result="succeeded", rows=rows)
-    record.sha256 = Snapshot(store, record).checksums()
+    record.sha256 = Snapshot(store, record.run_id).checksums()
     store.runs.save(dataclasses.replace(record, **changes))
     store.switch_to(run_id)
     return folder

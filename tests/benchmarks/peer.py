@@ -109,7 +109,7 @@ class Peer(ABC):
             for name, column in profile.items()
         }
         described[table.key[0]]["duplicates"] = repeated
-        for line in (*describe_profile(table.name, described), quality.describe(table.name)):
+        for line in (*describe_profile(table.name, described), *quality.describe(table.name)):
             log(line)
 
     def gate(self) -> None:
