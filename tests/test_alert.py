@@ -256,7 +256,7 @@ def test_report_that_fails_costs_no_alert(
     with pytest.raises(NotPublishedError):
         run_pipeline(config, spark)
     assert len(receiver.received) == 1
-    assert "report.html is not renewed" in log.text
+    assert "report.html was not updated" in log.text
     assert 'result="refused"} 1.0' in Path(config.data_dir, "metrics.prom").read_text()
     text = page.read_text()
     assert text.startswith("## ⛔ Pipeline run ")

@@ -338,7 +338,7 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "half of UTF-16": ("t.csv", "id,name\n1,a\n".encode("utf-16")[:-1], "'utf-16-le' can't decode"),
     "repeated column": ("t.csv", b"id,Name,name \n1,a,b\n", "two columns are called"),
     "column of ours": ("t.csv", b"id,_source_row\n1,2\n", "a column is called _source_row"),
-    "JSON array": ("t.json", b'[{"id": 1},\n{"id": 2}]\n', "it is a JSON array: one object a line is needed"),
+    "JSON array": ("t.json", b'[{"id": 1},\n{"id": 2}]\n', "it is a JSON array: write one object per line"),
     "no Excel": ("t.xlsx", b"id,name\n1,a\n", "it cannot be read as an Excel file"),
     "sheet of repeated columns": ("t.xlsx", excel(["id", "ID"]), "two columns are called"),
     "Parquet without footer": ("t.parquet", b"PAR1" + b"x" * 100, "too small|footer|magic bytes|No magic"),
@@ -423,10 +423,7 @@ def test_only_finished_files_of_known_formats_are_listed_in_natural_order(
     sources = ["orders_export__2_", "all", "all", "customers", "orders", *4 * ["transactions"]]
     assert [file.source for file in files if not file.problem] == sources
     assert {file.path: file.size for file in files}["all.zip/a.csv"] == 9
-    assert (
-        "skipped, because of an unknown ending or as they are no regular files: notes.md, transactions/pipe.csv"
-        in caplog.text
-    )
+    assert "skipped (unknown file ending or not a regular file): notes.md, transactions/pipe.csv" in caplog.text
 
 
 def test_large_and_odd_values_survive(tmp_path: Path, small: Small) -> None:
@@ -743,8 +740,8 @@ def test_empty_and_repeated_files_are_named_in_a_warning(
     assert [row["_source_file"] for row in delivered(spark, landed(files))] == ["transactions/2.csv"]
     assert warnings()[-3:] == [
         "transactions/1.csv is left out: it has the same content as transactions/2.csv",
-        "transactions/3.csv holds no record",
-        "transactions/4.csv holds no record",
+        "transactions/3.csv contains no records",
+        "transactions/4.csv contains no records",
     ]
 
 
@@ -809,7 +806,7 @@ MODELS: dict[str, tuple[str, str]] = {
     "no SQL": ("SELEC * FROM transactions", "transactions.sql cannot be parsed: "),
     "lacks a column": ("SELECT transaction_id, amount FROM transactions", "returns no status, quantity, timestamp"),
     "other table": ("SELECT * FROM products", "returns no transaction_id"),
-    "other source": ("SELECT * FROM orders", "nothing is there for the table transactions .* reads orders; l"),
+    "other source": ("SELECT * FROM orders", "has no files for the table transactions: .* reads orders; l"),
 }  # fmt: skip
 
 
@@ -975,11 +972,11 @@ def test_source_that_cannot_be_one(small: Small, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="there is no folder"):
         open_source(small(source_dir=str(tmp_path / "none")))
     land(tmp_path, {"customers.csv": CUSTOMERS, "product.csv": PRODUCTS, "transactions.csv": ORDERS})
-    with pytest.raises(ConfigurationError, match="nothing is there for the table products in"):
+    with pytest.raises(ConfigurationError, match="has no files for the table products:"):
         open_source(small(source_dir=str(tmp_path)))
     land(tmp_path, {"Products.csv": PRODUCTS, "transactions.sql": MODEL})
     (tmp_path / "transactions.csv").unlink()
-    with pytest.raises(ConfigurationError, match="nothing is there for the table transactions in"):
+    with pytest.raises(ConfigurationError, match="has no files for the table transactions:"):
         open_source(small(source_dir=str(tmp_path)))
 
 
@@ -1168,7 +1165,7 @@ def test_known_exports_are_recognized(ready: Path, landed: Callable[..., DataPip
     rename = "rename it to match orders_export* or orders-*"
     assert f"sheet.csv looks like the orders export of one: run with --models one, and {rename}" in shown
     assert not any("stock.csv looks like" in line or "model to start from" in line for line in shown)
-    with pytest.raises(ConfigurationError, match=f"table transactions .*; {recognized}; sheet"):
+    with pytest.raises(ConfigurationError, match=f"table transactions: .*; {recognized}; sheet"):
         open_source(config)
     Path(config.source_dir or "", "orders_export_1.csv").unlink()
     with pytest.raises(

@@ -292,7 +292,7 @@ def test_rollback_to_a_damaged_snapshot_is_refused(
     damaged = add_whole(store, IDS[1], empty_tables, **({} if has_checksums else {"sha256": {}}))
     add_whole(store, IDS[2], empty_tables)
     damage(damaged / "gold" / "device_analytics" / "part-0.parquet")
-    with pytest.raises(PipelineError, match=f"snapshot {IDS[1]} is not whole: .*gold[/.]device_analytics") as raised:
+    with pytest.raises(PipelineError, match=f"snapshot {IDS[1]} is damaged: .*gold[/.]device_analytics") as raised:
         roll_back(store, IDS[1], 0)
     assert store.published() == IDS[2]
     assert roll_back(store, "", 0) == store.published() == IDS[0], "where none is named, the newest that is whole"
@@ -309,7 +309,7 @@ def test_rollback_where_none_is_whole(store: Store, empty_tables: Path, caplog: 
     assert main(["--rollback", "--data-dir", store.root]) == 2
     first, second, last = caplog.messages
     assert first.startswith(f"Passed over: snapshot {IDS[1]} cannot be checked: its run record is missing")
-    assert second.startswith(f"Passed over: snapshot {IDS[0]} is not whole: gold/device_analytics")
+    assert second.startswith(f"Passed over: snapshot {IDS[0]} is damaged: gold/device_analytics")
     assert last.startswith(
         f"no snapshot that is intact and older than the published one in {store.root}: there are {IDS[0]}, "
     )
@@ -320,7 +320,7 @@ def test_rollback_audits_the_rows(store: Store, empty_tables: Path) -> None:
     rows = {f"{layer}.{table.name}": 0 for layer, table in SNAPSHOT_TABLES} | {"silver.products_active": 1}
     add_whole(store, IDS[0], empty_tables, rows=rows, sha256={})
     add_whole(store, IDS[1], empty_tables)
-    with pytest.raises(PipelineError, match=r"not whole: silver\.products_active: 1 rows were written, 0 are there"):
+    with pytest.raises(PipelineError, match=r"is damaged: silver\.products_active: 1 rows were written, 0 are there"):
         roll_back(store, IDS[0], 0)
     os.unlink(store.path("runs", f"{IDS[0]}.json"))
     with pytest.raises(PipelineError, match=f"snapshot {IDS[0]} cannot be checked: its run record is missing"):
@@ -382,7 +382,7 @@ def test_run_ids_rise_though_the_clock_is_set_back(store: Store, caplog: pytest.
     third = store.next_run_id()
     assert max(first, second) < future < third
     assert third.startswith("21000101T000000Z-")
-    assert "The clock is behind the last run" in caplog.text
+    assert "The clock is earlier than the last run" in caplog.text
 
 
 def test_second_writer_is_refused_at_once_or_waits(store: Store) -> None:

@@ -221,7 +221,7 @@ def test_stopped_session_is_said_to_be_stopped(small: Callable[..., DataPipeline
         timeout=120,
         check=False,
     )
-    assert done.stdout == "the session that was handed in is stopped: hand in one that runs, or none\n" * 2, done.stderr
+    assert done.stdout == "the session that was passed is stopped: pass one that runs, or none\n" * 2, done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -250,7 +250,7 @@ MISTAKES: dict[str, tuple[str, dict[str, str], str, str]] = {
         "",
         {"PYSPARK_SUBMIT_ARGS": "--driver-memory 100m pyspark-shell"},
         "System memory 104857600 must be at least",
-        "give Java more, by --driver-memory in PYSPARK_SUBMIT_ARGS",
+        "give Java more, with --driver-memory in PYSPARK_SUBMIT_ARGS",
     ),
     "open files": ("ulimit -n 40; ", {}, "Spark does not start: ", "see the limits that `ulimit -n`"),
     "memory": ("ulimit -v 1500000; ", {}, "Could not allocate ", "see the limits that `ulimit -n`, `-u` and `-v`"),

@@ -53,7 +53,7 @@ def test_runs_leave_their_snapshots_on_hdfs(
     files.copyToLocalFile(to_path(first.data_dir), to_path(f"file://{tmp_path}/copy"))
     assert differences(report.data_dir, tmp_path / "copy") == []
 
-    with pytest.raises(NotPublishedError, match=f"the refused snapshot lies in {root}/snapshots/"):
+    with pytest.raises(NotPublishedError, match=f"the refused snapshot is in {root}/snapshots/"):
         run_pipeline(small(data_dir=root, max_quarantine_rate=0.01), spark)
     [refused] = set(folders(f"{root}/snapshots")) - {first.run_id}
     assert folders(f"{root}/snapshots/{refused}") == ["bronze", "quarantine"]
