@@ -869,6 +869,10 @@ class Run:
         """Caches rows until the end of the layer."""
         return self._cached.enter_context(self.engine.cached(rows, self.snapshot.folder))
 
+    def stored(self, rows: DataFrame) -> DataFrame:
+        """Writes rows to files until the end of the layer. Unlike cached rows, they do not lengthen later plans."""
+        return self._cached.enter_context(self.engine.stored(rows, self.snapshot.folder))
+
     def temporary_folder(self, name: str) -> str:
         """Makes a local folder (inside the snapshot if that is local) and removes it at the end of the layer."""
         folder = self.snapshot.path(name) if self.snapshot.folder else tempfile.mkdtemp()
@@ -3068,9 +3072,9 @@ def find_affected(run: Run, bronze: Mapping[str, Received]) -> Affected | None:
         no_key = run.engine.spark.sql("SELECT xxhash64(CAST(NULL AS STRING)) AS key_hash")
         rows = affected_rows(run, base, bronze).values()
         hashes = [part.select(F.expr(key_hash(table)).alias("key_hash")) for part in rows]
-        keys = run.cached(functools.reduce(lambda one, other: one.unionAll(other), hashes, no_key).distinct())
+        keys = run.stored(functools.reduce(lambda one, other: one.unionAll(other), hashes, no_key).distinct())
         run.record.affected_keys = keys.count() - 1
-        now = run.cached(with_keys(received.rows, table, keys))
+        now = run.stored(with_keys(received.rows, table, keys))
         before = now.where(F.col("_run_id") != run.record.run_id)
         if removed is not None:
             before = before.unionByName(with_keys(removed, table, keys))
@@ -3275,7 +3279,7 @@ def aggregate(rows: DataFrame, metrics: Mapping[str, str]) -> dict[str, Any]:
     return values.asDict()  # type: ignore[no-any-return]
 
 
-def write_parquet(rows: DataFrame, uri: str, month: str) -> None:
+def write_parquet(rows: DataFrame, uri: str, month: str = "") -> None:
     """Writes rows as Parquet: flat, or in a folder for each month."""
     if month:
         rows.withColumn("_month", F.expr(month)).write.mode("error").partitionBy("_month").parquet(uri)
@@ -3533,7 +3537,11 @@ class Engine(ABC):
     def read(self, uri: str | Sequence[str], schema: Any = None) -> DataFrame:
         """Returns the rows of a Parquet table, or of some files. Without a schema, the engine reads it from them."""
         reader = self.spark.read if schema is None else self.spark.read.schema(schema)
-        return reader.parquet(*([uri] if isinstance(uri, str) else (f"file://{path}" for path in uri)))
+        return reader.parquet(*([uri] if isinstance(uri, str) else map(self.local_uri, uri)))
+
+    def local_uri(self, path: str) -> str:
+        """Returns the URI of a file or folder of this machine."""
+        return f"file://{path}"
 
     def write(self, rows: DataFrame, uri: str, metrics: Mapping[str, str], month: str = "") -> dict[str, Any]:
         """Writes rows as Parquet, and returns the metrics over them.
@@ -3557,6 +3565,15 @@ class Engine(ABC):
             yield persisted
         finally:
             persisted.unpersist()
+
+    @contextlib.contextmanager
+    def stored(self, rows: DataFrame, folder: str | None) -> Iterator[DataFrame]:
+        """Writes rows to files until the end of the block. Unlike cached rows, they have no plan."""
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            path = f"{temporary}/rows"
+            write_parquet(rows, self.local_uri(path))
+            # Without rows, Sail writes no files.
+            yield self.read(self.local_uri(path), rows.schema) if os.path.exists(path) else rows.limit(0)
 
     @contextlib.contextmanager
     def view(self, rows: DataFrame) -> Iterator[str]:
@@ -3794,9 +3811,11 @@ class Sail(Engine):
         return f"Sail {importlib.metadata.version('pysail')}, as Spark {self.spark.version},"
 
     def read(self, uri: str | Sequence[str], schema: Any = None) -> DataFrame:
-        """Returns the rows of a Parquet table. It passes paths, since Sail would decode %41 in a URI."""
-        reader = self.spark.read if schema is None else self.spark.read.schema(schema)
-        return reader.parquet(*([uri.removeprefix("file://")] if isinstance(uri, str) else uri))
+        return super().read(uri.removeprefix("file://") if isinstance(uri, str) else uri, schema)
+
+    def local_uri(self, path: str) -> str:
+        """Returns the path, since Sail would decode %41 in a URI."""
+        return path
 
     def write(self, rows: DataFrame, uri: str, metrics: Mapping[str, str], month: str = "") -> dict[str, Any]:
         """Writes rows, and reads them back to count them: Sail cannot count while it writes.
@@ -3821,11 +3840,9 @@ class Sail(Engine):
 
     @contextlib.contextmanager
     def cached(self, rows: DataFrame, folder: str | None) -> Iterator[DataFrame]:
-        """Writes the rows and reads them back: Sail keeps nothing in memory."""
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            rows.write.parquet(path := f"{temporary}/rows")
-            # Without rows there are no files.
-            yield self.read(path, rows.schema) if os.path.exists(path) else rows.limit(0)
+        """Stores the rows: Sail keeps nothing in memory."""
+        with self.stored(rows, folder) as stored:
+            yield stored
 
 
 def check_shared_storage(engine: Engine, snapshot: Snapshot) -> None:
