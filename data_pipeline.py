@@ -1705,7 +1705,7 @@ class LandedFiles(Source):
         self.root = expand_path("source_dir", config.source_dir or "")
         if not os.path.isdir(self.root):
             raise ConfigurationError(f"there is no folder {self.root} on this machine: correct source_dir")
-        self.identity = {"kind": "landed files", "folder": self.root}
+        self.identity = {"kind": "landed files", "folder": f"in {self.root}"}
         self.continues = not config.reload
         self.controls = read_controls(os.path.join(self.root, CONTROLS), config)
         if config.models in ready_models() and config.source_decimal != ".":
@@ -1882,10 +1882,12 @@ class LandedFiles(Source):
                 )
 
     def records(self, engine: Engine, files: Sequence[LandedFile]) -> dict[str, DataFrame]:
-        """Returns the records of each source, with all columns that the models declare for it."""
+        """Returns the records of each source, with all columns that the models declare for it or that are known."""
         declared, sources = self.declared_columns(), dict.fromkeys((*self.used, *(file.source for file in files)))
         well_formed = [part for part in self.parts if not part.is_malformed]
         parts = {source: [part for part in well_formed if part.source == source] for source in sources}
+        for file in self.ledger:  # a model may read a column that only files of earlier runs have
+            declared[file.source] += file.columns
         return {source: union_parts(engine, parts[source], files, declared[source]) for source in sources}
 
     def declared_columns(self) -> dict[str, list[str]]:
@@ -2947,22 +2949,23 @@ def find_base(config: DataPipelineConfig, source: Source, store: Store) -> Base 
     if config.reload:
         source.check_reload(ledger)
         return None
-    differ = {key for key, value in own["source"].items() if state["source"].get(key) != value}
-    if differ & ({*own["source"]} if source.continues else {"kind"}):
-        theirs, ours = (
-            ", ".join(f"{key} {source[key]}" for key in source) for source in (state["source"], own["source"])
-        )
+    differ = {name: value for name, value in own["source"].items() if state["source"].get(name) != value}
+    if "kind" in differ or (source.continues and "folder" in differ):
+        theirs, ours = (", ".join(map(str, found["source"].values())) for found in (state, own))
         raise ConfigurationError(
             f"the published data is from another source ({theirs}) than this run's ({ours}): choose another "
-            "--data-dir, or let bronze begin again by --reload"
+            "--data-dir, or let bronze begin again with --reload"
         )
     if not source.continues:
+        return None
+    if differ:
+        logger.info("The data begins anew, since it is generated with another %s", " and ".join(differ))
         return None
     record = store.runs.get(published)
     if record is None:
         raise PipelineError(
             f"the run record of the published snapshot {published} is missing or unreadable, so nothing can build on "
-            "it: publish another one with --rollback, or let bronze begin again by --reload"
+            "it: publish another one with --rollback, or let bronze begin again with --reload"
         )
     as_of = parse_setting("as_of_date", record.config["as_of_date"])
     reasons = [f"the {key} differ" for key in ("models", "settings") if state[key] != own[key]]
@@ -5890,6 +5893,7 @@ def summarize(run: Run) -> None:
 # Report, metrics, alerts and job summary are made from run records alone.
 
 RESULTS = ("succeeded", "refused", "failed", "interrupted", "killed")  # of a run that has ended
+KINDS = ("full", "incremental", "unchanged")  # of a run
 VERSIONS = ("pipeline", "python", "spark", "java", "sail")  # in a run record
 
 # Fields of a record and of its `quality` that were renamed after schema version 1: old name, new name.
@@ -6270,7 +6274,7 @@ def metrics(history: Sequence[RunRecord], published: RunRecord | None) -> str:
     """
     good = [run for run in (published, *history) if run and run.result == "succeeded"]
     finished = max((run.finished_at for run in good if run.finished_at), default=None)
-    runs = {"last": history[-1], "published": published, "finished": finished, "results": RESULTS}
+    runs = {"last": history[-1], "published": published, "finished": finished, "results": RESULTS, "kinds": KINDS}
     return render("metrics.prom.jinja", None, **runs)
 
 

@@ -127,6 +127,8 @@ run() {
     folder=$(find_environment)
     [[ -e $folder/complete ]] || fail "there is no environment for these requirements: call 'deploy.sh environment' first"
     [[ -d $release ]] || fail "there is no release $commit in $home/releases: call 'deploy.sh release' first"
+    # Generated data grows by the days since the last run. Landed files do so without it.
+    [[ ${DRY_RUN:-} == true ]] || export PIPELINE_INCREMENTAL=${PIPELINE_INCREMENTAL-yes}
     touch "$log.started"
     cd ~
     # In place of the shell, so that whoever stops this stops the pipeline.

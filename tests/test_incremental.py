@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import dataclasses
 import json
 import os
 import random
+import re
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from compare_runs import differences
-from conftest import open_tables
+from conftest import ENGINE, open_tables
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from pyspark.sql import DataFrame, SparkSession
@@ -37,6 +44,10 @@ from data_pipeline import (
 
 Small = Callable[..., DataPipelineConfig]
 FIRST = date(2026, 3, 1)
+# A night takes seconds on Spark. `THOROUGH=yes` runs on it what otherwise only runs on Sail.
+THOROUGH = pytest.mark.skipif(
+    ENGINE == "spark" and not os.environ.get("THOROUGH"), reason="would take too long on Spark"
+)
 HEADERS = {
     "customers": "customer_id,first_name,last_name,city,signup_date",
     "products": "product_id,product_name,category,price,stock_quantity,supplier,created_date,is_active",
@@ -159,11 +170,13 @@ def check_history(small: Small, spark: SparkSession, folder: Path, seed: int) ->
     return [record.kind for record in records]
 
 
+@pytest.mark.slow
 def test_history_equals_a_full_refresh(small: Small, spark: SparkSession, tmp_path: Path) -> None:
     assert "incremental" in check_history(small, spark, tmp_path, seed=1)
 
 
 @pytest.mark.slow
+@THOROUGH
 @settings(
     max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -182,7 +195,7 @@ CLAUSES: dict[str, dict[str, str]] = {
 }
 
 
-@pytest.mark.parametrize("clause", CLAUSES)
+@pytest.mark.parametrize("clause", [pytest.param(clause, marks=THOROUGH) for clause in CLAUSES])
 def test_no_clause_of_affected_can_be_left_out(clause: str, shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     first_night(shop)
     for table, line in CLAUSES[clause].items():
@@ -245,6 +258,7 @@ def months(config: DataPipelineConfig) -> dict[str, int]:
     return {path.name[:7]: path.stat().st_nlink for path in sorted(folder.glob("*.parquet"))}
 
 
+@THOROUGH
 def test_months_without_an_affected_order_are_linked(shop: Shop) -> None:
     first_night(shop)
     assert months(shop.config) == {"2026-01": 1, "2026-02": 1}
@@ -277,6 +291,7 @@ def test_nothing_arrived(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "data_pipeline_last_success_timestamp_seconds" in Path(shop.config.root, "metrics.prom").read_text()
 
 
+@THOROUGH
 def test_file_that_is_touched_copied_overwritten_or_gone(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     first_night(shop)
@@ -306,6 +321,7 @@ def test_file_that_is_touched_copied_overwritten_or_gone(shop: Shop, caplog: pyt
     assert shop.run(reload=True, accept_missing_files=True).rows["bronze.transactions"] == 1
 
 
+@THOROUGH
 def test_reread_replaces_what_a_file_gave(shop: Shop) -> None:
     first_night(shop)
     shop.land("transactions", "2", "T9,1,P1,1,9.00,2026-02-01 10:00:00,paypal,completed")
@@ -319,6 +335,7 @@ def test_reread_replaces_what_a_file_gave(shop: Shop) -> None:
         shop.run(reread="orders/*")
 
 
+@THOROUGH
 def test_rollback_gives_back_what_had_arrived(shop: Shop) -> None:
     first = first_night(shop)
     shop.land("transactions", "2", "T9,1,P1,1,9.00,2026-02-01 10:00:00,paypal,completed")
@@ -328,6 +345,7 @@ def test_rollback_gives_back_what_had_arrived(shop: Shop) -> None:
     assert (again.kind, again.rows, again.revenue) == ("incremental", night.rows, night.revenue)
 
 
+@THOROUGH
 def test_run_that_fails_changes_nothing(shop: Shop) -> None:
     first = first_night(shop)
     shop.land("transactions", "2", "T9,1,P1,1,9.00,2026-02-01 10:00:00,paypal,lost")
@@ -337,6 +355,7 @@ def test_run_that_fails_changes_nothing(shop: Shop) -> None:
     assert shop.run().arrived["transactions"].quarantined == 1
 
 
+@THOROUGH
 def test_other_settings_rules_and_dates_compute_every_key(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
     first_night(shop)
     caplog.set_level("INFO")
@@ -368,11 +387,12 @@ def test_settings_that_change_tables_are_compared() -> None:
     assert fields - others == {*data_pipeline.TABLE_SETTINGS}, "does a new setting change the tables?"
 
 
+@THOROUGH
 def test_other_source_needs_a_reload(shop: Shop, small: Small, spark: SparkSession) -> None:
     first_night(shop)
     generated = small(data_dir=shop.config.data_dir, num_customers=10, num_products=5, num_transactions=20)
     with pytest.raises(
-        ConfigurationError, match=r"the published data is from another source .* by --reload"
+        ConfigurationError, match=r"the published data is from another source generated data.* with --reload"
     ) as failure:
         run_pipeline(generated, spark)
     assert failure.value.exit_code == 2
@@ -381,6 +401,7 @@ def test_other_source_needs_a_reload(shop: Shop, small: Small, spark: SparkSessi
         shop.run()
 
 
+@pytest.mark.slow
 def test_days_of_generated_data(small: Small, spark: SparkSession) -> None:
     sizes = {"num_customers": 400, "num_transactions": 4_000, "num_products": 50, "history_days": 40}
     config = small(**sizes, incremental=True, as_of_date=FIRST)
@@ -422,10 +443,10 @@ def test_days_of_generated_data(small: Small, spark: SparkSession) -> None:
     again.as_of_date = config.as_of_date
     run_pipeline(again, spark)
     assert differences(config.root, again.root) == []
-    with pytest.raises(ConfigurationError, match="seed 7"):
-        run_pipeline(dataclasses.replace(config, seed=7), spark)
+    assert run_pipeline(dataclasses.replace(config, seed=7), spark).kind == "full", "the data begins anew"
 
 
+@THOROUGH
 def test_tables_of_models_that_join_are_compared(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     (shop.source / "transactions.sql").write_text(
@@ -476,3 +497,100 @@ def test_new_file_under_the_name_of_no_table_is_named(shop: Shop, caplog: pytest
     (shop.source / "transactons.csv").write_text("x\n1\n")
     assert isinstance(open_source(shop.config), LandedFiles)
     assert "no model and no table uses transactons.csv" in caplog.text
+
+
+@pytest.mark.slow
+@THOROUGH
+def test_thirty_nights_and_kills(shop: Shop, spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run after a killed one gives the tables that it would have given. Nights do not become slower."""
+    first_night(shop)
+    choose, seconds = random.Random(3), []
+    for night in range(1, 31):
+        shop.land("transactions", f"night{night}", *(order(choose) for _ in range(20)))
+        if night % 2:
+            command = [sys.executable, data_pipeline.__file__, "--engine", ENGINE, "--quiet", "--settle-seconds", "0"]
+            command += ["--source-dir", str(shop.source), "--data-dir", shop.config.root, "--max-quarantine-rate", "1"]
+            command += ["--as-of-date", str(FIRST)]
+            process = subprocess.Popen(command, start_new_session=True, env=without_settings())
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(choose.uniform(0.3, 3.5))
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        record = shop.run()
+        seconds.append(record.seconds["total"])
+        assert record.result == "succeeded"
+    assert record.quality["transactions"].received == 4 + 30 * 20
+    shutil.copytree(shop.config.root, shop.source.parent / "full", symlinks=True)
+    config = dataclasses.replace(shop.config, data_dir=str(shop.source.parent / "full"), full_refresh=True)
+    assert run_pipeline(dataclasses.replace(config, as_of_date=FIRST), spark).quality == record.quality
+    assert differences(shop.config.root, config.root) == []
+    print(f"first nights {seconds[:5]}, last nights {seconds[-5:]}")
+
+
+def without_settings() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PIPELINE_")}
+    return kept | {"PIPELINE_FAST_START": "no"}
+
+
+@pytest.mark.slow
+@THOROUGH
+def test_commands_of_the_docs(tmp_path: Path) -> None:
+    project = Path(data_pipeline.__file__).parent
+    text = (project / "docs/incremental.md").read_text()
+    [script] = re.findall(r"run by: tests/test_incremental.py -->\n```bash\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "docs").symlink_to(project / "docs")
+    script = script.replace(".venv/bin/python data_pipeline.py", f"{sys.executable} {data_pipeline.__file__}")
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env=without_settings() | {"HOME": str(tmp_path), "PIPELINE_ENGINE": ENGINE},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "VERIFICATION: all tables equal those of a full refresh" in done.stderr
+    assert "Nothing has arrived since run" in done.stderr
+    runs = [record for _, record in Store(str(tmp_path / "shop-data")).runs.all()]
+    assert [run.kind for run in runs if isinstance(run, RunRecord)] == ["full", "incremental", "unchanged"]
+    with open_tables(tmp_path / "shop-data") as db:
+        orders = db.sql("SELECT transaction_id FROM transactions_clean ORDER BY 1").fetchall()
+    assert orders == [("A-1",), ("A-4",), ("A-5",), ("A-7",)]
+
+
+@THOROUGH
+@pytest.mark.parametrize("system", ["olist", "shopify", "uci", "woocommerce", "stripe"])
+def test_exports_of_systems_in_two_nights(system: str, shop: Shop, tmp_path: Path) -> None:
+    """The samples of the ready models, of which half of the records arrive a night later."""
+    samples = Path(data_pipeline.READY_MODELS, system, "sample")
+    late: dict[Path, bytes] = {}
+    for path in (path for path in samples.iterdir() if path.is_file()):
+        if path.suffix == ".csv":
+            late[shop.source / path.name] = path.read_bytes()
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                head, *rows = csv.reader(file)
+            with open(shop.source / path.name, "w", newline="") as file:
+                csv.writer(file).writerows([head, *rows[: max(len(rows) // 2, 1)]])
+        else:
+            shutil.copy(path, shop.source)
+    values: dict[str, Any] = {"models": system, "orphans": "keep", "as_of_date": date(2026, 11, 1)}
+    shop.config = dataclasses.replace(shop.config, **values)
+    run_pipeline(shop.config, shop.spark)
+    for path, content in late.items():
+        path.write_bytes(content)
+    record = run_pipeline(dataclasses.replace(shop.config, verify_incremental=True), shop.spark)
+    assert record.kind == "incremental"
+    # A file that was overwritten has all rows of the old one: the tables are those of the whole export.
+    whole = dataclasses.replace(shop.config, data_dir=str(tmp_path / "whole"))
+    expected = run_pipeline(whole, shop.spark)
+    assert (record.revenue, record.orders, record.returns) == (expected.revenue, expected.orders, expected.returns)
+
+
+@THOROUGH
+def test_bronze_of_an_older_schema_has_nulls(shop: Shop) -> None:
+    first_night(shop)
+    [file] = Path(shop.config.root, "bronze/transactions").glob("*.parquet")
+    older = pq.read_table(file).drop_columns(["currency", "order_id"])
+    file.unlink()
+    pq.write_table(older, file)
+    shop.land("transactions", "2", "T9,1,P1,1,9.00,2026-02-01 10:00:00,paypal,completed")
+    assert shop.run(verify_incremental=True).kind == "incremental"
+    rows = shop.rows("SELECT count(*), count(order_id) FROM transactions_clean")
+    assert rows == [(4, 0)]
