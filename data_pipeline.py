@@ -744,10 +744,8 @@ def build_silver(run: Run, valid: Mapping[str, DataFrame], affected: Affected | 
     run.write_all(SILVER, first)
     orders = run.read(SILVER, TABLES["transactions_clean"])
     returns = run.read(SILVER, TABLES["transactions_returned"])
-    [[found]] = answer_queries(run, {0: "SELECT count(order_id) AS rows FROM silver.transactions_clean"}).values()
-    has_order_ids = found["rows"] > 0
     second = {
-        "customers_enriched": lambda: customers_enriched(customers, orders, returns, run.config, has_order_ids),
+        "customers_enriched": lambda: customers_enriched(customers, orders, returns, run.config, has_order_ids(run)),
     }
     run.write_all(SILVER, second)
     return {
@@ -755,6 +753,15 @@ def build_silver(run: Run, valid: Mapping[str, DataFrame], affected: Affected | 
         "customers_enriched": run.read(SILVER, TABLES["customers_enriched"]),
         "products_active": run.read(SILVER, TABLES["products_active"]),
     }
+
+
+def has_order_ids(run: Run) -> bool:
+    """Returns whether any order has an order_id."""
+    if run.base is None:  # the profile is of all rows
+        column = run.record.profile["transactions"]["order_id"]
+        return bool(column["nulls"] < column["rows"])
+    [[found]] = answer_queries(run, {0: "SELECT count(order_id) AS filled FROM silver.transactions_clean"}).values()
+    return bool(found["filled"])
 
 
 def build_gold(run: Run, silver: Mapping[str, DataFrame]) -> None:
@@ -2670,6 +2677,11 @@ def counts_of(table: Table, found: Mapping[str, int]) -> Counts:
     return Counts(found["rows"], violations, passing)
 
 
+def no_rows(table: Table) -> Counts:
+    """Returns the counts of a bronze table without rows."""
+    return counts_of(table, dict.fromkeys(row_counts(table, DataPipelineConfig()), 0))
+
+
 def count_rows(rows: DataFrame, table: Table, config: DataPipelineConfig) -> Counts:
     """Counts rows of a bronze table, and those that violate or pass its rules."""
     return counts_of(table, aggregate(rows, row_counts(table, config)))
@@ -3108,8 +3120,9 @@ def affected_rows(run: Run, base: Base, bronze: Mapping[str, Received]) -> dict[
 
 def account_before(run: Run, base: Base, table: Table, rows: DataFrame) -> Quality:
     """Returns the account of rows in the base: with its customers and products, as of its date."""
-    counts = count_rows(rows, table, base.config)
-    nothing = counts_of(table, collections.defaultdict(int))
+    counts, nothing = count_rows(rows, table, base.config), no_rows(table)
+    if not counts.rows:
+        return quality_of(table, nothing, {})
     parents = {}
     for name in table.foreign_keys.values():
         parent, violations = TABLES[name], base.record.quality[name].violations
@@ -3199,13 +3212,11 @@ def verify(run: Run) -> None:
         os.makedirs(beside.root)
         full = Run(run.config, run.engine, beside, copy.deepcopy(run.record), run.base)
         full.record.rows = {name: rows for name, rows in run.record.rows.items() if name.startswith(BRONZE)}
-        nothing = {table.name: counts_of(table, collections.defaultdict(int)) for table in tables(BRONZE)}
         with full.layer(SILVER, "Full refresh, to compare with"):
             bronze = {
-                table.name: Received(
-                    table, rows := run.read(BRONZE, table), count_rows(rows, table, run.config), nothing[table.name]
-                )
+                table.name: Received(table, rows, count_rows(rows, table, run.config), no_rows(table))
                 for table in tables(BRONZE)
+                for rows in [run.read(BRONZE, table)]
             }
             silver = build_silver(full, clean(full, bronze, None), None)
         with full.layer(GOLD, "Full refresh, to compare with"):
