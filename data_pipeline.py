@@ -471,8 +471,7 @@ def run_pipeline(
     with contextlib.ExitStack() as afterwards, store.lock(config.lock_timeout):
         store.recover()
         base = find_base(config, source, store)
-        has_arrivals = source.find_arrivals(base)
-        record = new_record(config, store, engine)
+        record = new_record(config, store, engine, base, has_arrivals=source.find_arrivals(base))
         afterwards.callback(notify, record, store, config)
         with (
             contextlib.closing(engine),
@@ -481,10 +480,9 @@ def run_pipeline(
         ):
             if on_start:
                 on_start(record)
-            if base and not has_arrivals and base.is_current(config):
+            if base and record.kind == "unchanged":
                 repeat_published(record, base)
                 return record
-            record.kind = "incremental" if base and not base.refresh else "full"
             run = Run(config, engine, snapshot, record, base)
             run.start_engine(meanwhile=source.prepare)
             with run.layer(BRONZE, "Raw Data Ingestion"):
@@ -497,8 +495,7 @@ def run_pipeline(
             with run.layer(GOLD, "Business Aggregations"):
                 build_gold(run, silver)
             audit(run)
-            if config.verify_incremental:
-                verify(run)
+            verify(run)
             check_controls(run, source.controls)
             summarize(run)
             warn_of_anomalies(record, store, config.anomaly_factor)
@@ -1399,12 +1396,7 @@ def customers_enriched(
     Customer 0 has all orders without a customer, and the segment `Unknown`. Unknown `email`, `city`, `age` (with
     `age_group`) and `signup_date` (with `tenure_days`) are null, as are the order dates of a customer without orders.
     """
-    orders = transactions_clean.select(
-        "customer_id", "order_id", "amount",
-        F.lit(1).cast("bigint").alias("orders"),
-        F.col("transaction_date").alias("first_order_date"),
-        F.col("transaction_date").alias("last_order_date"),
-    )  # fmt: skip
+    orders = with_first_and_last_date(transactions_clean)
     if config.keeps_orphans:
         # Adds the customers of returns, with nulls in all other columns, so that they get a row but no order.
         nulls = (F.lit(None).cast(kind).alias(name) for name, kind in orders.dtypes[1:])
@@ -1432,6 +1424,16 @@ def customers_enriched(
         mean_or_zero(total_spent, total_orders).alias("avg_order_value"),
         "signup_date", "first_order_date", "last_order_date",
         is_inferred.alias("is_inferred"),
+    )  # fmt: skip
+
+
+def with_first_and_last_date(transactions_clean: DataFrame) -> DataFrame:
+    """One row per transaction, with the columns that `_order_totals` adds up."""
+    return transactions_clean.select(
+        "customer_id", "order_id", "amount",
+        F.lit(1).cast("bigint").alias("orders"),
+        F.col("transaction_date").alias("first_order_date"),
+        F.col("transaction_date").alias("last_order_date"),
     )  # fmt: skip
 
 
@@ -1744,7 +1746,6 @@ class LandedFiles(Source):
         self.replaced: list[int] = []  # deliveries of files that are received again
         self.gone: list[LandedFile] = []  # files that were read before and are not there any more
         self.parts: Sequence[Part] = ()
-        self.views: dict[str, str] = {}  # the view of each source's records
         self._records: dict[str, DataFrame] = {}
         self._malformed: dict[str, DataFrame] = {}
 
@@ -1758,53 +1759,36 @@ class LandedFiles(Source):
         """
         if base is None:
             return True
-        known = {file.path: file for file in base.ledger}  # the last one read, if a file was replaced
-        pattern = self.config.reread
-        again = {path for path in known if pattern and fnmatch.fnmatchcase(path, pattern)}
-        if pattern and not again & {file.path for file in self.files}:
+        pattern, paths = self.config.reread, {file.path for file in self.files}
+        again = {file.path for file in base.ledger if pattern and fnmatch.fnmatchcase(file.path, pattern)}
+        if pattern and not again & paths:
             raise ConfigurationError(f"reread names no file that was read and is still there: {pattern}")
         self.replaced = [file.delivery for file in base.ledger if file.path in again]
+        self.ledger = [file for file in base.ledger if file.path not in again]
         self.number = 1 + max((file.delivery for file in base.ledger), default=0)
-        self.arrived, seen = [], []
+        latest = {file.path: file for file in self.ledger}  # the last one read, if a file was replaced
+        self.gone = [file for path, file in latest.items() if path not in paths]
+        if self.gone:
+            logger.info("Gone since they were read, their rows stay: %s", shorten([file.path for file in self.gone]))
+        self.arrived, known = [], []
         for file in self.files:
-            before = known.get(file.path)
-            if before and file.path not in again and self._is_same(file, before):
-                seen.append(dataclasses.replace(before, size=file.size, mtime_ns=file.mtime_ns))
+            before = latest.get(file.path)
+            if before and is_same_file(self.root, file, before):
+                before.size, before.mtime_ns = file.size, file.mtime_ns
+                known.append(dataclasses.replace(before, rows=0, malformed=0))
             else:
                 self.arrived.append(dataclasses.replace(file, delivery=self.number + 1 + len(self.arrived)))
-        present = {file.path: file for file in seen}
-        self.ledger = [
-            file if file != known[file.path] else present.get(file.path, file)
-            for file in base.ledger
-            if file.delivery not in self.replaced
-        ]
-        self.gone = [file for path, file in known.items() if path not in {file.path for file in self.files}]
-        if self.gone:
-            names = shorten([file.path for file in self.gone])
-            logger.info("Gone since they were read, their rows stay: %s", names)
-        again_whole = {source for name in self.inputs if self.is_received_whole(name) for source in self.inputs[name]}
-        self.files = [*(file for file in seen if file.source in again_whole and not file.problem), *self.arrived]
+        whole = {source for name in self.inputs if self.is_received_whole(name) for source in self.inputs[name]}
+        self.files = [*(file for file in known if file.source in whole and not file.problem), *self.arrived]
         return bool(self.arrived)
-
-    def _is_same(self, file: LandedFile, before: LandedFile) -> bool:
-        """Returns whether a file is unchanged since it was read before."""
-        if (file.size, file.mtime_ns) == (before.size, before.mtime_ns):
-            return True
-        with contextlib.suppress(BadFileError, OSError), open_landed(os.path.join(self.root, file.path)) as content:
-            if hashlib.file_digest(content, "sha256").hexdigest() == before.sha256:
-                return True
-        text = "%s has other content than run %s has read: it is read as new; --reread %s replaces the rows it gave"
-        logger.warning(text, file.path, before.run, shlex.quote(file.path))
-        return False
 
     def check_reload(self, ledger: Sequence[LandedFile]) -> None:
         """Raises NotPublishedError if files that were read before are gone, unless that is accepted."""
-        gone = {file.path: None for file in ledger} | {}
-        for file in self.files:
-            gone.pop(file.path, None)
+        paths = {file.path for file in self.files}
+        gone = list(dict.fromkeys(file.path for file in ledger if file.path not in paths))
         if gone and not self.config.accept_missing_files:
             raise NotPublishedError(
-                f"a reload would lose the rows of files that are gone, nothing is published: {shorten([*gone])}; put "
+                f"a reload would lose the rows of files that are gone, nothing is published: {shorten(gone)}; put "
                 "them back, or accept it with --accept-missing-files"
             )
 
@@ -1874,7 +1858,6 @@ class LandedFiles(Source):
         self.ledger = [*self.ledger, *(dataclasses.replace(file, run=run.record.run_id) for file in read)]
         self._warn_of_missing_columns()
         self._records = self.records(run.engine, self.files)
-        self.views = {source: run.temporary_view(rows) for source, rows in self._records.items()}
         malformed = [part for part in self.parts if part.is_malformed]
         self._malformed = {part.source: union_parts(run.engine, [part], self.files) for part in malformed}
 
@@ -1945,31 +1928,31 @@ class LandedFiles(Source):
 
     def delivery(self, run: Run, name: str) -> DataFrame | None:
         """Returns the records of a bronze table with the types of its contract, and malformed lines verbatim."""
-        table, inputs, spark = TABLES[name], self.inputs[name], run.engine.spark
+        table, inputs = TABLES[name], self.inputs[name]
         if run.base and not any(file.source in inputs for file in self.arrived):
             return None
-        views = self.views
-        # A table that is received in pieces must not see the files that were read again for another table.
-        seen = F.lit(True) if self.is_received_whole(name) else F.col("_delivery") > self.number
-        is_again = any(file.delivery < self.number for file in self.files if file.source in inputs)
-        records = {
-            source: self._records[source].where(seen) if is_again else self._records[source] for source in inputs
-        }
-        if is_again:
-            views = {source: run.temporary_view(rows) for source, rows in records.items()}
+        records = {source: self._visible(self._records[source], name) for source in inputs}
         if name not in self.models:
             rows = records[name]
         # Files without records have no columns, so a model would fail. The gate reports that there are no rows.
         elif inputs and not {*inputs} & {part.source for part in self.parts if not part.is_malformed}:
             rows = records[inputs[0]].select(*LANDED_COLUMNS)
         else:
-            rows = apply_model(spark, self.models[name], views)
+            views = {source: run.temporary_view(rows) for source, rows in records.items()}
+            rows = apply_model(run.engine.spark, self.models[name], views)
         rows = apply_contract(rows, table, self.config, self.number)
         for source in inputs:
             if source in self._malformed and self.table_of(source) == name:
-                malformed = apply_contract(self._malformed[source], table, self.config, self.number)
-                rows = rows.unionByName(malformed.where(seen) if is_again else malformed)
+                malformed = self._visible(self._malformed[source], name)
+                rows = rows.unionByName(apply_contract(malformed, table, self.config, self.number))
         return rows
+
+    def _visible(self, rows: DataFrame, name: str) -> DataFrame:
+        """Leaves out records that were only read again for another table, which is received whole."""
+        is_read_again = any(file.delivery < self.number for file in self.files)
+        return (
+            rows.where(F.col("_delivery") > self.number) if is_read_again and not self.is_received_whole(name) else rows
+        )
 
     def explain(self, error: Exception, engine: Engine, name: str) -> PipelineError | None:
         """Explains an error by the model of the table, unless machines or disks have failed."""
@@ -2482,6 +2465,13 @@ def _transaction_payment_method() -> Column:
     )
 
 
+def _transaction_amount() -> Column:
+    """Returns price × quantity. Some defects change it."""
+    amount = (F.col("price") * F.col("quantity")).cast("decimal(8,2)")
+    factor = F.when(_has("zero_amount"), 0).when(_has("negative_amount"), -1).when(~_has("missing_amount"), 1)
+    return (amount * factor).cast("decimal(12,2)")
+
+
 REPEATED = ("exact_duplicate", "changed_status", "other_product")  # defects that repeat the id of the record before
 
 
@@ -2502,8 +2492,6 @@ def generate_transactions(spark: SparkSession, config: DataPipelineConfig, since
     home = SeededRandom(config.seed, F.col("customer")).randrange("customer city", sum(cities.values()))
     status = pick("status", STATUSES)
     changed_status = F.when(status == "completed", "refunded").otherwise("completed")
-    amount = (F.col("price") * F.col("quantity")).cast("decimal(8,2)")
-    factor = F.when(_has("zero_amount"), 0).when(_has("negative_amount"), -1).when(~_has("missing_amount"), 1)
     devices, browsers = zip(*(session.split("/") for session in DEVICES_AND_BROWSERS), strict=True)
     unknown_customer = F.col("customer") + config.num_customers
     product_id = F.when(_has("unknown_product"), 0).otherwise(F.col("product"))  # product numbers begin with 1
@@ -2512,9 +2500,8 @@ def generate_transactions(spark: SparkSession, config: DataPipelineConfig, since
         .transform(_with_defect, "transactions", config)
         .withColumn("number", F.expr(f"id - CAST(coalesce(defect IN {_one_of(REPEATED)}, false) AS BIGINT)"))
         .withColumns({**draws, "product": _transaction_product(random, config)})
-        .withColumns(
-            {"days_ago": _transaction_days_ago(random, config, batch), "quantity": pick("quantity", QUANTITIES)}
-        )
+        .withColumn("days_ago", _transaction_days_ago(random, config, batch))
+        .withColumn("quantity", pick("quantity", QUANTITIES))
         .withColumn("customer", _transaction_customer(random, config))
         .withColumn("location", F.when(at_home, home).otherwise(F.col("location")))
         .transform(_with_price, SeededRandom(config.seed, F.col("product")))
@@ -2523,7 +2510,7 @@ def generate_transactions(spark: SparkSession, config: DataPipelineConfig, since
             F.when(_has("unknown_customer"), unknown_customer).otherwise(F.col("customer")).alias("customer_id"),
             _numbered_id("PROD_", product_id, 4, config.num_products).alias("product_id"),
             "quantity",
-            (amount * factor).cast("decimal(12,2)").alias("amount"),
+            _transaction_amount().alias("amount"),
             _transaction_time(random, config).alias("timestamp"),
             _transaction_payment_method().alias("payment_method"),
             F.when(_has("changed_status"), changed_status).otherwise(status).alias("status"),
@@ -2941,6 +2928,20 @@ def state_of(config: DataPipelineConfig, source: Source) -> dict[str, Any]:
     }
 
 
+def can_continue(source: Source, published: Mapping[str, Any]) -> bool:
+    """Returns whether a run can build on data of the published source. Raises ConfigurationError."""
+    differ = {name for name, value in source.identity.items() if published.get(name) != value}
+    if "kind" in differ or (source.continues and "folder" in differ):
+        theirs, ours = (f"{from_['kind']} {from_.get('folder', '')}".strip() for from_ in (published, source.identity))
+        raise ConfigurationError(
+            f"the published data is from another source ({theirs}) than this run's ({ours}): choose another "
+            "--data-dir, or let bronze begin again with --reload"
+        )
+    if source.continues and differ:
+        logger.info("The data begins anew, since it is generated with another %s", " and ".join(sorted(differ)))
+    return source.continues and not differ
+
+
 def find_base(config: DataPipelineConfig, source: Source, store: Store) -> Base | None:
     """Returns the published snapshot if the run builds on it.
 
@@ -2961,17 +2962,7 @@ def find_base(config: DataPipelineConfig, source: Source, store: Store) -> Base 
     if config.reload:
         source.check_reload(ledger)
         return None
-    differ = {name: value for name, value in own["source"].items() if state["source"].get(name) != value}
-    if "kind" in differ or (source.continues and "folder" in differ):
-        theirs, ours = (", ".join(map(str, found["source"].values())) for found in (state, own))
-        raise ConfigurationError(
-            f"the published data is from another source ({theirs}) than this run's ({ours}): choose another "
-            "--data-dir, or let bronze begin again with --reload"
-        )
-    if not source.continues:
-        return None
-    if differ:
-        logger.info("The data begins anew, since it is generated with another %s", " and ".join(differ))
+    if not can_continue(source, state["source"]):
         return None
     record = store.runs.get(published)
     if record is None:
@@ -2980,20 +2971,22 @@ def find_base(config: DataPipelineConfig, source: Source, store: Store) -> Base 
             "it: publish another one with --rollback, or let bronze begin again with --reload"
         )
     as_of = parse_setting("as_of_date", record.config["as_of_date"])
-    reasons = [f"the {key} differ" for key in ("models", "settings") if state[key] != own[key]]
-    reasons += ["the pipeline is another version"] if state["pipeline"] != own["pipeline"] else []
-    reasons += [f"the as-of date was {as_of}"] if as_of > config.as_of_date else []
-    reasons += ["--full-refresh"] if config.full_refresh else []
-    if reasons:
-        logger.info("Full refresh of all keys: %s", ", ".join(reasons))
-    base_config = dataclasses.replace(config, as_of_date=as_of)
-    return Base(Snapshot(store, published), record, base_config, ledger, ", ".join(reasons))
+    differ = [f"the {name} differ" for name in ("models", "settings") if state[name] != own[name]]
+    reasons = {
+        ", ".join(differ): bool(differ),
+        "the pipeline is another version": state["pipeline"] != own["pipeline"],
+        f"the as-of date was {as_of}": as_of > config.as_of_date,
+        "--full-refresh": config.full_refresh,
+    }
+    refresh = ", ".join(reason for reason, holds in reasons.items() if holds)
+    if refresh:
+        logger.info("Full refresh of all keys: %s", refresh)
+    return Base(Snapshot(store, published), record, dataclasses.replace(config, as_of_date=as_of), ledger, refresh)
 
 
 def repeat_published(record: RunRecord, base: Base) -> None:
     """Records that nothing has arrived: the figures are those of the base, which stays published."""
     logger.info("Nothing has arrived since run %s, as of the same date: it stays published", base.record.run_id)
-    record.kind, record.current_step = "unchanged", "source"
     for name in ("rows", "bytes", "quality", "currency", "revenue", "orders", "returns", "refunds", "controls"):
         setattr(record, name, getattr(base.record, name))
     record.arrived = {name: Quality(0, 0, 0, 0, {}) for name in names(BRONZE)}
@@ -3199,13 +3192,12 @@ def carry_months_over(run: Run, affected: Affected | None, rows: DataFrame) -> D
 
 
 def verify(run: Run) -> None:
-    """Computes the full refresh of the same bronze beside the snapshot, and compares tables and accounts.
+    """With `verify_incremental`, computes the full refresh of the same bronze beside the snapshot, and compares both.
 
     Raises:
-        NotPublishedError: they differ.
+        NotPublishedError: a table or an account differs.
     """
-    if run.record.kind != "incremental":
-        logger.info("Nothing to verify: all keys were computed")
+    if not run.config.verify_incremental or run.record.kind != "incremental":
         return
     with run.step("verification"):
         beside = Snapshot(run.snapshot.store, run.record.run_id, ".full-refresh")
@@ -4199,7 +4191,8 @@ class Snapshot:
             )
         except FileNotFoundError:
             return None
-        return state, [LandedFile(**file) for file in files]
+        known = {field.name for field in dataclasses.fields(LandedFile)}
+        return state, [LandedFile(**{name: file[name] for name in known & file.keys()}) for file in files]
 
     def link(self, files: Iterable[str], layer: str, name: str) -> None:
         """Links files of another snapshot into a table."""
@@ -4303,8 +4296,8 @@ class Store:
         if not self.is_local:
             if server := re.match(r"hdfs://([^/:]+:\d+)(/|$)", self.root):
                 check_reachable("no HDFS", server[1], "correct data_dir")
-            text = "%s has no `current` link and no lock: each run only writes its snapshot there, "
-            logger.warning(f"{text}and concurrent runs are not prevented", self.root)
+            text = "%s has no `current` link and no lock: each run receives everything and only writes its snapshot "
+            logger.warning(f"{text}there, and concurrent runs are not prevented", self.root)
             return
         for folder in (self.root, self.path("runs"), self.path("snapshots")):
             with writing(folder):
@@ -5164,6 +5157,18 @@ def spark_text(text: str) -> str:
     return "'{}'".format(os.fsencode(text).decode(errors="replace").replace("\\", "\\\\").replace("'", "\\'"))
 
 
+def is_same_file(root: str, file: LandedFile, before: LandedFile) -> bool:
+    """Returns whether a file is as it was when it was read: by size and time, or else by its content."""
+    if (file.size, file.mtime_ns) == (before.size, before.mtime_ns):
+        return True
+    with contextlib.suppress(BadFileError, OSError), open_landed(os.path.join(root, file.path)) as content:
+        if hashlib.file_digest(content, "sha256").hexdigest() == before.sha256:
+            return True
+    text = "%s has other content than run %s has read: it is read as new; --reread %s replaces the rows it gave"
+    logger.warning(text, file.path, before.run, shlex.quote(file.path))
+    return False
+
+
 SAME_CONTENT = "it has the same content as "
 
 
@@ -5355,11 +5360,11 @@ def inspect_source(config: DataPipelineConfig) -> Iterator[str]:
         exports = list(recognized_exports(((file, file.columns) for file in sample), config.models))
         yield from (": ".join(filter(None, export)) for export in exports)
         records = source.records(engine, sample)
-        source.views = {name: stack.enter_context(engine.view(rows)) for name, rows in records.items()}
+        views = {name: stack.enter_context(engine.view(rows)) for name, rows in records.items()}
         for name, inputs in source.inputs.items():
             yield from ("", f"{name}:")
             if any(file.rows for file in sample if file.source in inputs) or not inputs:
-                yield from inspect_table(engine, source, name, records)
+                yield from inspect_table(engine, source, name, records, views)
             else:
                 yield "  there is no record to look at"
             if name not in source.models and not exports:
@@ -5375,11 +5380,13 @@ def sample_files(files: Iterable[LandedFile]) -> Iterator[LandedFile]:
             yield file
 
 
-def inspect_table(engine: Engine, source: LandedFiles, name: str, records: Mapping[str, DataFrame]) -> Iterator[str]:
+def inspect_table(
+    engine: Engine, source: LandedFiles, name: str, records: Mapping[str, DataFrame], views: Mapping[str, str]
+) -> Iterator[str]:
     """Reports how each column of a table is filled, and which rules the sample violates."""
     table = TABLES[name]
     try:
-        rows = apply_model(engine.spark, source.models[name], source.views) if name in source.models else records[name]
+        rows = apply_model(engine.spark, source.models[name], views) if name in source.models else records[name]
         given = {column.strip().lower(): (column, kind) for column, kind in rows.dtypes}
         by = f"by {name}.sql" if name in source.models else "by its name"
         required = required_columns(table)
@@ -6092,7 +6099,9 @@ class RunRecord:
         yield f"  The data lies in {self.data_dir}"
 
 
-def new_record(config: DataPipelineConfig, store: Store, engine: Engine) -> RunRecord:
+def new_record(
+    config: DataPipelineConfig, store: Store, engine: Engine, base: Base | None = None, *, has_arrivals: bool = True
+) -> RunRecord:
     """Returns the record of a new run, with a new id."""
     versions: dict[str, str | None] = dict.fromkeys(VERSIONS) | engine.versions()
     versions["python"] = sys.version.split()[0]
@@ -6102,7 +6111,10 @@ def new_record(config: DataPipelineConfig, store: Store, engine: Engine) -> RunR
         versions["pipeline"] = commit or None
     run_id, started_at = store.next_run_id(), _now().isoformat(timespec="seconds")
     readers_root = store.root if store.is_local else store.path("snapshots", run_id)
-    return RunRecord(run_id, started_at, readers_root, config.redacted(), versions)
+    kind = "full" if base is None or base.refresh else "incremental"
+    if base and not has_arrivals and base.is_current(config):
+        kind = "unchanged"
+    return RunRecord(run_id, started_at, readers_root, config.redacted(), versions, kind=kind)
 
 
 @contextlib.contextmanager

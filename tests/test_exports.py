@@ -128,6 +128,7 @@ ORPHANS = [
 ]
 
 
+@pytest.mark.slow
 def test_guests_and_what_is_no_longer_there_keep_their_revenue(published_from: Callable[..., RunRecord]) -> None:
     record = published_from({"transactions.csv": csv_of(*ORPHANS)})
     assert record.revenue == 55

@@ -318,7 +318,10 @@ def test_storage_without_links(
     config = DataPipelineConfig(engine=ENGINE, data_dir=f"file://{tmp_path}/lake", as_of_date="2026-03-04", **SMALL)  # type: ignore[arg-type]
     with caplog.at_level(logging.INFO, logger="data_pipeline"):
         run_id = run_pipeline(config, spark).run_id
-    assert "has no `current` link and no lock: each run only writes its snapshot there, and" in caplog.text
+    assert (
+        "has no `current` link and no lock: each run receives everything and only writes its snapshot there, and"
+        in caplog.text
+    )
     assert [entry.name for entry in (tmp_path / "lake").iterdir()] == ["snapshots"]
     assert f"The data lies in {config.root}/snapshots/{run_id}" in caplog.text
     assert differences(tmp_path / "lake" / "snapshots" / run_id, first_run[1].data_dir) == []

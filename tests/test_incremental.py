@@ -392,7 +392,8 @@ def test_other_source_needs_a_reload(shop: Shop, small: Small, spark: SparkSessi
     first_night(shop)
     generated = small(data_dir=shop.config.data_dir, num_customers=10, num_products=5, num_transactions=20)
     with pytest.raises(
-        ConfigurationError, match=r"the published data is from another source generated data.* with --reload"
+        ConfigurationError,
+        match=r"the published data is from another source .* than this run's \(generated data\): .* with --reload",
     ) as failure:
         run_pipeline(generated, spark)
     assert failure.value.exit_code == 2

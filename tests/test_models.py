@@ -117,6 +117,7 @@ def write_csv(path: Path, records: list[dict[str, str]]) -> None:
 # returned: 12.00 + 35.00 + 15.00 = 62.00
 
 
+@pytest.mark.slow
 def test_shopify_revenue_and_refunds_are_those_of_the_sales_report(run_model: Run) -> None:
     record, db = run_model("shopify")
     assert totals(record) == (Decimal("292.18"), Decimal("62.00"), 3, 10)

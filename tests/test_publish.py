@@ -189,7 +189,7 @@ def test_list_of_runs(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     store.switch_to(IDS[1])
     assert main(["--list-runs", "--data-dir", store.root]) == 0
     _, first, second, third, _ = capsys.readouterr().out.splitlines()
-    assert first == f"+ {IDS[0]} 2026-03-01T12:00:00  2026-02-28           1,200  succeeded"
+    assert first == f"+ {IDS[0]} 2026-03-01T12:00:00  2026-02-28           1,200  full         succeeded"
     assert second.startswith(f"* {IDS[1]}")
     assert third.startswith(f"  {IDS[2]}")
     assert third.endswith("refused")
