@@ -514,7 +514,9 @@ def preflight(config: DataPipelineConfig, spark: SparkSession | None = None) -> 
     check_packages("requirements.txt", "duckdb", "faker", "jinja2", *for_files)
     source = open_source(config)
     store = Store(config.root)
-    engine = choose_engine(config, source, spark)
+    published = store.runs.get(store.published()) if source.continues else None
+    rows_before = sum(quality.received for quality in published.quality.values()) if published else 0
+    engine = choose_engine(config, source, spark, rows_before)
     store.check(engine.expected_rows)
     engine.check()
     return source, store, engine
@@ -667,12 +669,13 @@ def check_quarantine_rate(run: Run, table: Table) -> None:
 
 
 def top_reasons(run: Run, table: Table, quality: Quality) -> list[str]:
-    """Describes the three rules that reject the most rows of a table, each with an example and advice."""
+    """Describes the three rules that reject the most rows of an account, each with an example and advice."""
     violations = quality.violations
+    among = f" AND _run_id = '{run.record.run_id}'" if quality is run.record.arrived.get(table.name) else ""
     rules = [rule for rule in (*table.rules, *key_rules(table)) if rule.rejects(run.config) and violations[rule.name]]
     reasons = []
     for rule in sorted(rules, key=lambda rule: -violations[rule.name])[:3]:
-        [example, *_] = example_rows(run, table, f"array_contains(_reasons, '{rule.name}')") or [{}]
+        [example, *_] = example_rows(run, table, f"array_contains(_reasons, '{rule.name}'){among}") or [{}]
         reasons.append(f"{rule.name} {violations[rule.name]:,}{describe_example(table, rule, example)}")
     return reasons
 
@@ -1743,7 +1746,8 @@ class LandedFiles(Source):
         self.arrived: Sequence[LandedFile] = self.files  # not read before, or to be read again
         self.ledger = []
         self.number = 0  # the `_delivery` of rows without a file; files of this run have higher ones
-        self.replaced: list[int] = []  # deliveries of files that are received again
+        self.again: set[str] = set()  # the paths that `--reread` names
+        self.replaced: list[int] = []  # the deliveries of these files so far
         self.gone: list[LandedFile] = []  # files that were read before and are not there any more
         self.parts: Sequence[Part] = ()
         self._records: dict[str, DataFrame] = {}
@@ -1760,10 +1764,10 @@ class LandedFiles(Source):
         if base is None:
             return True
         pattern, paths = self.config.reread, {file.path for file in self.files}
-        again = {file.path for file in base.ledger if pattern and fnmatch.fnmatchcase(file.path, pattern)}
-        if pattern and not again & paths:
+        again = {file.path for file in base.ledger if pattern and fnmatch.fnmatchcase(file.path, pattern)} & paths
+        if pattern and not again:
             raise ConfigurationError(f"reread names no file that was read and is still there: {pattern}")
-        self.replaced = [file.delivery for file in base.ledger if file.path in again]
+        self.again, self.replaced = again, [file.delivery for file in base.ledger if file.path in again]
         self.ledger = [file for file in base.ledger if file.path not in again]
         self.number = 1 + max((file.delivery for file in base.ledger), default=0)
         latest = {file.path: file for file in self.ledger}  # the last one read, if a file was replaced
@@ -1848,7 +1852,10 @@ class LandedFiles(Source):
         self.parts = reader.read(self.files, with_models={*self.used} - without_model)
         leave_out_repeated(self.arrived, self.ledger)
         report_delivery(self.arrived, run.record)
-        if self.config.on_bad_file == "refuse" and (bad := [file for file in self.files if file.is_bad]):
+        bad = [file for file in self.files if file.is_bad and self.config.on_bad_file == "refuse"]
+        # Without these files, rows that are published would be lost.
+        bad += [file for file in self.files if self._replaces_rows(file) and file.problem and file not in bad]
+        if bad:
             more = f"; {len(bad) - 1} more cannot be read either" if bad[1:] else ""
             raise NotPublishedError(
                 f"{bad[0].path} cannot be read, nothing is published: {bad[0].problem}{more}; correct it, or leave "
@@ -1860,6 +1867,10 @@ class LandedFiles(Source):
         self._records = self.records(run.engine, self.files)
         malformed = [part for part in self.parts if part.is_malformed]
         self._malformed = {part.source: union_parts(run.engine, [part], self.files) for part in malformed}
+
+    def _replaces_rows(self, file: LandedFile) -> bool:
+        """Returns whether a file is read again, and its rows are not in another file too."""
+        return (file.delivery < self.number or file.path in self.again) and not file.problem.startswith(SAME_CONTENT)
 
     def _check_whole(self) -> None:
         """Raises NotPublishedError if a table has to be received whole, and files for it are gone."""
@@ -1949,10 +1960,9 @@ class LandedFiles(Source):
 
     def _visible(self, rows: DataFrame, name: str) -> DataFrame:
         """Leaves out records that were only read again for another table, which is received whole."""
-        is_read_again = any(file.delivery < self.number for file in self.files)
-        return (
-            rows.where(F.col("_delivery") > self.number) if is_read_again and not self.is_received_whole(name) else rows
-        )
+        if self.is_received_whole(name) or all(file.delivery > self.number for file in self.files):
+            return rows
+        return rows.where(F.col("_delivery") > self.number)
 
     def explain(self, error: Exception, engine: Engine, name: str) -> PipelineError | None:
         """Explains an error by the model of the table, unless machines or disks have failed."""
@@ -2924,7 +2934,7 @@ def state_of(config: DataPipelineConfig, source: Source) -> dict[str, Any]:
         "source": source.identity,
         "pipeline": sha256(__file__),
         "models": source.models_text,
-        "settings": {name: str(getattr(config, name)) for name in TABLE_SETTINGS},
+        "settings": {name: str(getattr(config, name)) for name in TABLE_SETTINGS} | {CONTROLS: repr(source.controls)},
     }
 
 
@@ -2971,9 +2981,10 @@ def find_base(config: DataPipelineConfig, source: Source, store: Store) -> Base 
             "it: publish another one with --rollback, or let bronze begin again with --reload"
         )
     as_of = parse_setting("as_of_date", record.config["as_of_date"])
-    differ = [f"the {name} differ" for name in ("models", "settings") if state[name] != own[name]]
+    settings = [name for name, value in own["settings"].items() if state["settings"].get(name) != value]
     reasons = {
-        ", ".join(differ): bool(differ),
+        "the models are others": state["models"] != own["models"],
+        f"other {' and '.join(settings)}": bool(settings),
         "the pipeline is another version": state["pipeline"] != own["pipeline"],
         f"the as-of date was {as_of}": as_of > config.as_of_date,
         "--full-refresh": config.full_refresh,
@@ -3065,7 +3076,7 @@ def key_hash(table: Table) -> str:
 
 
 def with_keys(rows: DataFrame, table: Table, keys: DataFrame, *, how: str = "left_semi") -> DataFrame:
-    """Returns the rows of a table with one of the keys, or with `how="left_anti"` those with none of them."""
+    """Returns the rows whose key is among the keys. With `how="left_anti"`, it returns the other rows."""
     return rows.join(keys, F.expr(f"{key_hash(table)} = key_hash"), how=how)
 
 
@@ -3357,8 +3368,12 @@ def log_reference(spark_log: str) -> str:
     return f"; Spark's own log: {spark_log}" if os.path.isfile(spark_log) and os.path.getsize(spark_log) else ""
 
 
-def choose_engine(config: DataPipelineConfig, source: Source, spark: SparkSession | None = None) -> Engine:
-    """Returns the configured engine. It uses the session given, or the running session of this process if there is one.
+def choose_engine(
+    config: DataPipelineConfig, source: Source, spark: SparkSession | None = None, rows_before: int = 0
+) -> Engine:
+    """Returns the configured engine, for the rows of the source or for those published before, if they are more.
+
+    It uses the session given, or the running session of this process if there is one.
 
     Raises:
         ConfigurationError: a master or a Spark Connect server that cannot be used.
@@ -3380,7 +3395,7 @@ def choose_engine(config: DataPipelineConfig, source: Source, spark: SparkSessio
     if spark is not None and (spark.is_stopped if is_remote else is_stopped(spark)):  # type: ignore[attr-defined]
         raise PipelineError("the session that was passed is stopped: pass one that runs, or none")
     engine: type[Engine] = Sail if config.engine == "sail" else Spark
-    return engine(config, sum(source.expected_rows.values()), spark)
+    return engine(config, max(rows_before, sum(source.expected_rows.values())), spark)
 
 
 def create_spark_session(config: DataPipelineConfig) -> SparkSession:
@@ -5175,7 +5190,9 @@ SAME_CONTENT = "it has the same content as "
 def leave_out_repeated(files: Iterable[LandedFile], ledger: Iterable[LandedFile] = ()) -> None:
     """Leaves out files of a source that have the same content as a later one, or as one that was read before."""
     whole = [file for file in files if file.records and not file.problem]
-    kept = {(file.source, file.sha256): file for file in (*whole, *(file for file in ledger if not file.problem))}
+    # A file that was replaced may get its old content again. Then its records are the latest versions.
+    latest = {file.path: file for file in ledger}.values()
+    kept = {(file.source, file.sha256): file for file in (*whole, *(file for file in latest if not file.problem))}
     for file in whole:
         if (same := kept[file.source, file.sha256]) is not file:
             file.leave_out(f"{SAME_CONTENT}{same.path}", is_bad=False)
