@@ -615,7 +615,7 @@ def clean(run: Run, bronze: Mapping[str, Received], affected: Affected | None) -
     valid = run.parallel(separate, bronze)
     for name in bronze:
         for line in (
-            *describe_profile(name, run.record.profile.get(name, {})),
+            *(describe_profile(name, run.record.profile[name]) if name in run.record.profile else ()),
             *run.record.quality[name].describe(name, run.record.arrived.get(name)),
         ):
             logger.info("%s", line)
@@ -696,10 +696,11 @@ def check_currency(run: Run, transactions: DataFrame) -> None:
     """Records the currency of orders and returns. Fails the gate if there are several, since amounts are added up."""
     profile = run.record.profile.get("transactions", {}).get("currency", {})
     bounds = {profile.get("min"), profile.get("max")} - {None}
-    published = {run.base.record.currency} if run.base and run.base.record.currency else set()
+    is_refresh = run.base is not None and run.base.refresh != ""  # rows that were rejected may be valid now
+    published = {run.base.record.currency} if run.base and run.base.record.currency and not is_refresh else set()
     currencies = {str(bound).strip().upper() for bound in bounds} | published
     # If min and max are equal, there is only one currency, and no query is needed.
-    if len(bounds) > 1 or len(currencies) > 1:
+    if len(bounds) > 1 or len(currencies) > 1 or is_refresh:
         named = transactions.where(f"({COMPLETED} OR {RETURNED}) AND {CURRENCY} IS NOT NULL")
         counted = named.groupBy(F.expr(CURRENCY).alias("currency")).count().collect()
         orders = {row["currency"]: row["count"] for row in counted}
@@ -1763,33 +1764,42 @@ class LandedFiles(Source):
         """
         if base is None:
             return True
+        latest = {file.path: file for file in base.ledger}  # the last one read, if a file was replaced
+        is_renamed = follow_renames(self.root, self.files, latest)
         pattern, paths = self.config.reread, {file.path for file in self.files}
-        again = {file.path for file in base.ledger if pattern and fnmatch.fnmatchcase(file.path, pattern)} & paths
-        if pattern and not again:
-            raise ConfigurationError(f"reread names no file that was read and is still there: {pattern}")
-        self.again, self.replaced = again, [file.delivery for file in base.ledger if file.path in again]
-        self.ledger = [file for file in base.ledger if file.path not in again]
+        self.again = {path for path in paths & latest.keys() if pattern and fnmatch.fnmatchcase(path, pattern)}
+        if pattern and not self.again:
+            raise ConfigurationError(
+                f"reread names no file that was read and is still there: {pattern}; give a path in the source folder, "
+                f"such as {next(iter(latest), 'transactions/2026-01.csv')}"
+            )
+        self.replaced = [file.delivery for file in base.ledger if file.path in self.again]
+        self.ledger = [file for file in base.ledger if file.path not in self.again]
         self.number = 1 + max((file.delivery for file in base.ledger), default=0)
-        latest = {file.path: file for file in self.ledger}  # the last one read, if a file was replaced
         self.gone = [file for path, file in latest.items() if path not in paths]
         if self.gone:
-            logger.info("Gone since they were read, their rows stay: %s", shorten([file.path for file in self.gone]))
+            logger.info("Gone since they were read: %s", shorten([file.path for file in self.gone]))
         self.arrived, known = [], []
         for file in self.files:
             before = latest.get(file.path)
-            if before and is_same_file(self.root, file, before):
+            if before and file.path in self.again:  # its records keep their place among the others
+                self.arrived.append(dataclasses.replace(file, delivery=before.delivery))
+            elif before and is_same_file(self.root, file, before):
                 before.size, before.mtime_ns = file.size, file.mtime_ns
                 known.append(dataclasses.replace(before, rows=0, malformed=0))
             else:
                 self.arrived.append(dataclasses.replace(file, delivery=self.number + 1 + len(self.arrived)))
         whole = {source for name in self.inputs if self.is_received_whole(name) for source in self.inputs[name]}
         self.files = [*(file for file in known if file.source in whole and not file.problem), *self.arrived]
-        return bool(self.arrived)
+        return bool(self.arrived) or is_renamed
 
     def check_reload(self, ledger: Sequence[LandedFile]) -> None:
         """Raises NotPublishedError if files that were read before are gone, unless that is accepted."""
         paths = {file.path for file in self.files}
-        gone = list(dict.fromkeys(file.path for file in ledger if file.path not in paths))
+        present = {file.sha256 for file in ledger if file.path in paths}
+        gone = [file.path for file in ledger if file.path not in paths and file.sha256 not in present]
+        gone = list(dict.fromkeys(gone))
+        self.again = set() if self.config.accept_missing_files else paths & {file.path for file in ledger}
         if gone and not self.config.accept_missing_files:
             raise NotPublishedError(
                 f"a reload would lose the rows of files that are gone, nothing is published: {shorten(gone)}; put "
@@ -1857,9 +1867,11 @@ class LandedFiles(Source):
         bad += [file for file in self.files if self._replaces_rows(file) and file.problem and file not in bad]
         if bad:
             more = f"; {len(bad) - 1} more cannot be read either" if bad[1:] else ""
+            otherwise = "or leave it out with --on-bad-file quarantine"
+            if self._replaces_rows(bad[0]):
+                otherwise = "since rows of it are published, and would be lost"
             raise NotPublishedError(
-                f"{bad[0].path} cannot be read, nothing is published: {bad[0].problem}{more}; correct it, or leave "
-                "it out with --on-bad-file quarantine"
+                f"{bad[0].path} cannot be read, nothing is published: {bad[0].problem}{more}; correct it, {otherwise}"
             )
         read = [file for file in self.arrived if not file.problem or file.problem.startswith(SAME_CONTENT)]
         self.ledger = [*self.ledger, *(dataclasses.replace(file, run=run.record.run_id) for file in read)]
@@ -1960,9 +1972,9 @@ class LandedFiles(Source):
 
     def _visible(self, rows: DataFrame, name: str) -> DataFrame:
         """Leaves out records that were only read again for another table, which is received whole."""
-        if self.is_received_whole(name) or all(file.delivery > self.number for file in self.files):
+        if self.is_received_whole(name) or len(self.files) == len(self.arrived):
             return rows
-        return rows.where(F.col("_delivery") > self.number)
+        return rows.where(F.col("_delivery").isin([file.delivery for file in self.arrived]))
 
     def explain(self, error: Exception, engine: Engine, name: str) -> PipelineError | None:
         """Explains an error by the model of the table, unless machines or disks have failed."""
@@ -2948,7 +2960,7 @@ def can_continue(source: Source, published: Mapping[str, Any]) -> bool:
             "--data-dir, or let bronze begin again with --reload"
         )
     if source.continues and differ:
-        logger.info("The data begins anew, since it is generated with another %s", " and ".join(sorted(differ)))
+        logger.warning("The data begins anew, since it is generated with another %s", " and ".join(sorted(differ)))
     return source.continues and not differ
 
 
@@ -2961,16 +2973,20 @@ def find_base(config: DataPipelineConfig, source: Source, store: Store) -> Base 
         NotPublishedError: `--reload` would lose the rows of files that are gone.
     """
     published = store.published()
-    found = Snapshot(store, published).read_state() if published and store.is_local else None
     if published is None:
         return None
+    found = None
+    with contextlib.suppress(*([PipelineError] if config.reload else [])):
+        found = Snapshot(store, published).read_state()
     if found is None:  # the snapshot of an earlier version, or storage without links
+        logger.info("Everything is received anew: the published snapshot is of an earlier version")
         source.check()
         return None
     state, ledger = found
     own = state_of(config, source)
     if config.reload:
-        source.check_reload(ledger)
+        if state["source"] == source.identity:
+            source.check_reload(ledger)
         return None
     if not can_continue(source, state["source"]):
         return None
@@ -2992,6 +3008,8 @@ def find_base(config: DataPipelineConfig, source: Source, store: Store) -> Base 
     refresh = ", ".join(reason for reason, holds in reasons.items() if holds)
     if refresh:
         logger.info("Full refresh of all keys: %s", refresh)
+    if state["models"] != own["models"]:
+        logger.warning("Bronze keeps the rows that the models before have made: --reload makes them anew")
     return Base(Snapshot(store, published), record, dataclasses.replace(config, as_of_date=as_of), ledger, refresh)
 
 
@@ -3208,7 +3226,10 @@ def verify(run: Run) -> None:
     Raises:
         NotPublishedError: a table or an account differs.
     """
-    if not run.config.verify_incremental or run.record.kind != "incremental":
+    if not run.config.verify_incremental:
+        return
+    if run.record.kind != "incremental":
+        logger.info("VERIFICATION: there is nothing to compare, since all keys were computed")
         return
     with run.step("verification"):
         beside = Snapshot(run.snapshot.store, run.record.run_id, ".full-refresh")
@@ -4199,13 +4220,18 @@ class Snapshot:
 
     def read_state(self) -> tuple[dict[str, Any], list[LandedFile]] | None:
         """Returns what `save_state` has written; None for a snapshot of an earlier version."""
+        if not os.path.exists(self.path("_state.json")):
+            return None
         try:
             state, files = (
                 json.loads(Path(self.path(name)).read_text(encoding="utf-8", errors="surrogateescape"))
                 for name in ("_state.json", "_files.json")
             )
-        except FileNotFoundError:
-            return None
+        except (OSError, ValueError) as error:
+            raise PipelineError(
+                f"the published snapshot {self.run_id} is damaged ({error}): publish another one with --rollback, or "
+                "let bronze begin again with --reload"
+            ) from None
         known = {field.name for field in dataclasses.fields(LandedFile)}
         return state, [LandedFile(**{name: file[name] for name in known & file.keys()}) for file in files]
 
@@ -5172,13 +5198,34 @@ def spark_text(text: str) -> str:
     return "'{}'".format(os.fsencode(text).decode(errors="replace").replace("\\", "\\\\").replace("'", "\\'"))
 
 
+def follow_renames(root: str, files: Iterable[LandedFile], latest: dict[str, LandedFile]) -> bool:
+    """Gives the ledger's entries of renamed files their new paths, and returns whether there are any.
+
+    A renamed file has the size, time and content of a file that is gone. `latest` has the last entry of each path.
+    """
+    paths = {file.path for file in files}
+    gone = {(file.source, file.size, file.mtime_ns): file for path, file in latest.items() if path not in paths}
+    renamed = False
+    for file in files:
+        before = gone.get((file.source, file.size, file.mtime_ns))
+        if before and file.path not in latest and is_same_content(root, file, before):
+            logger.info("%s is %s, renamed", file.path, before.path)
+            latest[file.path] = latest.pop(before.path)
+            before.path, renamed = file.path, True
+    return renamed
+
+
+def is_same_content(root: str, file: LandedFile, before: LandedFile) -> bool:
+    """Returns whether a file has the content that was read before."""
+    with contextlib.suppress(BadFileError, OSError), open_landed(os.path.join(root, file.path)) as content:
+        return hashlib.file_digest(content, "sha256").hexdigest() == before.sha256
+    return False
+
+
 def is_same_file(root: str, file: LandedFile, before: LandedFile) -> bool:
     """Returns whether a file is as it was when it was read: by size and time, or else by its content."""
-    if (file.size, file.mtime_ns) == (before.size, before.mtime_ns):
+    if (file.size, file.mtime_ns) == (before.size, before.mtime_ns) or is_same_content(root, file, before):
         return True
-    with contextlib.suppress(BadFileError, OSError), open_landed(os.path.join(root, file.path)) as content:
-        if hashlib.file_digest(content, "sha256").hexdigest() == before.sha256:
-            return True
     text = "%s has other content than run %s has read: it is read as new; --reread %s replaces the rows it gave"
     logger.warning(text, file.path, before.run, shlex.quote(file.path))
     return False
@@ -6235,11 +6282,16 @@ def warn_of_anomalies(record: RunRecord, store: Store, factor: float) -> None:
 
 def compared_figures(record: RunRecord) -> dict[tuple[str, str, float], float]:
     """Returns the rows and quarantine rates of a run, by table, format and tolerance. Bronze has what arrived."""
-    arrived = {f"{BRONZE}.{name}": quality.received for name, quality in record.delivered.items()}
-    figures = {(name, "{:,.0f} rows", 1.0): float(rows) for name, rows in {**record.rows, **arrived}.items()}
+    # A full refresh by hand receives what happens to be there.
+    compared = {} if record.kind == "full" and record.arrived else record.delivered
+    arrived = {f"{BRONZE}.{name}": quality.received for name, quality in compared.items()}
+    figures = {
+        (name, "{:,.0f} rows", 1.0): float(rows)
+        for name, rows in {**record.rows, **arrived}.items()
+        if name in arrived or not name.startswith(BRONZE)
+    }
     rates = {
-        (name, "{:.2%} of the rows quarantined", 0.001): quality.quarantine_rate
-        for name, quality in record.delivered.items()
+        (name, "{:.2%} of the rows quarantined", 0.001): quality.quarantine_rate for name, quality in compared.items()
     }
     return {figure: value for figure, value in (figures | rates).items() if not figure[0].startswith(QUARANTINE)}
 
@@ -6250,7 +6302,8 @@ def anomalies(record: RunRecord, history: Sequence[RunRecord], factor: float) ->
     Only runs of the same kind that succeeded count, and at least three are needed. The tolerance of a figure is added
     to both sides, so that 1 row instead of none is no anomaly.
     """
-    alike = (run for run in history if run.result == "succeeded" and run.kind == record.kind)
+    kind = (record.kind, bool(record.arrived))
+    alike = (run for run in history if run.result == "succeeded" and (run.kind, bool(run.arrived)) == kind)
     earlier = [compared_figures(run) for run in alike]
     found = []
     for figure, value in compared_figures(record).items() if len(earlier) >= 3 else ():

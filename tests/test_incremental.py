@@ -314,7 +314,7 @@ def test_file_that_is_touched_copied_overwritten_or_gone(shop: Shop, caplog: pyt
     shop.land("transactions", "2", "T8,1,P1,1,8.00,2026-02-01 10:00:00,paypal,completed")
     record = shop.run()
     assert record.rows["bronze.transactions"] == 6
-    assert "Gone since they were read, their rows stay: transactions/1.csv, transactions/copy.csv" in caplog.text
+    assert "Gone since they were read: transactions/1.csv, transactions/copy.csv" in caplog.text
     with pytest.raises(
         NotPublishedError, match=r"would lose the rows of .*: transactions/1\.csv, transactions/copy"
     ) as e:
@@ -628,3 +628,61 @@ def test_bronze_of_an_older_schema_has_nulls(shop: Shop) -> None:
     assert shop.run(verify_incremental=True).kind == "incremental"
     rows = shop.rows("SELECT count(*), count(order_id) FROM transactions_clean")
     assert rows == [(4, 0)]
+
+
+@THOROUGH
+def test_renamed_file_is_known(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    first_night(shop)
+    (shop.source / "transactions/1.csv").rename(shop.source / "transactions/first.csv")
+    assert shop.run().received == 0
+    assert "transactions/first.csv is transactions/1.csv, renamed" in caplog.text
+    shop.land("transactions", "first", "T1,1,P1,1,30.00,2026-01-20 10:00:00,paypal,completed")
+    shop.land("transactions", "2", "T9,1,P1,1,9.00,2026-02-01 10:00:00,paypal,completed")
+    shop.run(reread="transactions/first.csv")
+    assert shop.rows("SELECT transaction_id, amount FROM transactions_clean ORDER BY 1") == [("T1", 30), ("T9", 9)]
+
+
+@THOROUGH
+def test_file_that_is_read_again_keeps_its_place(shop: Shop) -> None:
+    first_night(shop)
+    shop.land("customers", "2", "1,Ada,X,Berlin,2025-01-01")
+    shop.run()
+    shop.land("customers", "1", "1,Ada,X,Ulm,2025-01-01", "2,Bert,X,Ulm,2025-01-01")
+    shop.run(reread="customers/1.csv", verify_incremental=True)
+    customers = shop.rows("SELECT first_name, city FROM customers_enriched WHERE customer_id IN (1, 2) ORDER BY 1")
+    assert customers == [("Ada", "Berlin"), ("Bert", "Ulm")], "the later file is still the later one"
+
+
+@THOROUGH
+def test_rejected_currency_that_becomes_valid(shop: Shop) -> None:
+    shop.config.currency = "EUR"
+    first_night(shop)
+    path = shop.land("transactions", "2")
+    header = HEADERS["transactions"] + ",currency"
+    euros, dollars = (f"T{key},1,P1,1,8.00,2026-02-01 10:00:00,paypal,completed,{key}" for key in ("EUR", "USD"))
+    path.write_text(f"{header}\n{euros}\n{dollars}\n")
+    assert shop.run().quality["transactions"].violations["currency_other"] == 1
+    shop.config.currency = None
+    with pytest.raises(NotPublishedError, match="in several currencies, EUR 1, USD 1"):
+        shop.run()
+    shop.config.currency = "USD"
+    assert shop.run().quality["transactions"].violations["currency_other"] == 1
+
+
+@THOROUGH
+def test_reload_does_not_lose_the_rows_of_a_file_that_has_become_bad(shop: Shop) -> None:
+    first_night(shop)
+    (shop.source / "transactions/1.csv").write_text("x\n1\n")
+    with pytest.raises(NotPublishedError, match=r"1\.csv cannot be read.*rows of it are published, and would be lost"):
+        shop.run(reload=True, on_bad_file="quarantine")
+
+
+@THOROUGH
+def test_full_refresh_is_no_anomaly(shop: Shop) -> None:
+    first_night(shop)
+    for night in range(4):
+        shop.land("transactions", f"n{night}", f"T{night + 20},1,P1,1,9.00,2026-02-01 10:00:00,paypal,completed")
+        assert shop.run().anomalies == []
+    assert shop.run(full_refresh=True).anomalies == []
+    assert shop.run(reload=True).anomalies == []
