@@ -481,8 +481,7 @@ def run_pipeline(
             if on_start:
                 on_start(record)
             if base and record.kind == "unchanged":
-                repeat_published(record, base)
-                return record
+                return repeat_published(record, base)
             run = Run(config, engine, snapshot, record, base)
             run.start_engine(meanwhile=source.prepare)
             with run.layer(BRONZE, "Raw Data Ingestion"):
@@ -2964,6 +2963,21 @@ def can_continue(source: Source, published: Mapping[str, Any]) -> bool:
     return source.continues and not differ
 
 
+def refresh_reason(
+    published: Mapping[str, Any], own: Mapping[str, Any], as_of: date, config: DataPipelineConfig
+) -> str:
+    """Returns why all keys have to be computed; empty if only the affected ones have to be."""
+    settings = [name for name, value in own["settings"].items() if published["settings"].get(name) != value]
+    reasons = {
+        "the models are others": published["models"] != own["models"],
+        f"other {' and '.join(settings)}": bool(settings),
+        "the pipeline is another version": published["pipeline"] != own["pipeline"],
+        f"the as-of date was {as_of}": as_of > config.as_of_date,
+        "--full-refresh": config.full_refresh,
+    }
+    return ", ".join(reason for reason, holds in reasons.items() if holds)
+
+
 def find_base(config: DataPipelineConfig, source: Source, store: Store) -> Base | None:
     """Returns the published snapshot if the run builds on it.
 
@@ -2979,7 +2993,8 @@ def find_base(config: DataPipelineConfig, source: Source, store: Store) -> Base 
     with contextlib.suppress(*([PipelineError] if config.reload else [])):
         found = Snapshot(store, published).read_state()
     if found is None:  # the snapshot of an earlier version, or storage without links
-        logger.info("Everything is received anew: the published snapshot is of an earlier version")
+        if source.continues:
+            logger.info("Everything is received anew: the published snapshot is gone, or of an earlier version")
         source.check()
         return None
     state, ledger = found
@@ -2997,15 +3012,7 @@ def find_base(config: DataPipelineConfig, source: Source, store: Store) -> Base 
             "it: publish another one with --rollback, or let bronze begin again with --reload"
         )
     as_of = parse_setting("as_of_date", record.config["as_of_date"])
-    settings = [name for name, value in own["settings"].items() if state["settings"].get(name) != value]
-    reasons = {
-        "the models are others": state["models"] != own["models"],
-        f"other {' and '.join(settings)}": bool(settings),
-        "the pipeline is another version": state["pipeline"] != own["pipeline"],
-        f"the as-of date was {as_of}": as_of > config.as_of_date,
-        "--full-refresh": config.full_refresh,
-    }
-    refresh = ", ".join(reason for reason, holds in reasons.items() if holds)
+    refresh = refresh_reason(state, own, as_of, config)
     if refresh:
         logger.info("Full refresh of all keys: %s", refresh)
     if state["models"] != own["models"]:
@@ -3013,12 +3020,13 @@ def find_base(config: DataPipelineConfig, source: Source, store: Store) -> Base 
     return Base(Snapshot(store, published), record, dataclasses.replace(config, as_of_date=as_of), ledger, refresh)
 
 
-def repeat_published(record: RunRecord, base: Base) -> None:
-    """Records that nothing has arrived: the figures are those of the base, which stays published."""
+def repeat_published(record: RunRecord, base: Base) -> RunRecord:
+    """Records that nothing has arrived, and returns the record: its figures are those of the base."""
     logger.info("Nothing has arrived since run %s, as of the same date: it stays published", base.record.run_id)
     for name in ("rows", "bytes", "quality", "currency", "revenue", "orders", "returns", "refunds", "controls"):
         setattr(record, name, getattr(base.record, name))
     record.arrived = {name: Quality(0, 0, 0, 0, {}) for name in names(BRONZE)}
+    return record
 
 
 class BronzeChange(NamedTuple):
