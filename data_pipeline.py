@@ -1623,9 +1623,9 @@ class Source:
         """Returns whether `delivery` has all records of a bronze table, and not only those that arrived."""
         return False
 
-    def replaced_deliveries(self, name: str) -> list[int]:
+    def replaced_deliveries(self, name: str) -> Sequence[int]:
         """Returns the deliveries whose rows of a bronze table are replaced by this one."""
-        return []
+        return ()
 
     def check_rows(self, name: str, rows: int) -> None:
         """Checks the number of rows of a bronze table against the records received. Raises PipelineError."""
@@ -1743,54 +1743,22 @@ class LandedFiles(Source):
             name: sum(file.estimated_rows for file in self.files if file.source in inputs) or 1
             for name, inputs in self.inputs.items()
         }
-        self.arrived: Sequence[LandedFile] = self.files  # not read before, or to be read again
-        self.ledger = []
-        self.number = 0  # the `_delivery` of rows without a file; files of this run have higher ones
-        self.again: set[str] = set()  # the paths that `--reread` names
-        self.replaced: list[int] = []  # the deliveries of these files so far
-        self.gone: list[LandedFile] = []  # files that were read before and are not there any more
+        self.arrivals = Arrivals(self.files)
+        self.ledger: Sequence[LandedFile] = ()
         self.parts: Sequence[Part] = ()
         self._records: dict[str, DataFrame] = {}
         self._malformed: dict[str, DataFrame] = {}
 
     def find_arrivals(self, base: Base | None) -> bool:
-        """Finds the files that have not been read before.
-
-        A file is known if its path is in the ledger with the same size and time, or with the same content.
-
-        Raises:
-            ConfigurationError: there are no files for a table, or none that `--reread` names.
-        """
+        """Finds the files that have not been read before. Raises ConfigurationError."""
         if base is None:
             return True
-        latest = {file.path: file for file in base.ledger}  # the last one read, if a file was replaced
-        is_renamed = follow_renames(self.root, self.files, latest)
-        pattern, paths = self.config.reread, {file.path for file in self.files}
-        self.again = {path for path in paths & latest.keys() if pattern and fnmatch.fnmatchcase(path, pattern)}
-        if pattern and not self.again:
-            raise ConfigurationError(
-                f"reread names no file that was read and is still there: {pattern}; give a path in the source folder, "
-                f"such as {next(iter(latest), 'transactions/2026-01.csv')}"
-            )
-        self.replaced = [file.delivery for file in base.ledger if file.path in self.again]
-        self.ledger = [file for file in base.ledger if file.path not in self.again]
-        self.number = 1 + max((file.delivery for file in base.ledger), default=0)
-        self.gone = [file for path, file in latest.items() if path not in paths]
-        if self.gone:
-            logger.info("Gone since they were read: %s", shorten([file.path for file in self.gone]))
-        self.arrived, known = [], []
-        for file in self.files:
-            before = latest.get(file.path)
-            if before and file.path in self.again:  # its records keep their place among the others
-                self.arrived.append(dataclasses.replace(file, delivery=before.delivery))
-            elif before and is_same_file(self.root, file, before):
-                before.size, before.mtime_ns = file.size, file.mtime_ns
-                known.append(dataclasses.replace(before, rows=0, malformed=0))
-            else:
-                self.arrived.append(dataclasses.replace(file, delivery=self.number + 1 + len(self.arrived)))
+        self.arrivals = compare_with_ledger(self.root, self.files, base.ledger, self.config.reread)
+        self.ledger = self.arrivals.ledger
         whole = {source for name in self.inputs if self.is_received_whole(name) for source in self.inputs[name]}
-        self.files = [*(file for file in known if file.source in whole and not file.problem), *self.arrived]
-        return bool(self.arrived) or is_renamed
+        again = [file for file in self.arrivals.known if file.source in whole and not file.problem]
+        self.files = [*again, *self.arrivals.arrived]
+        return bool(self.arrivals.arrived) or self.arrivals.has_renamed
 
     def check_reload(self, ledger: Sequence[LandedFile]) -> None:
         """Raises NotPublishedError if files that were read before are gone, unless that is accepted."""
@@ -1798,7 +1766,7 @@ class LandedFiles(Source):
         present = {file.sha256 for file in ledger if file.path in paths}
         gone = [file.path for file in ledger if file.path not in paths and file.sha256 not in present]
         gone = list(dict.fromkeys(gone))
-        self.again = set() if self.config.accept_missing_files else paths & {file.path for file in ledger}
+        self.arrivals.again = set() if self.config.accept_missing_files else paths & {file.path for file in ledger}
         if gone and not self.config.accept_missing_files:
             raise NotPublishedError(
                 f"a reload would lose the rows of files that are gone, nothing is published: {shorten(gone)}; put "
@@ -1809,10 +1777,10 @@ class LandedFiles(Source):
         """Returns whether a table is received whole: its model needs records that arrive at different times."""
         if name not in self.models or self.models[name].is_piecewise:
             return False
-        return any(file.source in self.inputs[name] for file in self.arrived)
+        return any(file.source in self.inputs[name] for file in self.arrivals.arrived)
 
-    def replaced_deliveries(self, name: str) -> list[int]:
-        return self.replaced
+    def replaced_deliveries(self, name: str) -> Sequence[int]:
+        return self.arrivals.replaced
 
     def check(self) -> None:
         """Checks that there are files for each table. Raises ConfigurationError."""
@@ -1846,7 +1814,7 @@ class LandedFiles(Source):
 
     def prepare(self) -> None:
         """Waits until the files have settled."""
-        wait_until_settled(self.arrived, self.config.settle_seconds)
+        wait_until_settled(self.arrivals.arrived, self.config.settle_seconds)
 
     def receive(self, run: Run) -> None:
         """Reads the files, and adds those that arrived to the ledger.
@@ -1859,8 +1827,8 @@ class LandedFiles(Source):
         reader = FileReader(self.root, run.temporary_folder(".staged"), self.config)
         without_model = {*names(BRONZE)} - self.models.keys()
         self.parts = reader.read(self.files, with_models={*self.used} - without_model)
-        leave_out_repeated(self.arrived, self.ledger)
-        report_delivery(self.arrived, run.record)
+        leave_out_repeated(self.arrivals.arrived, self.ledger)
+        report_delivery(self.arrivals.arrived, run.record)
         bad = [file for file in self.files if file.is_bad and self.config.on_bad_file == "refuse"]
         # Without these files, rows that are published would be lost.
         bad += [file for file in self.files if self._replaces_rows(file) and file.problem and file not in bad]
@@ -1872,7 +1840,7 @@ class LandedFiles(Source):
             raise NotPublishedError(
                 f"{bad[0].path} cannot be read, nothing is published: {bad[0].problem}{more}; correct it, {otherwise}"
             )
-        read = [file for file in self.arrived if not file.problem or file.problem.startswith(SAME_CONTENT)]
+        read = [file for file in self.arrivals.arrived if not file.problem or file.problem.startswith(SAME_CONTENT)]
         self.ledger = [*self.ledger, *(dataclasses.replace(file, run=run.record.run_id) for file in read)]
         self._warn_of_missing_columns()
         self._records = self.records(run.engine, self.files)
@@ -1881,12 +1849,13 @@ class LandedFiles(Source):
 
     def _replaces_rows(self, file: LandedFile) -> bool:
         """Returns whether a file is read again, and its rows are not in another file too."""
-        return (file.delivery < self.number or file.path in self.again) and not file.problem.startswith(SAME_CONTENT)
+        is_again = file.delivery < self.arrivals.number or file.path in self.arrivals.again
+        return is_again and not file.problem.startswith(SAME_CONTENT)
 
     def _check_whole(self) -> None:
         """Raises NotPublishedError if a table has to be received whole, and files for it are gone."""
         for name, inputs in self.inputs.items():
-            gone = [file.path for file in self.gone if file.source in inputs]
+            gone = [file.path for file in self.arrivals.gone if file.source in inputs]
             if gone and self.is_received_whole(name) and not self.config.accept_missing_files:
                 raise NotPublishedError(
                     f"the model {name}.sql needs all files that were read, nothing is published: {shorten(gone)} "
@@ -1914,13 +1883,13 @@ class LandedFiles(Source):
         for source, columns in self.declared_columns().items():
             landed = {name.lower() for file in self.files if file.source == source for name in file.columns}
             missing = dict.fromkeys(name for name in columns if name.lower() not in landed)
-            if landed and missing and {file.source for file in self.arrived} & {source}:
+            if landed and missing and {file.source for file in self.arrivals.arrived} & {source}:
                 logger.warning("%s: no file has the columns %s: they are null", source, ", ".join(missing))
 
     def check_rows(self, name: str, rows: int) -> None:
         """Checks that a table has a row for each record, unless its model joins or aggregates. Raises PipelineError."""
         number = Counter(dict.fromkeys(self.inputs[name], 0))
-        for file in self.arrived:
+        for file in self.arrivals.arrived:
             if file.source in number and not file.problem:
                 # Malformed lines are added to exactly one table, `table_of(source)`. Only that table expects them.
                 number[file.source] += file.records if self.table_of(file.source) == name else file.rows
@@ -1951,7 +1920,7 @@ class LandedFiles(Source):
     def delivery(self, run: Run, name: str) -> DataFrame | None:
         """Returns the records of a bronze table with the types of its contract, and malformed lines verbatim."""
         table, inputs = TABLES[name], self.inputs[name]
-        if run.base and not any(file.source in inputs for file in self.arrived):
+        if run.base and not any(file.source in inputs for file in self.arrivals.arrived):
             return None
         records = {source: self._visible(self._records[source], name) for source in inputs}
         if name not in self.models:
@@ -1962,18 +1931,18 @@ class LandedFiles(Source):
         else:
             views = {source: run.temporary_view(rows) for source, rows in records.items()}
             rows = apply_model(run.engine.spark, self.models[name], views)
-        rows = apply_contract(rows, table, self.config, self.number)
+        rows = apply_contract(rows, table, self.config, self.arrivals.number)
         for source in inputs:
             if source in self._malformed and self.table_of(source) == name:
                 malformed = self._visible(self._malformed[source], name)
-                rows = rows.unionByName(apply_contract(malformed, table, self.config, self.number))
+                rows = rows.unionByName(apply_contract(malformed, table, self.config, self.arrivals.number))
         return rows
 
     def _visible(self, rows: DataFrame, name: str) -> DataFrame:
         """Leaves out records that were only read again for another table, which is received whole."""
-        if self.is_received_whole(name) or len(self.files) == len(self.arrived):
+        if self.is_received_whole(name) or len(self.files) == len(self.arrivals.arrived):
             return rows
-        return rows.where(F.col("_delivery").isin([file.delivery for file in self.arrived]))
+        return rows.where(F.col("_delivery").isin([file.delivery for file in self.arrivals.arrived]))
 
     def explain(self, error: Exception, engine: Engine, name: str) -> PipelineError | None:
         """Explains an error by the model of the table, unless machines or disks have failed."""
@@ -3051,7 +3020,8 @@ def bronze_change(run: Run, source: Source, table: Table, delivered: DataFrame |
         logger.info("%s is received whole, since its model needs all records: it is compared with before", table.name)
         return changed_rows(run, table, before, delivered)
     if replaced := source.replaced_deliveries(table.name):
-        return BronzeChange(delivered, before.where(~F.coalesce(F.col("_delivery").isin(replaced), F.lit(False))))
+        is_replaced = F.coalesce(F.col("_delivery").isin(list(replaced)), F.lit(False))
+        return BronzeChange(delivered, before.where(~is_replaced))
     return BronzeChange(delivered)
 
 
@@ -5204,6 +5174,56 @@ def check_columns(file: LandedFile) -> None:
 def spark_text(text: str) -> str:
     """Returns a text as a literal of Spark SQL. Bytes that are not UTF-8 are replaced."""
     return "'{}'".format(os.fsencode(text).decode(errors="replace").replace("\\", "\\\\").replace("'", "\\'"))
+
+
+@dataclass
+class Arrivals:
+    """The files of a source folder, compared with the ledger."""
+
+    arrived: Sequence[LandedFile]  # not read before, or to be read again
+    known: Sequence[LandedFile] = ()
+    ledger: Sequence[LandedFile] = ()  # the entries that stay
+    gone: Sequence[LandedFile] = ()  # read before, and not there any more
+    again: set[str] = field(default_factory=set)  # the paths of files that replace the rows they gave before
+    replaced: Sequence[int] = ()  # the deliveries of these files so far
+    number: int = 0  # the `_delivery` of rows without a file; new files have higher ones
+    has_renamed: bool = False
+
+
+def compare_with_ledger(
+    root: str, files: Sequence[LandedFile], ledger: Sequence[LandedFile], reread: str | None
+) -> Arrivals:
+    """Compares files with the ledger. A file is known by its path, and by its size and time or its content.
+
+    Raises:
+        ConfigurationError: `reread` names no file.
+    """
+    latest = {file.path: file for file in ledger}  # the last one read, if a file was replaced
+    has_renamed = follow_renames(root, files, latest)
+    paths = {file.path for file in files}
+    again = {path for path in paths & latest.keys() if reread and fnmatch.fnmatchcase(path, reread)}
+    if reread and not again:
+        raise ConfigurationError(
+            f"reread names no file that was read and is still there: {reread}; give a path in the source folder, "
+            f"such as {next(iter(latest), 'transactions/2026-01.csv')}"
+        )
+    number = 1 + max((file.delivery for file in ledger), default=0)
+    arrived, known = [], []
+    for file in files:
+        before = latest.get(file.path)
+        if before and file.path in again:  # its records keep their place among the others
+            arrived.append(dataclasses.replace(file, delivery=before.delivery))
+        elif before and is_same_file(root, file, before):
+            before.size, before.mtime_ns = file.size, file.mtime_ns
+            known.append(dataclasses.replace(before, rows=0, malformed=0))
+        else:
+            arrived.append(dataclasses.replace(file, delivery=number + 1 + len(arrived)))
+    gone = [file for path, file in latest.items() if path not in paths]
+    if gone:
+        logger.info("Gone since they were read: %s", shorten([file.path for file in gone]))
+    stay = [file for file in ledger if file.path not in again]
+    replaced = [file.delivery for file in ledger if file.path in again]
+    return Arrivals(arrived, known, stay, gone, again, replaced, number, has_renamed)
 
 
 def follow_renames(root: str, files: Iterable[LandedFile], latest: dict[str, LandedFile]) -> bool:

@@ -115,6 +115,7 @@ def test_receiver_that_never_answers(log: pytest.LogCaptureFixture) -> None:
     assert SECRET not in log.text
 
 
+@pytest.mark.slow
 def test_runs_that_tell(
     published: DataPipelineConfig,
     first_run: tuple[DataPipelineConfig, RunRecord],

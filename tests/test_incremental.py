@@ -220,6 +220,7 @@ def test_no_clause_of_affected_can_be_left_out(clause: str, shop: Shop, monkeypa
     assert (record.kind, record.result) == ("incremental", "succeeded")
 
 
+@pytest.mark.slow
 def test_figures_of_a_night(shop: Shop) -> None:
     """Worked out by hand: T1 and T2 are 7.00; T3 is of unknown parents, 5.00; T4 is still in the future, 6.00."""
     first = first_night(shop)

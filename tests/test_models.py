@@ -134,6 +134,7 @@ def test_shopify_revenue_and_refunds_are_those_of_the_sales_report(run_model: Ru
     assert one(db, "SELECT any_value(currency) FROM bronze_transactions") == "USD"
 
 
+@pytest.mark.slow
 def test_shopify_gold(run_model: Run) -> None:
     _, db = run_model("shopify")
     assert categories(db) == {
