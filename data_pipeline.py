@@ -2046,9 +2046,10 @@ def apply_model(spark: SparkSession, model: Model, views: Mapping[str, str]) -> 
 
     # WITH names the sources within this query only, so that they do not collide with tables of the session.
     inputs = ", ".join(f"{quoted(source)} AS (SELECT * FROM {view})" for source, view in views.items())
+    with_inputs = f"WITH {inputs} " if views else ""  # a table may be constant
     name = model.name
     try:
-        rows = spark.sql(f"WITH {inputs} SELECT * FROM (\n{model.sql}\n)")
+        rows = spark.sql(f"{with_inputs}SELECT * FROM (\n{model.sql}\n)")
         rows.dtypes  # noqa: B018 - makes Sail analyse the query
     except PySparkException as error:
         message = str(error).strip().partition("\n")[0]

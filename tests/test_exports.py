@@ -164,7 +164,7 @@ def test_guests_and_what_is_no_longer_there_keep_their_revenue(published_from: C
 @pytest.mark.slow
 def test_orphans_are_rejected_where_that_is_wanted(published_from: Callable[..., RunRecord]) -> None:
     with pytest.raises(
-        NotPublishedError, match=r"4 of 5 rows are quarantined.*land the customers, or keep such orders by"
+        NotPublishedError, match=r"4 of 5 rows are quarantined.*land the customers, or keep such orders with"
     ):
         published_from({"transactions.csv": csv_of(*ORPHANS)}, orphans="reject")
 
