@@ -126,12 +126,12 @@ def first_night(shop: Shop) -> RunRecord:
     return shop.run()
 
 
-def history(shop: Shop, seed: int, nights: int) -> Iterator[RunRecord]:
-    """Runs nights of random deliveries, each of which is compared with a full refresh."""
+def history(shop: Shop, seed: int) -> Iterator[RunRecord]:
+    """Runs four nights of random deliveries, each of which is compared with a full refresh."""
     choose, day = random.Random(seed), 0
     shop.config.orphans = choose.choice(["keep", "reject"])
     landed: list[Path] = []
-    for night in range(nights):
+    for night in range(4):
         for table, make in RECORDS.items():
             if night == 0 or choose.random() < 0.7:
                 most = 25 if table == "transactions" else 5
@@ -154,12 +154,12 @@ def history(shop: Shop, seed: int, nights: int) -> Iterator[RunRecord]:
         day += choose.randrange(0, 3)
 
 
-def check_history(small: Small, spark: SparkSession, folder: Path, seed: int, nights: int = 4) -> list[str]:
+def check_history(small: Small, spark: SparkSession, folder: Path, seed: int) -> list[str]:
     """Runs a history, and compares its last night with a full refresh once more, by DuckDB. Returns kinds of runs."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "exports").mkdir(parents=True)
     shop = Shop(new_config(small, folder), spark)
-    records = list(history(shop, seed, nights))
+    records = list(history(shop, seed))
     shutil.copytree(shop.config.root, folder / "full", symlinks=True)
     as_of = date.fromisoformat(str(records[-1].config["as_of_date"]))
     full = dataclasses.replace(shop.config, data_dir=str(folder / "full"), as_of_date=as_of, full_refresh=True)
@@ -173,8 +173,9 @@ def check_history(small: Small, spark: SparkSession, folder: Path, seed: int, ni
 
 
 @pytest.mark.slow
+@THOROUGH
 def test_history_equals_a_full_refresh(small: Small, spark: SparkSession, tmp_path: Path) -> None:
-    assert "incremental" in check_history(small, spark, tmp_path, seed=1, nights=2 if ENGINE == "spark" else 4)
+    assert "incremental" in check_history(small, spark, tmp_path, seed=1)
 
 
 @pytest.mark.slow
@@ -232,7 +233,7 @@ def test_figures_of_a_night(shop: Shop) -> None:
         "transactions", "2",
         "T1,1,P1,1,3.00,2026-01-20 11:00:00,paypal,refunded", "T5,2,P1,1,7.00,2026-03-01 10:00:00,paypal,completed",
     )  # fmt: skip
-    night = shop.run(days=1)
+    night = shop.run(days=1, verify_incremental=True)
     # 12.00 - T1 3.00 + T4 6.00 + T5 7.00
     assert (str(night.revenue), night.kind, night.affected_keys) == ("22.00", "incremental", 5)
     quality = night.quality["transactions"]
