@@ -174,19 +174,13 @@ def check_history(small: Small, spark: SparkSession, folder: Path, seed: int) ->
 
 @pytest.mark.slow
 @THOROUGH
-def test_history_equals_a_full_refresh(small: Small, spark: SparkSession, tmp_path: Path) -> None:
-    assert "incremental" in check_history(small, spark, tmp_path, seed=1)
-
-
-@pytest.mark.slow
-@THOROUGH
 @settings(
-    max_examples=int(os.environ.get("HISTORIES", "2")), deadline=None, derandomize=True, phases=[Phase.generate],
+    max_examples=int(os.environ.get("HISTORIES", "1")), deadline=None, derandomize=True, phases=[Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
-@given(seed=st.integers(min_value=2, max_value=10**6))
+@given(seed=st.integers(min_value=1, max_value=10**6))
 def test_any_history_equals_a_full_refresh(small: Small, spark: SparkSession, tmp_path: Path, seed: int) -> None:
-    check_history(small, spark, tmp_path, seed)
+    assert "incremental" in check_history(small, spark, tmp_path, seed)
 
 
 # What each clause is about, on top of the first night: a delivery that would be computed wrongly without the clause.
@@ -540,7 +534,7 @@ def test_nights_and_kills(shop: Shop, spark: SparkSession, monkeypatch: pytest.M
     """The run after a killed one gives the tables that it would have given. Nights do not become slower."""
     first_night(shop)
     choose, seconds = random.Random(3), []
-    nights = int(os.environ.get("NIGHTS", "6"))
+    nights = int(os.environ.get("NIGHTS", "4"))
     for night in range(1, nights + 1):
         shop.land("transactions", f"night{night}", *(order(choose) for _ in range(20)))
         if night % 3:
