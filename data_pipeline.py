@@ -1658,7 +1658,6 @@ class Generated(Source):
         sizes = ("seed", "num_customers", "num_products", "num_transactions", "history_days", "defect_rate")
         self.identity = {"kind": "generated data", **{name: getattr(config, name) for name in sizes}}
         self.continues = config.incremental or config.full_refresh
-        self.base: Base | None = None  # the days after its as-of date are generated
         self.expected_rows = {
             "customers": config.num_customers,
             "products": config.num_products,
@@ -1677,7 +1676,6 @@ class Generated(Source):
 
     def find_arrivals(self, base: Base | None) -> bool:
         """Finds the days to generate: those after the as-of date of the base, or the whole history."""
-        self.base = base
         return base is None or base.config.as_of_date < self.config.as_of_date
 
     def delivery(self, run: Run, name: str) -> DataFrame | None:
@@ -1687,12 +1685,12 @@ class Generated(Source):
             "products": generate_products,
             "transactions": generate_transactions,
         }
-        if self.base is None:
-            records = generate[name](run.engine.spark, self.config)
-        elif self.find_arrivals(self.base):
-            records = later_records(run, self.base, name, self.base.config.as_of_date)
-        else:
+        if not self.find_arrivals(run.base):
             return None
+        if run.base is None:
+            records = generate[name](run.engine.spark, self.config)
+        else:
+            records = later_records(run, run.base, name)
         return records.selectExpr(
             "*",
             f"CAST({self.config.as_of_date:%Y%m%d} AS BIGINT) AS _delivery",
@@ -2514,13 +2512,13 @@ def generate_transactions(spark: SparkSession, config: DataPipelineConfig, since
     )
 
 
-def later_records(run: Run, base: Base, name: str, since: date) -> DataFrame:
-    """Returns the records of a bronze table that arrive in the days after `since`.
+def later_records(run: Run, base: Base, name: str) -> DataFrame:
+    """Returns the records of a bronze table that arrive in the days after the date of the base.
 
     These are new customers and orders, one in ten products with another price and stock, and one in fifty of the
     orders of the last 30 days with their next status.
     """
-    spark, config = run.engine.spark, run.config
+    spark, config, since = run.engine.spark, run.config, base.config.as_of_date
     columns = [column for column, _ in TABLES[name].columns()]
 
     def is_chosen(key: str, one_in: int) -> str:
@@ -2561,10 +2559,10 @@ class FailingKeys(NamedTuple):
     surplus: int  # the rows minus the number of keys
     hashes: str | DataFrame  # a list in Spark SQL if they are few, otherwise a table
 
-    @property
-    def key_hash(self) -> str:
-        """Spark SQL for the hash of a row's key."""
-        return f"xxhash64({', '.join(self.columns)})"
+
+def key_hash(columns: Iterable[str]) -> str:
+    """Returns Spark SQL for the hash of a row's key; never null."""
+    return f"xxhash64({', '.join(columns)})"
 
 
 def duplicate_keys(rows: DataFrame, key: Sequence[str]) -> DataFrame:
@@ -2672,10 +2670,10 @@ def flag_rows(
     flagged, flags = rows, {"_duplicate_key": "false"}
     for found in keys:
         if isinstance(found.hashes, str):
-            flags[found.flag] = f"{found.key_hash} IN {found.hashes}"
+            flags[found.flag] = f"{key_hash(found.columns)} IN {found.hashes}"
         else:
             hashes = found.hashes.select(F.col("key_hash").alias(f"{found.flag}_hash"))
-            flagged = flagged.join(hashes, F.expr(f"{found.key_hash} = {found.flag}_hash"), how="left")
+            flagged = flagged.join(hashes, F.expr(f"{key_hash(found.columns)} = {found.flag}_hash"), how="left")
             flags[found.flag] = f"{found.flag}_hash IS NOT NULL"
     rejected = {"_rejected": is_rejected(rules, config)}
     return flagged.select(*rows.columns, *named_columns(flags)).select("*", *named_columns(rejected))
@@ -2685,9 +2683,9 @@ def rows_without_keys(rows: DataFrame, keys: Iterable[FailingKeys]) -> DataFrame
     """Returns the rows that have none of the keys, by anti joins, which are faster than the joins of `flag_rows`."""
     for found in keys:
         if isinstance(found.hashes, str):
-            rows = rows.where(f"{found.key_hash} NOT IN {found.hashes}")
+            rows = rows.where(f"{key_hash(found.columns)} NOT IN {found.hashes}")
         else:
-            rows = rows.join(found.hashes, F.expr(f"{found.key_hash} = key_hash"), how="left_anti")
+            rows = rows.join(found.hashes, F.expr(f"{key_hash(found.columns)} = key_hash"), how="left_anti")
     return rows
 
 
@@ -3067,14 +3065,9 @@ class Affected(NamedTuple):
     before: Quality  # the account of these keys in the base
 
 
-def key_hash(table: Table) -> str:
-    """Returns Spark SQL for the hash of a row's key; never null."""
-    return f"xxhash64({', '.join(table.key)})"
-
-
 def with_keys(rows: DataFrame, table: Table, keys: DataFrame, *, how: str = "left_semi") -> DataFrame:
     """Returns the rows whose key is among the keys. With `how="left_anti"`, it returns the other rows."""
-    return rows.join(keys, F.expr(f"{key_hash(table)} = key_hash"), how=how)
+    return rows.join(keys, F.expr(f"{key_hash(table.key)} = key_hash"), how=how)
 
 
 def find_affected(run: Run, bronze: Mapping[str, Received]) -> Affected | None:
@@ -3087,7 +3080,7 @@ def find_affected(run: Run, bronze: Mapping[str, Received]) -> Affected | None:
         # Rows without a key count as one key: their reasons change when a parent arrives.
         no_key = run.engine.spark.sql("SELECT xxhash64(CAST(NULL AS STRING)) AS key_hash")
         rows = affected_rows(run, base, bronze).values()
-        hashes = [part.select(F.expr(key_hash(table)).alias("key_hash")) for part in rows]
+        hashes = [part.select(F.expr(key_hash(table.key)).alias("key_hash")) for part in rows]
         keys = run.stored(functools.reduce(lambda one, other: one.unionAll(other), hashes, no_key).distinct())
         run.record.affected_keys = keys.count() - 1
         now = run.stored(with_keys(received.rows, table, keys))
@@ -4750,8 +4743,7 @@ class FileReader:
         for file in files:
             path = os.path.join(self.root, file.path)
             try:
-                with open_landed(path) as content:
-                    file.sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+                file.sha256 = landed_sha256(path)
                 with open_landed(path) as content:
                     self._scan(file, content, has_model=file.source in with_models)
                 if file.source not in with_models:
@@ -4974,6 +4966,12 @@ def open_landed(path: str) -> Iterator[Any]:
             raise BadFileError(str(error.args[0])) from None
         with content:
             yield content
+
+
+def landed_sha256(path: str) -> str:
+    """Returns the SHA-256 of a file, or of a member of a zip file. Raises BadFileError."""
+    with open_landed(path) as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def decompressed(path: str, content: Any) -> Any:
@@ -5246,8 +5244,8 @@ def follow_renames(root: str, files: Iterable[LandedFile], latest: dict[str, Lan
 
 def is_same_content(root: str, file: LandedFile, before: LandedFile) -> bool:
     """Returns whether a file has the content that was read before."""
-    with contextlib.suppress(BadFileError, OSError), open_landed(os.path.join(root, file.path)) as content:
-        return hashlib.file_digest(content, "sha256").hexdigest() == before.sha256
+    with contextlib.suppress(BadFileError, OSError):
+        return landed_sha256(os.path.join(root, file.path)) == before.sha256
     return False
 
 
