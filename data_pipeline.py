@@ -146,6 +146,7 @@ MILLION = 1_000_000
 STOP_WITHIN = 2.0  # seconds to wait, after an interrupt, for Spark's jobs or for a JVM that is starting
 BRONZE, SILVER, GOLD, QUARANTINE = "bronze", "silver", "gold", "quarantine"
 LAYERS = (BRONZE, SILVER, GOLD, QUARANTINE)
+CHANGES = "changes"  # the folder of the changes since the published run
 ENVIRONMENT_PREFIX = "PIPELINE_"
 
 
@@ -329,6 +330,7 @@ class DataPipelineConfig:
     accept_missing_files: bool = _option(False, "reload even if files that were read are gone: their rows are lost")
     reread: str | None = _option(None, "pattern of landed files to receive again, in place of what they gave before")
     verify_incremental: bool = _option(False, "also compute a full refresh, and publish only if the tables are equal")
+    changes: bool = _option(False, "also write the changes of tables since the published run, into changes/")
     history_days: int = _option(730, "days of history, including the as-of date", min=1, max=3_650)
     defect_rate: float = _option(0.02, "share of generated records with a defect", min=0.0, max=0.5)
     silver_above: Decimal = _option(Decimal(500), "customers who spent more than this are Silver", min=Decimal(0))
@@ -442,6 +444,8 @@ def check_config(config: DataPipelineConfig) -> None:
         )
     if config.source_delimiter == config.source_quote:
         raise ConfigurationError(f"source_delimiter and source_quote are both {config.source_quote!r}: change one")
+    if config.changes and is_uri(config.root):
+        raise ConfigurationError(f"changes cannot be written to {config.root}, where no run is published: leave it out")
     if config.as_of_date > (today := _today()):
         raise ConfigurationError(f"as_of_date {config.as_of_date} lies in the future: today is {today} in UTC")
     config.root  # noqa: B018 - raises when the folder cannot be named
@@ -488,12 +492,13 @@ def run_pipeline(
                 bronze = ingest_bronze(run, source)
             with run.layer(SILVER, "Data Cleansing and Enrichment"):
                 affected = find_affected(run, bronze)
-                valid = clean(run, bronze, affected)
-                check_gate(run, source, valid)
-                silver = build_silver(run, valid, affected)
+                cleaned = clean(run, bronze, affected)
+                check_gate(run, source, cleaned)
+                silver = build_silver(run, cleaned, affected)
             with run.layer(GOLD, "Business Aggregations"):
                 build_gold(run, silver)
             audit(run)
+            write_changes_of(run)
             verify(run)
             check_controls(run, source.controls)
             summarize(run)
@@ -528,6 +533,7 @@ class Counts(NamedTuple):
     violations: Mapping[str, int]  # rows that violate a rule, by its name
     # Rows that no rule rejects: all under `accepted`, and under each silver table's name those that meet its `where`.
     passing: Mapping[str, int]
+    deletes: int = 0
 
 
 class Received(NamedTuple):
@@ -584,8 +590,8 @@ def with_lineage(rows: DataFrame, table: Table, record: RunRecord) -> DataFrame:
     return rows.select(*named_columns({name: added.get(name, quoted(name)) for name, _ in table.columns(BRONZE)}))
 
 
-def clean(run: Run, bronze: Mapping[str, Received], affected: Affected | None) -> dict[str, DataFrame]:
-    """Writes rejected rows to quarantine, with the reasons. Returns the valid rows of each table, one per key.
+def clean(run: Run, bronze: Mapping[str, Received], affected: Affected | None) -> dict[str, Separated]:
+    """Writes rejected rows to quarantine, with the reasons. Returns the rows of each table, separated.
 
     With affected keys, only their orders are cleaned; the other rows of quarantine are carried over.
     """
@@ -593,7 +599,7 @@ def clean(run: Run, bronze: Mapping[str, Received], affected: Affected | None) -
     with run.step("survey"):
         failing_keys = find_failing_keys(run, received, received, run.config)
 
-    def separate(name: str) -> DataFrame:
+    def separate(name: str) -> Separated:
         table, base = TABLES[name], run.base
         separated = separate_rows(run, received[name], failing_keys[name], run.config)
         rejected, quality = separated.rejected, separated.quality
@@ -609,9 +615,9 @@ def clean(run: Run, bronze: Mapping[str, Received], affected: Affected | None) -
         repeated = (keys.surplus for keys in failing_keys[name] if keys.flag == "_duplicate_key")
         if (columns := run.record.profile.get(name)) and not base:
             columns[table.key[0]]["duplicates"] = next(repeated, 0)
-        return separated.valid
+        return separated
 
-    valid = run.parallel(separate, bronze)
+    cleaned = run.parallel(separate, bronze)
     for name in bronze:
         for line in (
             *(describe_profile(name, run.record.profile[name]) if name in run.record.profile else ()),
@@ -619,10 +625,10 @@ def clean(run: Run, bronze: Mapping[str, Received], affected: Affected | None) -
         ):
             logger.info("%s", line)
     find_rejects_by_file(run)
-    return valid
+    return cleaned
 
 
-def check_gate(run: Run, source: Source, valid: Mapping[str, DataFrame]) -> None:
+def check_gate(run: Run, source: Source, cleaned: Mapping[str, Separated]) -> None:
     """Checks whether the data may be published.
 
     Raises:
@@ -641,7 +647,7 @@ def check_gate(run: Run, source: Source, valid: Mapping[str, DataFrame]) -> None
                         run, table, rule.name, rows, message, f"array_contains(_reasons, '{rule.name}')"
                     )
             check_quarantine_rate(run, table)
-        check_currency(run, valid["transactions"])
+        check_currency(run, cleaned["transactions"].valid)
         if failures := run.record.gate_failures:
             rules = ", ".join("{table}.{rule} ({message})".format(**failure) for failure in failures)
             raise NotPublishedError(
@@ -725,16 +731,18 @@ def record_gate_failure(run: Run, table: Table, rule: str, rows: int, message: s
         logger.info("  for example %s", example)
 
 
-def build_silver(run: Run, valid: Mapping[str, DataFrame], affected: Affected | None) -> dict[str, DataFrame]:
+def build_silver(run: Run, cleaned: Mapping[str, Separated], affected: Affected | None) -> dict[str, DataFrame]:
     """Enriches valid rows: active products, completed orders and returns, then customers with their orders.
 
     With affected keys, the orders and returns of the other keys are carried over.
     """
-    customers, products, transactions = valid["customers"], valid["products"], valid["transactions"]
+    customers, products, transactions = (cleaned[name].valid for name in names(BRONZE))
+    once, versions = cleaned["customers"].once, cleaned["customers"].versions
     # The counts already show whether there are returns. If there are none, skip the scan for them.
     has_returns = affected or run.record.quality["transactions"].silver["transactions_returned"] > 0
     returned = transactions_returned(transactions if has_returns else transactions.where("false"), products)
     first = {
+        "customers_history": lambda: customers_history(once, versions),
         "products_active": lambda: products_active(products),
         "transactions_clean": lambda: carry_months_over(run, affected, transactions_clean(transactions, products)),
         "transactions_returned": lambda: carry_rows_over(
@@ -967,7 +975,7 @@ class Rule(NamedTuple):
     `:as_of_date`. A null condition is not a violation, so a missing value only violates the `_missing` rule.
     Severities: REJECT sends the row to quarantine, ABORT also keeps the run from being published, WARN counts the row
     and keeps it, ORPHAN rejects or keeps it, depending on `--orphans`. With `nullify`, a value that violates the rule
-    becomes null in silver. `advice` says what the user can do.
+    becomes null in silver. Only rules with `checks_deletes` apply to deletes. `advice` says what the user can do.
     """
 
     name: str
@@ -975,6 +983,7 @@ class Rule(NamedTuple):
     violation: str
     severity: str = REJECT
     nullify: bool = False
+    checks_deletes: bool = False
     advice: str = "correct the source, or change the value in {table}.sql"
 
     def rejects(self, config: DataPipelineConfig) -> bool:
@@ -988,7 +997,7 @@ class Rule(NamedTuple):
             if name in condition and value is None:
                 return "false"
             condition = condition.replace(name, value or "")
-        return f"coalesce({condition}, false)"
+        return f"coalesce({condition if self.checks_deletes else f'({condition}) AND {NOT_DELETED}'}, false)"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -1012,6 +1021,7 @@ class Table:
     defects: tuple[str, ...] = ()  # bronze: the kinds of defect in generated records
     from_table: str = ""
     where: str = "true"
+    one_to_one: str = "true"  # silver: Spark SQL for the rows of which there is one per valid row of `from_table`
     month_of: str = ""  # silver: the date whose month decides in which file a row is
     revenue: str | None = None  # the column whose sum is the revenue, the same in all tables that have one
     order: tuple[str, ...] = ()  # gold: Spark SQL that orders the rows; a leading minus puts the largest first
@@ -1064,38 +1074,42 @@ def _rescued(name: str) -> str:
     return f"get_json_object(_rescued_data, '$.{name}') IS NOT NULL"
 
 
-def _required(*columns: str, severity: str = REJECT) -> tuple[Rule, ...]:
+def _required(*columns: str, **options: Any) -> tuple[Rule, ...]:
     return tuple(
         Rule(
-            f"{name}_missing", name, f"{name} IS NULL AND NOT ({_rescued(name)} OR {MALFORMED})", severity, advice=FILL
+            f"{name}_missing", name, f"{name} IS NULL AND NOT ({_rescued(name)} OR {MALFORMED})", advice=FILL, **options
         )
         for name in columns
     )
 
 
-def _required_text(*columns: str, severity: str = REJECT) -> tuple[Rule, ...]:
+def _required_text(*columns: str, **options: Any) -> tuple[Rule, ...]:
     return tuple(
         Rule(
-            f"{name}_missing", name, f"({name} IS NULL OR trim({name}) = '') AND NOT {MALFORMED}", severity, advice=FILL
+            f"{name}_missing",
+            name,
+            f"({name} IS NULL OR trim({name}) = '') AND NOT {MALFORMED}",
+            advice=FILL,
+            **options,
         )
         for name in columns
     )
 
 
-def _well_formed(*columns: str, severity: str = REJECT) -> tuple[Rule, ...]:
+def _well_formed(*columns: str, **options: Any) -> tuple[Rule, ...]:
     return tuple(
-        Rule(f"{name}_malformed", name, f"{name} IS NULL AND {_rescued(name)}", severity, advice=CONVERT)
+        Rule(f"{name}_malformed", name, f"{name} IS NULL AND {_rescued(name)}", advice=CONVERT, **options)
         for name in columns
     )
 
 
-def _not_scientific(key: str, severity: str = REJECT) -> Rule:
+def _not_scientific(key: str, **options: Any) -> Rule:
     return Rule(
         f"{key}_scientific",
         key,
         f"{key} RLIKE '^[0-9]([.,][0-9]+)?[eE][+][0-9]+$'",
-        severity,
         advice="export the ids as text: Excel has replaced their digits",
+        **options,
     )
 
 
@@ -1103,10 +1117,15 @@ MALFORMED = _rescued("_record")  # a line of a file that could not be parsed: on
 FILL = "fill it in {table}.sql"
 CONVERT = "convert it in {table}.sql, or see --source-decimal and --source-time-zone"
 
+# What a source that records changes says of each record: whether it is a delete, its position in the log, and when the
+# source changed. Null elsewhere.
+CHANGE_COLUMNS: Mapping[str, str] = {"_deleted": "boolean", "_sequence": "bigint", "_changed_at": "timestamp"}
+NOT_DELETED = "_deleted IS NOT TRUE"
+
 # The columns that the pipeline adds to bronze and quarantine, and to quarantine alone.
 LINEAGE = (
     "_ingested_at TIMESTAMP, _run_id STRING, _delivery BIGINT, _source_file STRING, _source_row BIGINT, "
-    "_rescued_data STRING"
+    "_rescued_data STRING, _deleted BOOLEAN, _sequence BIGINT, _changed_at TIMESTAMP"
 )
 REASONS = "_reasons ARRAY<STRING>"
 
@@ -1125,9 +1144,16 @@ PRICE_BANDS: Mapping[str, int | None] = {"Budget": 25, "Standard": 100, "Premium
 STOCK_STATUSES: Mapping[str, int | None] = {"Low": 20, "Medium": 100, "High": None}
 SEGMENTS = ("Bronze", "Silver", "Gold", "Premium")  # by rising spending; the bounds are configuration
 
-RECORD_MALFORMED = Rule(
-    "record_malformed", "_rescued_data", MALFORMED, advice="correct the line, or see --source-delimiter"
-)
+RECORD_RULES = (
+    Rule(
+        "record_malformed", "_rescued_data", MALFORMED, checks_deletes=True,
+        advice="correct the line, or see --source-delimiter",
+    ),
+    Rule(
+        "change_malformed", "_deleted", " OR ".join(map(_rescued, CHANGE_COLUMNS)), checks_deletes=True,
+        advice="in {table}.sql, _deleted has to be BOOLEAN, _sequence BIGINT and _changed_at TIMESTAMP",
+    ),
+)  # fmt: skip
 
 # Spark SQL. Most payment methods are tidy and skip the regular expression.
 PAYMENT_METHOD = (
@@ -1154,10 +1180,10 @@ TABLES["customers"] = Table(
         customer_id BIGINT, first_name STRING, last_name STRING, email STRING, age INT, city STRING,
         signup_date DATE""",
     rules=(
-        RECORD_MALFORMED,
-        *_required("customer_id"),
+        *RECORD_RULES,
+        *_required("customer_id", checks_deletes=True),
         *_required_text("first_name", "last_name", severity=WARN),
-        *_well_formed("customer_id"),
+        *_well_formed("customer_id", checks_deletes=True),
         *_well_formed("age", "signup_date", severity=WARN),
         Rule("email_missing", "email", f"email IS NULL AND NOT {MALFORMED}", WARN),
         Rule("email_malformed", "email", r"NOT email RLIKE '^[^@\\s]+@[^@\\s]+[.][^@\\s.]+\\z'", WARN, nullify=True),
@@ -1173,12 +1199,12 @@ TABLES["products"] = Table(
         product_id STRING, product_name STRING, category STRING, price DECIMAL(12,2), stock_quantity INT,
         supplier STRING, weight_kg DOUBLE, created_date DATE, is_active BOOLEAN""",
     rules=(
-        RECORD_MALFORMED,
-        *_required_text("product_id"),
+        *RECORD_RULES,
+        *_required_text("product_id", checks_deletes=True),
         *_required_text("product_name", "category", "supplier", severity=WARN),
         *_required("price", "stock_quantity", "created_date", "is_active", severity=WARN),
         *_well_formed("price", "stock_quantity", "created_date", "is_active", "weight_kg", severity=WARN),
-        _not_scientific("product_id"),
+        _not_scientific("product_id", checks_deletes=True),
         Rule("price_not_positive", "price", "price <= 0", WARN, nullify=True),
         Rule("stock_quantity_negative", "stock_quantity", "stock_quantity < 0", WARN),
         Rule("weight_kg_not_positive", "weight_kg", "weight_kg <= 0 OR isnan(weight_kg)", WARN, nullify=True),
@@ -1193,17 +1219,17 @@ TABLES["transactions"] = Table(
         timestamp TIMESTAMP, payment_method STRING, status STRING, device STRING, browser STRING, location STRING,
         order_id STRING, currency STRING""",
     rules=(
-        RECORD_MALFORMED,
-        *_required_text("transaction_id"),
+        *RECORD_RULES,
+        *_required_text("transaction_id", checks_deletes=True),
         *_required_text("product_id", severity=ORPHAN),
         *_required_text("payment_method", severity=WARN),
         *_required_text("status"),
         *_required("customer_id", severity=ORPHAN),
         *_required("quantity", "amount", "timestamp"),
         *_well_formed("customer_id", "quantity", "amount", "timestamp"),
-        _not_scientific("transaction_id"),
+        _not_scientific("transaction_id", checks_deletes=True),
         _not_scientific("order_id"),
-        _not_scientific("product_id", WARN),
+        _not_scientific("product_id", severity=WARN),
         # A negative quantity with a negative amount is a return.
         Rule("quantity_not_positive", "quantity", "quantity = 0 OR (quantity < 0 AND amount >= 0)"),
         Rule("amount_not_positive", "amount", "amount = 0 OR (amount < 0 AND quantity >= 0)"),
@@ -1378,8 +1404,56 @@ def transactions_returned(transactions: DataFrame, products: DataFrame) -> DataF
     return with_category_and_date(transactions.where(RETURNED), products)
 
 
+BEGAN = "coalesce(_changed_at, CAST(signup_date AS TIMESTAMP), _ingested_at)"
+
+
 @declare(
-    SILVER, key=("customer_id",), from_table="customers", revenue="total_spent",
+    SILVER, key=("customer_id", "valid_from"), from_table="customers", one_to_one="is_current",
+    schema="""
+        customer_id BIGINT, first_name STRING, last_name STRING, email STRING, age INT, city STRING, signup_date DATE,
+        valid_from TIMESTAMP, valid_to TIMESTAMP, is_current BOOLEAN""",
+)  # fmt: skip
+def customers_history(once: DataFrame, versions: DataFrame) -> DataFrame:
+    """One row per version of a customer: a slowly changing dimension of type 2.
+
+    `valid_from` is inclusive. `valid_to` is exclusive, and null for the current version. A version begins when the
+    source changed (`_changed_at`). If that is unknown, the first one begins with `signup_date`, and a later one when it
+    was received, but not after the next one. `once` has the customers received once, `versions` all records of the
+    others.
+    """
+    names = (known(name).alias(name) for name in ("first_name", "last_name"))
+    attributes = [F.col("customer_id"), *names, *map(F.col, ("email", "age", "city", "signup_date"))]
+    only = once.select(*attributes, F.expr(BEGAN).alias("valid_from"), F.expr("CAST(NULL AS TIMESTAMP) AS valid_to"))
+    periods = version_periods(versions).select(*attributes, F.col("valid_from"), F.col("valid_to"))
+    return only.unionByName(periods).withColumn("is_current", F.col("valid_to").isNull())
+
+
+def version_periods(versions: DataFrame) -> DataFrame:
+    """Adds `valid_from` and `valid_to` to versions of customers, which have an `_order`, the latest with 1.
+
+    Leaves out versions that begin together with the next one, or that change nothing. Versions received together,
+    without `_changed_at`, are one. A delete ends the version before it, and is left out.
+    """
+    by_age = "OVER (PARTITION BY customer_id ORDER BY _order DESC"
+    attributes = "first_name", "last_name", "email", "age", "city", "signup_date"
+    content = f"CASE WHEN {NOT_DELETED} THEN to_json({named_struct({name: name for name in attributes})}) END"
+    came_later = f"_changed_at IS NULL AND _ingested_at <> first_value(_ingested_at) {by_age})"
+    steps: Sequence[tuple[Mapping[str, str], str]] = (
+        ({"_began": f"CASE WHEN {came_later} THEN _ingested_at ELSE {BEGAN} END", "_content": content}, "true"),
+        ({"_receipt": "CASE WHEN _changed_at IS NULL THEN _ingested_at END"}, "true"),
+        ({"_next_receipt": f"lead(_receipt) {by_age})"}, "_receipt IS NULL OR NOT (_receipt <=> _next_receipt)"),
+        ({"valid_from": f"min(_began) {by_age} ROWS BETWEEN CURRENT ROW AND UNBOUNDED FOLLOWING)"}, "true"),
+        ({"_next_from": f"lead(valid_from) {by_age})"}, "NOT (valid_from <=> _next_from)"),
+        ({"_content_before": f"lag(_content) {by_age})"}, "NOT (_content <=> _content_before)"),
+        ({"valid_to": f"lead(valid_from) {by_age})"}, "_content IS NOT NULL"),
+    )
+    for added, condition in steps:
+        versions = versions.select("*", *named_columns(added)).where(condition)
+    return versions
+
+
+@declare(
+    SILVER, key=("customer_id",), from_table="customers", one_to_one="NOT is_inferred", revenue="total_spent",
     schema="""
         customer_id BIGINT, first_name STRING, last_name STRING, full_name STRING, email STRING, city STRING,
         age_group STRING, customer_segment STRING, age INT, tenure_days INT, total_orders BIGINT,
@@ -1585,6 +1659,12 @@ SNAPSHOT_TABLES = tuple(
     for layer in ((BRONZE, QUARANTINE) if table.layer == BRONZE else (table.layer,))
 )
 
+# The tables of which a run can write the changes.
+CHANGED_TABLES = tuple(
+    (layer, table)
+    for layer, table in SNAPSHOT_TABLES
+    if layer == GOLD or table.name in ("transactions_clean", "customers_enriched")
+)
 
 # ── Sources ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -1691,12 +1771,11 @@ class Generated(Source):
             records = generate[name](run.engine.spark, self.config)
         else:
             records = later_records(run, run.base, name)
+        unknown = {"_source_file": "string", "_source_row": "bigint", "_rescued_data": "string", **CHANGE_COLUMNS}
         return records.selectExpr(
             "*",
             f"CAST({self.config.as_of_date:%Y%m%d} AS BIGINT) AS _delivery",
-            "CAST(NULL AS STRING) AS _source_file",
-            "CAST(NULL AS BIGINT) AS _source_row",
-            "CAST(NULL AS STRING) AS _rescued_data",
+            *(f"CAST(NULL AS {kind}) AS {name}" for name, kind in unknown.items()),
         )
 
 
@@ -2123,7 +2202,7 @@ def apply_contract(rows: DataFrame, table: Table, config: DataPipelineConfig, nu
     not in the contract.
     """
     given = {name.strip().lower(): (quoted(name), kind) for name, kind in rows.dtypes}
-    columns = {name: kind for name, kind in table.columns() if name in given}
+    columns = {name: kind for name, kind in (*table.columns(), *CHANGE_COLUMNS.items()) if name in given}
     typed = (
         F.expr(convert_value(*given[name], kind, config)).alias(f"_typed_{name}") for name, kind in columns.items()
     )
@@ -2144,7 +2223,7 @@ def apply_contract(rows: DataFrame, table: Table, config: DataPipelineConfig, nu
     values = {name: F.col(f"_typed_{name}") for name in columns}
     values |= {name: F.col(given[name][0]) for name in LANDED_COLUMNS if name in given}
     values.setdefault("_delivery", F.lit(number))
-    kinds = {**dict(table.columns()), **LANDED_COLUMNS}
+    kinds = {**dict(table.columns()), **LANDED_COLUMNS, **CHANGE_COLUMNS}
     return rows.select("*", *typed).select(
         *(values.get(name, F.lit(None)).cast(kind).alias(name) for name, kind in kinds.items()),
         F.when(is_rescued, texts).cast("string").alias("_rescued_data"),
@@ -2576,9 +2655,15 @@ def duplicate_keys(rows: DataFrame, key: Sequence[str]) -> DataFrame:
 
 def orphan_keys(rows: DataFrame, parents: DataFrame, key: str) -> DataFrame:
     """One row per key without a parent: `key_hash`, and `rows`, the number of rows with the key."""
-    children = rows.where(F.col(key).isNotNull()).groupBy(key).agg(F.count(F.lit(1)).alias("rows"))
+    children = rows.where(f"{key} IS NOT NULL AND {NOT_DELETED}").groupBy(key).agg(F.count(F.lit(1)).alias("rows"))
     orphans = children.join(parents.select(key), key, how="left_anti")
     return orphans.select(F.xxhash64(key).alias("key_hash"), "rows")
+
+
+def valid_parents(parents: Received, config: DataPipelineConfig) -> DataFrame:
+    """Returns the rows of a table that no rule rejects, without those of deleted keys. A key may have several."""
+    passing = parents.rows.where(passes_rules(parents.violated_rules, config))
+    return latest_versions(passing, parents.table) if parents.counts.deletes else passing
 
 
 def find_failing_keys(
@@ -2591,9 +2676,8 @@ def find_failing_keys(
         checks.append((name, "_duplicate_key", table.key))
         queries.append(duplicate_keys(received.rows, table.key))
         for key, parent in table.foreign_keys.items():
-            valid = parents[parent].rows.where(passes_rules(parents[parent].violated_rules, config))
             checks.append((name, f"_{key}_unknown", (key,)))
-            queries.append(orphan_keys(received.rows, valid, key))
+            queries.append(orphan_keys(received.rows, valid_parents(parents[parent], config), key))
     numbered = (query.select(F.lit(n).alias("number"), "key_hash", "rows") for n, query in enumerate(queries))
     keys = run.cached(functools.reduce(lambda one, other: one.unionAll(other), numbered))
     found: dict[str, list[FailingKeys]] = {name: [] for name in bronze}
@@ -2643,14 +2727,14 @@ def part_counts(table: Table, among: str) -> dict[str, str]:
 def row_counts(table: Table, config: DataPipelineConfig) -> dict[str, str]:
     """Returns Spark SQL for the counts of rows that `counts_of` reads."""
     parts = part_counts(table, passes_rules(table.rules, config))
-    return {"rows": "count(1)", **violation_counts(table.rules, config), **parts}
+    return {"rows": "count(1)", "deletes": "count_if(_deleted)", **violation_counts(table.rules, config), **parts}
 
 
 def counts_of(table: Table, found: Mapping[str, int]) -> Counts:
     """Returns the counts that the metrics of `row_counts` have found."""
     violations = {rule.name: found[rule.name] for rule in table.rules}
     passing = {name: found[name] for name in part_counts(table, "true")}
-    return Counts(found["rows"], violations, passing)
+    return Counts(found["rows"], violations, passing, found["deletes"])
 
 
 def no_rows(table: Table) -> Counts:
@@ -2689,30 +2773,55 @@ def rows_without_keys(rows: DataFrame, keys: Iterable[FailingKeys]) -> DataFrame
     return rows
 
 
+def version_order(table: Table, order: str = "DESC NULLS LAST") -> list[str]:
+    """Returns Spark SQL that orders the records of a key, by default the latest first.
+
+    Records with a `_sequence` come after those without, and are ordered by it alone. The others are ordered by
+    `_changed_at`, `sequence_by` and delivery; a delete that has neither of the first two is the last of them. Of
+    records that are equal in this order, a delete comes last.
+    """
+    is_last = f"_deleted AND _changed_at IS NULL AND {table.sequence_by[0]} IS NULL"
+    without_sequence = (f"coalesce({is_last}, false)", "_changed_at", *table.sequence_by, "_delivery")
+    by = (
+        "_sequence",
+        *(f"CASE WHEN _sequence IS NULL THEN {by} END" for by in without_sequence),
+        f"NOT ({NOT_DELETED})",
+    )
+    return [f"{term} {order}" for term in by]
+
+
+def latest_versions(rows: DataFrame, table: Table) -> DataFrame:
+    """One row per key: its latest record. A key whose latest record is a delete has none."""
+    latest = f"row_number() OVER (PARTITION BY {', '.join(table.key)} ORDER BY {', '.join(version_order(table))})"
+    return rows.select("*", F.expr(latest).alias("_order")).where(f"_order = 1 AND {NOT_DELETED}").drop("_order")
+
+
 def rank_versions(rows: DataFrame, table: Table) -> DataFrame:
     """Ranks the rows of each key, and marks conflicts.
 
-    `_order` is 1 for the latest row: the largest by `sequence_by`, then by delivery, then by all columns in order.
+    `_order` is 1 for the latest row: the first by `version_order`, then the largest by all columns in order.
     `_versions` is the number of different rows of the key. In a table that carries money, a key is in conflict in two
-    cases: (1) its rows differ in a column of `constant`, (2) several rows tie for the latest version (same
-    `sequence_by` and delivery) but have different values. No row of such a key is kept (`_disputed`). Quarantine
-    receives all of its rows in case 1, only the tied ones in case 2 (`_conflict`); the older ones count as duplicates.
+    cases: (1) its rows have no `_sequence` and differ in a column of `constant`, (2) several rows tie for the latest
+    version but have different values. No row of such a key is kept (`_disputed`). Quarantine receives all of its rows
+    in case 1, only the tied ones in case 2 (`_conflict`); the older ones count as duplicates. Deletes have no values.
     """
     key = f"PARTITION BY {', '.join(table.key)}"
-    sequence = [f"{by} DESC NULLS LAST" for by in (*table.sequence_by, "_delivery")]
+    sequence = version_order(table)
     all_columns = [f"{name} DESC NULLS LAST" for name, _ in table.columns(BRONZE)]
 
     def differ(text: str) -> str:
         return f"coalesce(min({text}) OVER ({key}) <> max({text}) OVER ({key}), false)"
 
-    def as_json(names: Iterable[str]) -> str:  # as JSON, nulls are equal
-        return f"to_json({named_struct({name: name for name in names})})"
+    def as_json(names: Collection[str]) -> str:  # as JSON, nulls are equal
+        return f"to_json({named_struct({name: name for name in names})})" if names else "''"
 
+    latest = f"OVER ({key} ORDER BY {', '.join(sequence)})"
+    may_conflict = f"max(_sequence) OVER ({key}) IS NULL AND first_value(_deleted) {latest} IS NOT TRUE"
     ranked = {
         "_order": f"row_number() OVER ({key} ORDER BY {', '.join([*sequence, *all_columns])})",
-        "_rank": f"rank() OVER ({key} ORDER BY {', '.join(sequence)})",
-        "_constant": as_json(table.constant) if table.constant else "''",
-        "_values": as_json(name for name, _ in table.columns()),
+        "_rank": f"rank() {latest}",
+        "_constant": f"CASE WHEN {may_conflict} AND {NOT_DELETED} THEN {as_json(table.constant)} END",
+        "_values": f"CASE WHEN {NOT_DELETED} THEN {as_json(dict(table.columns()))} ELSE '' END",
     }
     constants_differ = differ("_constant")
     latest_differ = differ("CASE WHEN _rank = 1 THEN _values END") if table.constant else "false"
@@ -2730,8 +2839,8 @@ def with_outcome(set_aside: DataFrame, table: Table, rules: Iterable[Rule], conf
     reasons[f"{table.key[0]}_conflict"] = "_conflict"
     cases = ", ".join(f"CASE WHEN {condition} THEN '{name}' END" for name, condition in reasons.items())
     outcome = (
-        "CASE WHEN _rejected OR _conflict THEN 'rejected' "
-        "WHEN _order = 1 AND NOT _disputed THEN 'kept' ELSE 'duplicate' END"
+        "CASE WHEN _rejected OR _conflict THEN 'rejected' WHEN _order > 1 OR _disputed THEN 'duplicate' "
+        "WHEN _deleted THEN 'deleted' ELSE 'kept' END"
     )
     added = {"_outcome": outcome, "_reasons": f"array_compact(array({cases}))"}
     ranked = rank_versions(set_aside.where("NOT _rejected"), table)
@@ -2751,9 +2860,10 @@ def nullify_values(rows: DataFrame, rules: Iterable[Rule], config: DataPipelineC
 
 @dataclass(slots=True)
 class Quality:
-    """Accounts for the rows of a bronze table: `received` = `accepted` + `quarantined` + `duplicates`.
+    """Accounts for the rows of a bronze table: `received` = `accepted` + `quarantined` + `duplicates` + `deleted`.
 
-    `superseded` is the number of different older versions; the other duplicates repeat another row.
+    `superseded` is the number of different older versions; the other duplicates repeat another row. `deleted` is the
+    number of keys whose latest record is a delete.
     """
 
     received: int
@@ -2763,11 +2873,12 @@ class Quality:
     violations: Mapping[str, int]  # rows that violate a rule, by its name; a row may violate several
     silver: Mapping[str, int] = field(default_factory=dict)  # rows that each silver table made from it must have
     superseded: int = 0
+    deleted: int = 0
 
     @property
     def unreconciled(self) -> int:
-        """Rows received that are neither accepted nor quarantined nor duplicates. Any number but 0 is an error."""
-        return self.received - self.accepted - self.quarantined - self.duplicates
+        """Rows received that are not in any of the other counts. Any number but 0 is an error."""
+        return self.received - self.accepted - self.quarantined - self.duplicates - self.deleted
 
     @property
     def quarantine_rate(self) -> float:
@@ -2783,6 +2894,11 @@ class Quality:
 
         return Quality(**{part.name: total(part.name) for part in dataclasses.fields(self)})
 
+    @property
+    def deletes(self) -> str:
+        """The number of deleted keys as a part of a sum; empty if there are none."""
+        return f" + {self.deleted:,} deleted" if self.deleted else ""
+
     def violation_list(self) -> str:
         """Returns the violated rules, each with its number of rows."""
         return ", ".join(f"{name} {count:,}" for name, count in self.violations.items() if count)
@@ -2791,20 +2907,22 @@ class Quality:
         """Returns lines for the log: on all rows, and on those that arrived."""
         yield (
             f"{table}: {self.received:,} received = {self.accepted:,} accepted + {self.quarantined:,} quarantined"
-            f" + {self.duplicates:,} duplicates removed ({self.superseded:,} of them superseded versions);"
-            f" rules broken: {self.violation_list() or 'none'}"
+            f" + {self.duplicates:,} duplicates removed ({self.superseded:,} of them superseded versions)"
+            f"{self.deletes}; rules broken: {self.violation_list() or 'none'}"
         )
         if arrived:
             yield (
                 f"{table}: {arrived.received:,} arrived = {arrived.accepted:,} accepted + {arrived.quarantined:,}"
-                f" quarantined + {arrived.duplicates:,} duplicates removed"
+                f" quarantined + {arrived.duplicates:,} duplicates removed{arrived.deletes}"
             )
 
 
 class Separated(NamedTuple):
     """The valid and the rejected rows of a bronze table, and their counts."""
 
-    valid: DataFrame
+    valid: DataFrame  # one per key
+    once: DataFrame  # the valid rows whose key was received once
+    versions: DataFrame  # all rows of the other keys that no rule rejects, deletes included
     rejected: DataFrame
     quality: Quality
     arrived: Quality  # of the rows that this run has received; kept orphans are not counted
@@ -2821,7 +2939,9 @@ def outcome_counts(table: Table, config: DataPipelineConfig, flags: Iterable[str
     return {
         "rejected": f"count_if(_outcome = 'rejected' AND {among})",
         "duplicate": f"count_if(_outcome = 'duplicate' AND {among})",
-        "superseded": f"""coalesce(sum(CASE WHEN NOT ({among}) THEN 0 WHEN _outcome = 'kept' THEN _versions - 1
+        "deleted": f"count_if(_outcome = 'deleted' AND {among})",
+        "superseded": f"""coalesce(sum(CASE WHEN NOT ({among}) THEN 0
+            WHEN _outcome IN ('kept', 'deleted') THEN _versions - 1
             WHEN _outcome = 'duplicate' AND _disputed THEN 1 END), 0)""",
         **{flag: f"count_if({flag} AND {among})" for flag in flags},
         **{part: f"{kept[part]} - {passing[part]}" for part in kept},
@@ -2839,13 +2959,15 @@ def quality_of(table: Table, counts: Counts, found: Mapping[str, int]) -> Qualit
         violations={**counts.violations, **{rule.name: found.get(rule.violation, 0) for rule in key_rules(table)}},
         silver=accepted,
         superseded=found.get("superseded", 0),
+        deleted=found.get("deleted", 0),
     )
 
 
 def separate_rows(run: Run, received: Received, keys: Sequence[FailingKeys], config: DataPipelineConfig) -> Separated:
     """Separates the valid rows of a bronze table, one per key, from the rejected rows.
 
-    Rows that a rule rejects or whose key is repeated are set aside, and ranked by key. All other rows are valid.
+    Deletes and rows that a rule rejects or whose key is repeated are set aside, and ranked by key. All other rows are
+    valid.
     """
     table, counts = received.table, received.counts
     orphans = {found.flag: found.rows for found in keys if found.flag != "_duplicate_key"}
@@ -2853,7 +2975,7 @@ def separate_rows(run: Run, received: Received, keys: Sequence[FailingKeys], con
     rejecting = {"_duplicate_key", *(rule.violation for rule in rules if rule.rejects(config))}
     keys = [found for found in keys if found.flag in rejecting]  # the others are orphans that are kept
     flagged = flag_rows(received.rows, keys, rules, config)
-    set_aside = run.cached(flagged.where("_rejected OR _duplicate_key"))
+    set_aside = run.cached(flagged.where(f"_rejected OR _duplicate_key OR NOT ({NOT_DELETED})"))
     set_aside = with_outcome(set_aside, table, rules, config)
     set_aside = run.cached(run.engine.coalesced(set_aside, 1 + counts.rows // ROWS_PER_FILE))
     flags = ["_conflict", *(found.flag for found in keys if found.flag in orphans)]
@@ -2861,15 +2983,18 @@ def separate_rows(run: Run, received: Received, keys: Sequence[FailingKeys], con
     if run.base:
         arrived = outcome_counts(table, config, flags, f"_run_id = {spark_text(run.record.run_id)}")
         metrics |= {f"arrived {name}": sql for name, sql in arrived.items()}
-    is_clean = not keys and not any(rule.rejects(config) for rule in rules)
+    is_clean = not keys and not counts.deletes and not any(rule.rejects(config) for rule in rules)
     found = {} if is_clean else aggregate(set_aside, metrics)
     columns = received.rows.columns
-    valid = rows_without_keys(received.rows.where(passes_rules(received.violated_rules, config)), keys)
-    if not is_clean:
-        valid = valid.unionByName(set_aside.where("_outcome = 'kept'").select(columns))
+    passing = received.rows.where(f"{passes_rules(received.violated_rules, config)} AND {NOT_DELETED}")
+    once = nullify_values(rows_without_keys(passing, keys), rules, config)
+    versions = nullify_values(set_aside.where("NOT _rejected"), rules, config)
+    kept = versions.where("_outcome = 'kept'").select(columns)
     rejected = set_aside.where("_outcome = 'rejected'").select(*columns, "_reasons")
     return Separated(
-        nullify_values(valid, rules, config),
+        once if is_clean else once.unionByName(kept),
+        once,
+        versions.select(*columns, "_order"),
         run.engine.coalesced(rejected, 1 + found.get("rejected", 0) // ROWS_PER_FILE),
         quality_of(table, counts, {**found, **orphans}),
         quality_of(table, received.arrived, {name: found.get(f"arrived {name}", 0) for name in metrics}),
@@ -3026,7 +3151,9 @@ def bronze_change(run: Run, source: Source, table: Table, delivered: DataFrame |
 
 def changed_rows(run: Run, table: Table, before: DataFrame, now: DataFrame) -> BronzeChange:
     """Compares a table that is received whole with the base. Equal rows stay as they are, with their lineage."""
-    content = f"to_json({named_struct({name: name for name in (*dict(table.columns()), '_rescued_data')})})"
+    content = (
+        f"to_json({named_struct({name: name for name in (*dict(table.columns()), '_rescued_data', *CHANGE_COLUMNS)})})"
+    )
 
     def numbered(rows: DataFrame) -> DataFrame:  # equal rows are numbered, so that none matches twice
         return rows.withColumn("_content", F.expr(content)).withColumn(
@@ -3120,7 +3247,7 @@ def account_before(run: Run, base: Base, table: Table, rows: DataFrame) -> Quali
     parents = {}
     for name in table.foreign_keys.values():
         parent, violations = TABLES[name], base.record.quality[name].violations
-        found = Counts(0, violations, {})
+        found = Counts(0, violations, {}, deletes=base.record.quality[name].deleted)
         parents[name] = Received(parent, base.read(run.engine, BRONZE, parent), found, nothing)
     orders = {table.name: Received(table, rows, counts, nothing)}
     failing_keys = find_failing_keys(run, orders, parents, base.config)
@@ -3136,9 +3263,11 @@ def changed_parents(run: Run, base: Base, received: Received) -> DataFrame | Non
     if not received.arrived.rows and received.removed is None and not depends_on_date(table):
         return None
 
+    is_ranked = table.inherited or received.counts.deletes or base.record.quality[table.name].deleted
+
     def valid(rows: DataFrame, config: DataPipelineConfig) -> DataFrame:
         passing = rows.where(passes_rules(table.rules, config))
-        latest = rank_versions(passing, table).where("_order = 1") if table.inherited else passing
+        latest = latest_versions(passing, table) if is_ranked else passing
         return latest.select(*table.key, *table.inherited).distinct()
 
     now, before = valid(received.rows, run.config), valid(base.read(run.engine, BRONZE, table), base.config)
@@ -4215,10 +4344,16 @@ class Snapshot:
 
     def checksums(self, known: Mapping[str, str] = {}) -> dict[str, str]:
         """Returns the SHA-256 of each data file by its path in the snapshot. `known` has those of linked files."""
-        files = [file for layer, table in SNAPSHOT_TABLES for file in self.files(layer, table.name)]
-        paths = {os.path.relpath(file, self.folder): file for file in files}
+        parts = [(layer, table.name) for layer, table in SNAPSHOT_TABLES]
+        paths = {os.path.relpath(file, self.folder): file for part in parts for file in self.files(*part)}
+        # An engine may give a file the name that one of the base has.
+        written = {file for part in parts for file in self.written_files(*part)}
+
+        def checksum(path: str) -> str:
+            return (paths[path] not in written and known.get(path)) or sha256(paths[path])
+
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            return dict(zip(paths, pool.map(lambda path: known.get(path) or sha256(paths[path]), paths), strict=True))
+            return dict(zip(paths, pool.map(checksum, paths), strict=True))
 
     def make_read_only(self) -> None:
         """Protects the data files, since later snapshots link them."""
@@ -4424,9 +4559,10 @@ class Store:
         """Switches all layers to a snapshot at once, or not at all."""
         if not self.is_local:
             return
-        for layer in LAYERS:
-            if not os.path.lexists(self.path(layer)):
-                os.symlink(f"current/{layer}", self.path(layer))
+        has_changes = os.path.isdir(self.path("snapshots", run_id, CHANGES))
+        for name in (*LAYERS, *([CHANGES] if has_changes else [])):
+            if not os.path.lexists(self.path(name)):
+                os.symlink(f"current/{name}", self.path(name))
         link = self.path(".next")
         with contextlib.suppress(FileNotFoundError):
             os.unlink(link)
@@ -4498,6 +4634,7 @@ def roll_back(store: Store, run_id: str, timeout: float) -> str:
         for chosen in [name for name in known if name == run_id] if run_id else reversed(before):
             try:
                 audit_again(store, chosen)
+                write_changes_back(store, chosen)
                 store.switch_to(chosen)
                 return chosen
             except PipelineError as error:
@@ -4511,7 +4648,7 @@ def roll_back(store: Store, run_id: str, timeout: float) -> str:
 
 def check_layout(store: Store) -> None:
     """Raises PipelineError if something else is in the place of one of the pipeline's links."""
-    for name in (*LAYERS, "current"):
+    for name in (*LAYERS, CHANGES, "current"):
         path = store.path(name)
         target = os.readlink(path) if os.path.islink(path) else ""
         is_own = target == f"current/{name}" or (name == "current" and RUN_ID.fullmatch(os.path.basename(target)))
@@ -4553,6 +4690,7 @@ class LandedFile:
     sha256: str = ""
     rows: int = 0
     malformed: int = 0
+    ignored: int = 0  # change events without a record
     columns: Sequence[str] = ()
     problem: str = ""  # why it is left out
     is_bad: bool = False  # whether the problem is damage; a file that changes or repeats another is not bad
@@ -4884,7 +5022,7 @@ class FileReader:
     def _scan_lines(self, file: LandedFile, text: TextIO) -> None:
         """Stages the records of a file that has one JSON object or text per line."""
         keys = self.keys.setdefault(file.source, {})
-        is_json = FILE_FORMATS[file.suffix] == "json"
+        parse = self._parse_json if FILE_FORMATS[file.suffix] == "json" else lambda line: {"value": line}
         found: dict[str, None] = {}
         lines = enumerate((line.rstrip("\r\n") for line in text if line.strip()), start=1)
         while batch := list(itertools.islice(lines, BATCH)):
@@ -4892,8 +5030,13 @@ class FileReader:
             malformed = []
             for number, line in batch:
                 try:
-                    row = parse_object(line, self.config.source_decimal) if is_json else {"value": line}
-                    rows[number] = {name.strip() or "column_0": value for name, value in row.items()}
+                    if (row := parse(line)) is not None:
+                        rows[number] = {name.strip() or "column_0": value for name, value in row.items()}
+                except TruncateError:
+                    raise BadFileError(
+                        f"record {number:,} says that the source has truncated the table: land a new snapshot of it, "
+                        "move the events before that away, and run with --reload"
+                    ) from None
                 except (ValueError, RecursionError):
                     if number == 1 and line.lstrip().startswith("["):
                         advice = "write one object per line, for example with `jq -c '.[]'`"
@@ -4906,7 +5049,13 @@ class FileReader:
             self._stage_malformed(file, malformed)
             file.rows += len(rows)
             file.malformed += len(malformed)
+            file.ignored += len(batch) - len(rows) - len(malformed)
         file.columns = column_names(list(found))
+
+    def _parse_json(self, line: str) -> dict[str, str | None] | None:
+        """Returns the record of a line; None for a change event without one. Raises ValueError, TruncateError."""
+        decimal = self.config.source_decimal
+        return None if line.strip() == "null" else unwrap_event(parse_object(line, decimal), decimal)
 
     def _scan_sheet(self, file: LandedFile, content: bytes) -> None:
         """Stages the records of the first sheet of an Excel file. The first row that is not blank is the header."""
@@ -5140,6 +5289,46 @@ def parse_object(line: str, decimal: str = ".") -> dict[str, str | None]:
     return values
 
 
+class TruncateError(Exception):
+    """A change event that empties its table."""
+
+
+def unwrap_event(row: dict[str, str | None], decimal: str) -> dict[str, str | None] | None:
+    """Returns the record of a change event of Debezium, with CHANGE_COLUMNS. Other objects are returned as they are.
+
+    Returns None for tombstones and messages, which have no record. The source of the format is
+    https://debezium.io/documentation/reference/stable/connectors/postgresql.html#postgresql-events
+
+    Raises:
+        TruncateError: the event empties the table.
+        ValueError: the event has no valid `before`, `after` or `source`.
+    """
+    if "payload" in row and row.keys() <= {"schema", "payload"}:
+        if row["payload"] is None:
+            return None
+        row = parse_object(row["payload"], decimal)
+    if not {"op", "source"} <= row.keys():
+        return row
+    operation = row["op"]
+    if operation == "t":
+        raise TruncateError
+    if operation not in ("c", "r", "u", "d"):
+        return None
+    record = parse_object(row["before" if operation == "d" else "after"] or "{}", decimal)
+    source = parse_object(row["source"] or "{}")
+    milliseconds, changed_at = source.get("ts_ms"), None
+    if milliseconds and operation != "r":  # a snapshot (r) does not say when the row was changed
+        changed_at = str(datetime.fromtimestamp(int(milliseconds) / 1000, timezone.utc))
+    is_deleted = str(operation == "d").lower()
+    return {**record, "_deleted": is_deleted, "_sequence": log_position(source), "_changed_at": changed_at}
+
+
+def log_position(source: Mapping[str, str | None]) -> str | None:
+    """Returns the position of a change in the log of PostgreSQL, MySQL or MariaDB; None for other databases."""
+    number, position = re.search(r"\d+$", source.get("file") or ""), source.get("pos")
+    return str(int(number[0]) << 32 | int(position)) if number and position else source.get("lsn")
+
+
 def column_names(header: Sequence[str]) -> list[str]:
     """Returns the names of columns, trimmed; empty names are numbered. Raises BadFileError."""
     found = [name.strip() or f"column_{number}" for number, name in enumerate(header, start=1)]
@@ -5288,6 +5477,8 @@ def report_delivery(files: Sequence[LandedFile], record: RunRecord) -> None:
         delivery["rows"] += file.records
         if not file.records:
             logger.warning("%s contains no records", file.path)
+        if file.ignored:
+            logger.info("%s: %s tombstones and messages are ignored", file.path, f"{file.ignored:,}")
     for source, delivery in record.delivery.items():
         logger.info("%s: {files:,} files, {rows:,} records, {bytes:,} bytes".format(**delivery), source)
 
@@ -5485,7 +5676,9 @@ def inspect_table(
             absent = "nothing: this is required" if column in required else "nothing: null"
             filled = f"{given[column][0]} ({given[column][1]}), {by}" if column in given else absent
             yield f"  {column:<16} {kind:<14} ← {filled}"
-        unknown = [column for column in given if column not in dict(table.columns()) and column not in LANDED_COLUMNS]
+        unknown = [
+            column for column in given if column not in {**dict(table.columns()), **LANDED_COLUMNS, **CHANGE_COLUMNS}
+        ]
         yield f"  unknown columns, which go to _rescued_data: {', '.join(unknown) or 'none'}"
         typed = apply_contract(rows, table, source.config)
         yield from inspect_rules(typed, table, source.config)
@@ -5654,7 +5847,7 @@ def answer_by_duckdb(snapshot: Snapshot, queries: Mapping[Key, str]) -> dict[Key
                 for view in set(tables_in(sql)) - views:
                     layer, name, written = view
                     files = snapshot.written_files(layer, name) if written else snapshot.files(layer, name)
-                    rows = connection.read_parquet(files, union_by_name=True)
+                    rows = connection.sql(duckdb_rows(files, TABLES[name].columns(layer)))
                     rows.project(", ".join(columns_in_utc(layer, name, "TIMESTAMP"))).create_view("_".join(view))
                     views.add(view)
                 answers[key] = ask_duckdb(connection, TABLE_NAME.sub(r'"\1_\2_\3"', sql))
@@ -5662,6 +5855,19 @@ def answer_by_duckdb(snapshot: Snapshot, queries: Mapping[Key, str]) -> dict[Key
                 tables = ", ".join(f"{layer}.{name}" for layer, name, _ in tables_in(sql))
                 raise RuntimeError(f"{tables}: {error}") from error
     return answers
+
+
+def sql_text(text: str) -> str:
+    """Returns a text as a literal of standard SQL."""
+    return "'{}'".format(text.replace("'", "''"))
+
+
+def duckdb_rows(files: Sequence[str], columns: Sequence[tuple[str, str]]) -> str:
+    """Returns DuckDB's SQL for the rows of Parquet files. A column that no file has is null."""
+    kinds = {"timestamp": "TIMESTAMPTZ", "array<string>": "VARCHAR[]"}
+    nulls = ", ".join(f"CAST(NULL AS {kinds.get(kind, kind)}) AS {name}" for name, kind in columns)
+    rows = f" UNION ALL BY NAME FROM read_parquet([{', '.join(map(sql_text, files))}], union_by_name = true)"
+    return f"SELECT {', '.join(dict(columns))} FROM (SELECT {nulls} WHERE false{rows if files else ''})"
 
 
 @contextlib.contextmanager
@@ -5784,7 +5990,7 @@ def read_back(layer: str, table: Table) -> str:
 
 
 def audit_queries(linked: Collection[tuple[str, Table]] = ()) -> dict[tuple[str, Table], str]:
-    """Returns a query for each table of a snapshot: its rows, distinct keys and revenue.
+    """Returns a query for each table of a snapshot: its rows, distinct keys, revenue and overlapping periods.
 
     Each query also reads every value, except those of tables with linked files.
     """
@@ -5798,8 +6004,12 @@ def audit_queries(linked: Collection[tuple[str, Table]] = ()) -> dict[tuple[str,
             figures.append(f"(SELECT count(*) FROM ({keys})) AS key_count")
         if table.revenue:
             figures.append(f"sum({table.revenue}) AS revenue")
-        if "is_inferred" in dict(table.columns()):
-            figures.append("count(CASE WHEN is_inferred THEN 1 END) AS inferred")
+        if table.one_to_one != "true":
+            figures.append(f"count(CASE WHEN {table.one_to_one} THEN 1 END) AS one_to_one")
+        if "valid_to" in dict(table.columns()):
+            period = f"SELECT valid_to, lead(valid_from) OVER (PARTITION BY {table.key[0]} ORDER BY valid_from) AS next"
+            is_overlap = "next < valid_to OR (next IS NOT NULL AND valid_to IS NULL)"
+            figures.append(f"(SELECT count(*) FROM ({period} FROM {name}) WHERE {is_overlap}) AS overlaps")
         queries[layer, table] = f"SELECT {', '.join(figures)} FROM {name}"
     return queries
 
@@ -5812,8 +6022,10 @@ def audit_problems(record: RunRecord, found: Mapping[tuple[str, Table], Answer])
         expected = quality.silver.get(table.name, written) if quality else written
         if rows != written:
             yield f"{name}: {written:,} rows were written, {rows:,} are there"
-        elif rows - row.get("inferred", 0) != expected:
-            yield f"{name}: {rows - row.get('inferred', 0):,} rows, but {expected:,} are expected from bronze"
+        elif row.get("one_to_one", rows) != expected:
+            yield f"{name}: {row.get('one_to_one', rows):,} rows, but {expected:,} are expected from bronze"
+        elif row.get("overlaps"):
+            yield f"{name}: {row['overlaps']:,} versions overlap the next one"
         elif row.get("key_count", rows) != rows:
             yield f"{name}: {rows - row['key_count']:,} repeated keys"
     for name, quality in record.quality.items():
@@ -5856,6 +6068,83 @@ def audit(run: Run) -> None:
         run.record.sha256 = snapshot.checksums(known=run.base.record.sha256 if run.base else {})
         snapshot.make_read_only()
     logger.info("AUDIT: rows, keys and revenue add up (%.1f s)", run.record.seconds["audit"])
+
+
+def write_changes_of(run: Run) -> None:
+    """With `changes`, writes what the run changes in the published tables. Raises NotPublishedError."""
+    if run.config.changes:
+        with run.step(CHANGES):
+            store = run.snapshot.store
+            published = store.published()
+            write_changes(Snapshot(store, published) if published else None, run.snapshot)
+
+
+def write_changes_back(store: Store, run_id: str) -> None:
+    """Writes the way back to another snapshot, if the published one has changes. A failure is only a warning."""
+    published = store.published()
+    if published and os.path.isdir(store.path("snapshots", published, CHANGES)):
+        with best_effort("The changes of the way back are missing"):
+            write_changes(Snapshot(store, published), Snapshot(store, run_id))
+
+
+def write_changes(before: Snapshot | None, after: Snapshot) -> None:
+    """Writes the net changes of tables between two snapshots, into the second.
+
+    Raises:
+        NotPublishedError: the rows before and the changes do not give the rows after.
+    """
+    shutil.rmtree(after.path(CHANGES), ignore_errors=True)
+    with duckdb_connection(after.path()) as connection:
+        rows = {
+            table.name: write_table_changes(connection, before, after, layer, table) for layer, table in CHANGED_TABLES
+        }
+    from_run = before.run_id if before else None
+    text = json.dumps({"from_run": from_run, "to_run": after.run_id, "rows": rows}, indent=1)
+    write_atomic(after.path(CHANGES, "_changes.json"), text)
+    logger.info("CHANGES since %s: %s", from_run or "nothing", json.dumps(rows))
+
+
+def write_table_changes(
+    connection: duckdb.DuckDBPyConnection, before: Snapshot | None, after: Snapshot, layer: str, table: Table
+) -> dict[str, int]:
+    """Writes a row per inserted or deleted row, and two per updated one. Returns their numbers by `_change_type`.
+
+    The types are those of Delta Lake's change data feed. Files that both snapshots share are not read.
+    """
+    os.makedirs(after.path(CHANGES, table.name))
+    file, columns = after.path(CHANGES, table.name, f"{after.run_id}-1.parquet"), table.columns()
+    views = {"old": files_not_in(after, before, layer, table), "new": files_not_in(before, after, layer, table)}
+    for name, files in views.items():
+        connection.execute(f"CREATE OR REPLACE VIEW {name} AS {duckdb_rows(files, columns)}")
+    same_key = " AND ".join(f"gone.{name} IS NOT DISTINCT FROM came.{name}" for name in table.key)
+    changes = f"""
+        WITH gone AS (FROM old EXCEPT FROM new), came AS (FROM new EXCEPT FROM old)
+        SELECT CASE WHEN EXISTS (FROM came WHERE {same_key}) THEN 'update_preimage' ELSE 'delete' END AS _change_type, *
+        FROM gone
+        UNION ALL
+        SELECT CASE WHEN EXISTS (FROM gone WHERE {same_key}) THEN 'update_postimage' ELSE 'insert' END, *
+        FROM came
+        ORDER BY {", ".join(table.key)}, _change_type DESC"""
+    ask_duckdb(connection, f"COPY ({changes}) TO {sql_text(file)} (FORMAT parquet)")
+    written = duckdb_rows([file], [("_change_type", "string"), *columns])
+    connection.execute(f"CREATE OR REPLACE VIEW changes AS {written}")
+    removed, added = (
+        f"(SELECT * EXCLUDE _change_type FROM changes WHERE _change_type IN {types})"
+        for types in (("delete", "update_preimage"), ("insert", "update_postimage"))
+    )
+    applied = f"((FROM old EXCEPT ALL {removed}) UNION ALL {added})"
+    differ = f"((FROM {applied} EXCEPT ALL FROM new) UNION ALL (FROM new EXCEPT ALL FROM {applied}))"
+    if ask_duckdb(connection, f"SELECT 1 FROM {differ} LIMIT 1"):
+        raise NotPublishedError(f"AUDIT FAILED, nothing is published: the changes of {table.name} do not give its rows")
+    counts = ask_duckdb(connection, "SELECT _change_type, count(*) AS rows FROM changes GROUP BY 1 ORDER BY 1")
+    return {row["_change_type"]: row["rows"] for row in counts}
+
+
+def files_not_in(other: Snapshot | None, snapshot: Snapshot | None, layer: str, table: Table) -> list[str]:
+    """Returns the data files of a table in a snapshot that the other one does not link."""
+    known = {os.stat(file).st_ino for file in other.files(layer, table.name)} if other else set()
+    files = snapshot.files(layer, table.name) if snapshot else []
+    return [file for file in files if os.stat(file).st_ino not in known]
 
 
 CONTROLS = "controls.csv"  # in the source folder

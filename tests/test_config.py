@@ -166,6 +166,7 @@ def test_every_field_is_a_flag_and_a_variable() -> None:
         "settle_seconds": "0", "on_bad_file": "Quarantine", "payment_methods": "PayPal, Cash on-Delivery,überweisung",
         "orphans": "Keep", "currency": "eur", "control_tolerance": "0.01", "incremental": "yes", "full_refresh": "no",
         "reload": "true", "accept_missing_files": "1", "reread": "transactions/2026/*", "verify_incremental": "False",
+        "changes": "yes",
     }  # fmt: skip
     assert set(given) == {field.name for field in dataclasses.fields(DataPipelineConfig)}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]

@@ -176,7 +176,7 @@ def test_examples_have_their_type_and_occur(name: str, db: duckdb.DuckDBPyConnec
 def test_every_block_is_run_or_says_why_not() -> None:
     assert len(BLOCKS) > 10
     for block in BLOCKS:
-        assert block.language in ("python", "bash", "text"), block
+        assert block.language in ("python", "bash", "sql", "text"), block
         assert re.fullmatch("|run by: .+|not run: .{20,}", block.remark), block
         if program := block.remark.partition("run by: ")[2]:
             assert (PROJECT / program).is_file(), block

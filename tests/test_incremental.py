@@ -38,6 +38,7 @@ from data_pipeline import (
     Run,
     RunRecord,
     Store,
+    audit_again,
     open_source,
     roll_back,
     run_pipeline,
@@ -360,7 +361,8 @@ def test_rollback_gives_back_what_had_arrived(shop: Shop) -> None:
     first = first_night(shop)
     shop.land("transactions", "2", "T9,1,P1,1,9.00,2026-02-01 10:00:00,paypal,completed")
     night = shop.run()
-    roll_back(Store(shop.config.root), first.run_id, 0)
+    audit_again(store := Store(shop.config.root), night.run_id)
+    roll_back(store, first.run_id, 0)
     again = shop.run()
     assert (again.kind, again.rows, again.revenue) == ("incremental", night.rows, night.revenue)
 
@@ -405,7 +407,8 @@ def test_settings_that_change_tables_are_compared() -> None:
     others = {
         "app_name", "data_dir", "num_customers", "num_transactions", "num_products", "seed", "as_of_date", "source_dir",
         "models", "settle_seconds", "on_bad_file", "incremental", "full_refresh", "reload", "accept_missing_files",
-        "reread", "verify_incremental", "history_days", "defect_rate", "shuffle_partitions", "engine", "spark_master",
+        "reread", "verify_incremental", "changes", "history_days", "defect_rate", "shuffle_partitions", "engine",
+        "spark_master",
         "executor_memory", "executor_cores", "driver_host", "cluster_timeout", "max_quarantine_rate",
         "control_tolerance", "keep_snapshots", "keep_runs", "lock_timeout", "fast_start", "alert_webhook",
         "anomaly_factor", "report_title", "log_level",

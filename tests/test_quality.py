@@ -107,9 +107,10 @@ def received(frame: Frame, table: Table, *changes: dict[str, Any]) -> DataFrame:
 
 @pytest.mark.parametrize("name", BRONZE)
 def test_rules(name: str, frame: Frame, small: Callable[..., DataPipelineConfig]) -> None:
-    """Each rule with rows that violate it and rows that do not; all rules are asked in one query."""
+    """Each rule with rows that violate it and rows that do not, as versions and as deletes, in one query."""
     table, config = TABLES[name], small(currency="EUR")
     cases = [(rule, *case) for rule in table.rules for case in cases_of(rule, table)]
+    cases += [(rule, change | {"_deleted": True}, bad and rule.checks_deletes) for rule, change, bad in cases]
     rows = [GOOD[name] | change | {"case": number} for number, (_, change, _) in enumerate(cases)]
     received_rows = frame(f"{' '.join(table.schema_in('bronze').split())}, case INT", *rows)
     verdicts = received_rows.select(
@@ -145,6 +146,13 @@ def cases_of(rule: Rule, table: Table) -> Iterator[tuple[dict[str, Any], bool]]:
         yield from (({name: value}, False) for value in (*passing, None))
 
 
+@pytest.mark.parametrize("name", BRONZE)
+def test_a_delete_needs_its_key_alone(name: str) -> None:
+    table = TABLES[name]
+    checked = {rule.column for rule in table.rules if rule.checks_deletes}
+    assert checked == {*table.key, "_rescued_data", "_deleted"}
+
+
 def test_every_rule_is_about_a_column_of_its_table() -> None:
     for table in map(TABLES.__getitem__, BRONZE):
         columns = dict(table.columns("bronze"))
@@ -167,8 +175,9 @@ def split_of(
     keys = failing_keys(rows, table, known)
     rules = [*table.rules, *(rule for rule in key_rules(table) if rule.violation in {found.flag for found in keys})]
     flagged = flag_rows(rows, keys, rules, config).cache()
-    set_aside = with_outcome(flagged.where("_rejected OR _duplicate_key"), table, rules, config).cache()
-    single = flagged.where("NOT _rejected AND NOT _duplicate_key").select(*rows.columns, F.lit(1).alias("_versions"))
+    is_set_aside = "(_rejected OR _duplicate_key OR _deleted IS TRUE)"
+    set_aside = with_outcome(flagged.where(is_set_aside), table, rules, config).cache()
+    single = flagged.where(f"NOT {is_set_aside}").select(*rows.columns, F.lit(1).alias("_versions"))
     latest = set_aside.where("_outcome = 'kept'").select(*rows.columns, "_versions")
     rejected = set_aside.where("_outcome = 'rejected'").select(*rows.columns, "_reasons")
     return Split(nullify_values(single.unionByName(latest), table.rules, config), rejected)
@@ -283,6 +292,7 @@ def test_tie_of_customers_is_broken_by_the_remaining_columns(frame: Frame, confi
 
 
 OTHER = {"product_id": "PROD_0002"}
+KEY_ALONE = dict.fromkeys(GOOD["transactions"].keys() - {"transaction_id"}) | {"_deleted": True}
 # Records of one order: for each whether it is rejected as a conflict; and the status of the winner, if there is one.
 CONFLICTS: dict[str, tuple[list[tuple[dict[str, Any], bool]], str | None]] = {
     "lines of an order": ([({}, True), (OTHER, True), ({}, True)], None),
@@ -300,6 +310,29 @@ CONFLICTS: dict[str, tuple[list[tuple[dict[str, Any], bool]], str | None]] = {
     "repetition": ([({"_source_row": 1}, False), ({"_source_row": 2}, False)], "completed"),
     "status": ([({"status": "pending"}, False), ({"status": "returned"}, False)], "returned"),
     "other line is rejected": ([({**OTHER, "amount": None}, False), ({}, False)], "completed"),
+    "sequence, other product": ([({"_sequence": 1}, False), ({**OTHER, "_sequence": 2}, False)], "completed"),
+    "sequence before timestamp": (
+        [(late(_sequence=1), False), (early(_sequence=2, status="pending"), False)], "pending",
+    ),
+    "sequence after none": ([(late(), False), (early(_sequence=1, status="pending", **OTHER), False)], "pending"),
+    "equal sequence, other values": (
+        [({"_sequence": 1, "_delivery": 1}, True), (late(_sequence=1, _delivery=2), True)], None,
+    ),
+    "equal sequence, repeated": ([({"_sequence": 1}, False), ({"_sequence": 1, "_delivery": 2}, False)], "completed"),
+    "changed at": (
+        [(early(status="pending", _changed_at=datetime(2026, 3, 2)), False),
+         (late(_changed_at=datetime(2026, 3, 1)), False)], "pending",
+    ),
+    "delete": ([({}, False), (KEY_ALONE, False)], None),
+    "delete without a version": ([(KEY_ALONE, False)], None),
+    "delete of order lines": ([({}, False), (OTHER, False), (KEY_ALONE, False)], None),
+    "delete of equal sequence": ([({"_sequence": 1}, False), ({**KEY_ALONE, "_sequence": 1}, False)], None),
+    "deletes with and without values": (
+        [({"_deleted": True, "_sequence": 1}, False), ({**KEY_ALONE, "_sequence": 1}, False)], None,
+    ),
+    "delete of an older version": ([({"_sequence": 2}, False), ({**KEY_ALONE, "_sequence": 1}, False)], "completed"),
+    "version after a delete": ([({"_deleted": True, "_delivery": 1}, False), ({"_delivery": 2}, False)], "completed"),
+    "delete in a later file": ([({"_delivery": 1}, False), ({"_deleted": True, "_delivery": 2}, False)], None),
 }  # fmt: skip
 
 
