@@ -241,7 +241,7 @@ _URL = r"(?i)https?://(\[[\da-f:]+\]|[\w.-]+)(:[1-6]?\d{1,4})?([/?#]\S*)?"
 FIELD_TYPES: Mapping[str, FieldType] = {
     "int": FieldType("a whole number", int),
     "float": FieldType("a number", float),
-    "Decimal": FieldType("an amount in dollars and cents", Decimal, r"[+-]?\d+(\.\d\d?0*)?"),
+    "Decimal": FieldType("an amount with at most two decimals", Decimal, r"[+-]?\d+(\.\d\d?0*)?"),
     "date": FieldType("a date such as 2026-01-31", date.fromisoformat),
     "bool": FieldType("true or false", lambda text: text.lower() in ("true", "yes", "1"), "(?i)true|yes|1|false|no|0"),
     "str": FieldType("a text without line breaks", str.strip, r"(?=.*\S)[^\x00-\x1f]+"),
@@ -5772,15 +5772,22 @@ PREVIEW_ROWS = 10  # rows of each gold table and ranking in the run record
 DUCKDB_ROWS = 50 * MILLION  # the largest table that DuckDB reads; a profile of 48 million rows took 22 s and 1 GB
 
 # Queries for the report. Each returns few rows at any size of the data.
+WEEK = "CAST(date_trunc('week', transaction_date) AS DATE)"
 SUMMARIES: Mapping[str, str] = {
     "orders": f"SELECT {ORDER_COUNT} AS orders FROM silver.transactions_clean",
     "returns": """
         SELECT count(*) AS returns, CAST(coalesce(0 - sum(amount), 0) AS DECIMAL(20,2)) AS refunds
         FROM silver.transactions_returned""",
     "revenue_by_week": f"""
-        SELECT CAST(date_trunc('week', transaction_date) AS DATE) AS week, {ORDER_COUNT} AS orders,
-            CAST(sum(amount) AS DECIMAL(20,2)) AS revenue
-        FROM silver.transactions_clean GROUP BY 1 ORDER BY 1 NULLS FIRST""",
+        SELECT week, sum(orders) AS orders, CAST(sum(revenue) AS DECIMAL(20,2)) AS revenue,
+            CAST(sum(refunds) AS DECIMAL(20,2)) AS refunds
+        FROM (
+            SELECT {WEEK} AS week, {ORDER_COUNT} AS orders, sum(amount) AS revenue, 0 AS refunds
+            FROM silver.transactions_clean GROUP BY 1
+            UNION ALL
+            SELECT {WEEK}, 0, 0, 0 - sum(amount) FROM silver.transactions_returned GROUP BY 1
+        ) AS amounts
+        GROUP BY week ORDER BY week NULLS FIRST""",
     "customers_by_segment": f"""
         SELECT customer_segment, sum(customer_count) AS customers,
             CAST(sum(segment_revenue) AS DECIMAL(20,2)) AS revenue
@@ -6434,10 +6441,18 @@ class RunRecord:
 
     @property
     def weeks(self) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-        """The revenue of each complete week, and of the week of the as-of date if that is incomplete."""
-        as_of, weeks = date.fromisoformat(str(self.config["as_of_date"])), self.summaries.get("revenue_by_week", [])
-        over = [week for week in weeks if date.fromisoformat(str(week["week"])) + timedelta(days=6) <= as_of]
-        return over, weeks[-1] if len(weeks) > len(over) else None
+        """The figures of each complete week, and of the week of the as-of date if that is incomplete.
+
+        A week without sales has zeros. Weeks that are three years before the last one are left out.
+        """
+        found = {date.fromisoformat(str(week["week"])): week for week in self.summaries.get("revenue_by_week", [])}
+        count = (max(found) - min(found)).days // 7 + 1 if found else 0
+        mondays = [max(found) - timedelta(weeks=n) for n in reversed(range(min(count, 156)))]
+        zeros = {"orders": 0, "revenue": 0, "refunds": 0}
+        weeks = [found.get(monday, {"week": str(monday), **zeros}) for monday in mondays]
+        as_of = date.fromisoformat(str(self.config["as_of_date"]))
+        over = sum(monday + timedelta(days=6) <= as_of for monday in mondays)
+        return weeks[:over], weeks[-1] if over < len(weeks) else None
 
     @property
     def figures(self) -> dict[str, Figure]:
@@ -6688,6 +6703,7 @@ def metrics(history: Sequence[RunRecord], published: RunRecord | None) -> str:
 
 
 # Formats for people.
+CURRENCY_SIGNS: Mapping[str, str] = {"USD": "$", "EUR": "€", "GBP": "£"}  # of others, the letters are shown
 FORMATS: Mapping[str, str] = {"count": "{:,.0f}", "money": "{:,.2f}", "percent": "{:.1%}", "seconds": "{:,.1f} s"}
 
 
@@ -6697,7 +6713,7 @@ def _shown(value: Any, kind: str, currency: str | None = None) -> str:
     text = FORMATS[kind].format(Decimal(str(value)))
     if kind != "money" or not currency:
         return text
-    return f"${text}" if currency == "USD" else f"{currency} {text}"
+    return re.sub(r"(?=\d)", CURRENCY_SIGNS.get(currency, f"{currency} "), text, count=1)
 
 
 def _timestamp(time_text: str) -> float:

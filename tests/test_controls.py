@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
+from datetime import date
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,17 @@ def test_figures_that_agree_are_published_and_shown(
     assert (first.orders, first.revenue, first.returns, first.refunds, first.net_revenue) == (
         3, Decimal("65.75"), 1, Decimal("5.25"), Decimal("60.50"),
     )  # fmt: skip
+    zeros = {"orders": 0, "revenue": 0, "refunds": 0}
+    assert first.weeks == (
+        [
+            {"week": date(2026, 1, 5), "orders": 1, "revenue": Decimal("30.50"), "refunds": 0},
+            {"week": "2026-01-12", **zeros},
+            {"week": "2026-01-19", **zeros},
+            {"week": date(2026, 1, 26), "orders": 2, "revenue": Decimal("35.25"), "refunds": 0},
+            {"week": date(2026, 2, 2), "orders": 0, "revenue": 0, "refunds": Decimal("5.25")},
+        ],
+        None,
+    )
     later = started_run(
         config, spark, dataclasses.replace(first, started_at="2099-01-01T00:00:00+00:00", controls=None)
     )

@@ -148,7 +148,9 @@ def test_metrics_equal_the_tables(prometheus: str, report: RunRecord, db: duckdb
         [found] = query(prometheus, expression)
         return float(found["value"][1])
 
-    assert value("data_pipeline_revenue_dollars") == float(one(db, "SELECT sum(amount) FROM transactions_clean"))
+    assert value('data_pipeline_revenue{currency="USD"}') == float(
+        one(db, "SELECT sum(amount) FROM transactions_clean")
+    )
     assert value("sum(data_pipeline_last_run_result)") == 1
     assert value("count(data_pipeline_last_run_result)") == len(RESULTS)
     assert value('data_pipeline_last_run_result{result="succeeded"}') == 1

@@ -11,6 +11,7 @@ import re
 import sys
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pytest
@@ -57,16 +58,46 @@ def test_returns_are_shown_beside_the_revenue_in_its_currency(report: RunRecord)
         report, revenue=Decimal("1000.50"), returns=3, refunds=Decimal("100.25"), currency="EUR", orders=7
     )
     page = job_summary(run)
-    for line in ("| Revenue | EUR 1,000.50 |", "| Refunds | EUR 100.25 |", "| Net revenue | EUR 900.25 |",
+    for line in ("| Revenue | €1,000.50 |", "| Refunds | €100.25 |", "| Net revenue | €900.25 |",
                  "| Returns | 3 |", "| Completed orders | 7 |"):  # fmt: skip
         assert line in page
     html = re.sub(r"<[^>]+>", " ", html_report([run], run))
-    for figure in ("EUR 1,000.50", "EUR 100.25", "EUR 900.25"):
+    for figure in ("€1,000.50", "€100.25", "€900.25"):
         assert figure in html
     assert "$" not in html
-    assert "  revenue EUR 1,000.50 - EUR 100.25 of 3 returns = EUR 900.25 net" in list(run.summary())
+    assert "  revenue €1,000.50 - €100.25 of 3 returns = €900.25 net" in list(run.summary())
     assert "Refunds" not in job_summary(report), "without any return there is nothing to show"
     assert "revenue: 1,000.50" in repr(dataclasses.replace(run, currency=None))
+    assert "net revenue: -CHF 99.75" in repr(dataclasses.replace(run, currency="CHF", revenue=Decimal("0.50")))
+
+
+def test_last_complete_week_is_compared_with_the_week_before(report: RunRecord) -> None:
+    """In the week of 16 February there were no sales, and the week of the as-of date is incomplete."""
+    figures = [
+        ("2026-02-02", 9, "90.00", "0.00"), ("2026-02-09", 4, "200.00", "10.00"), ("2026-02-23", 5, "150.00", "30.00"),
+        ("2026-03-02", 1, "20.00", "0.00"),
+    ]  # fmt: skip
+    weeks = [dict(zip(("week", "orders", "revenue", "refunds"), week, strict=True)) for week in figures]
+
+    def page(weeks: list[dict[str, Any]]) -> str:
+        run = dataclasses.replace(report, returns=3, refunds=Decimal("40.00"), summaries={"revenue_by_week": weeks})
+        return " ".join(re.sub(r"<[^>]+>", " ", html_report([run], run)).split())
+
+    text = "The week from 2026-02-23, compared with the week before: Revenue $150.00 Refunds $30.00 Net revenue $120.00"
+    assert text + " Orders 5 All weeks together" in page(weeks), "the week before has no sales to compare with"
+    weeks[2]["week"] = "2026-02-16"
+    text = "Revenue $150.00 ▼ 25.0% Refunds $30.00 ▲ 200.0% Net revenue $120.00 ▼ 36.8% Orders 5 ▲ 25.0%"
+    assert text in page([*weeks[:3]])
+    assert "The week from 2026-02-09: Revenue $200.00 Refunds" in page(weeks[:2]), "the first week may be incomplete"
+    for week in weeks:
+        del week["refunds"]  # as in the record of an earlier release
+    assert "Revenue $150.00 ▼ 25.0% Orders 5 ▲ 25.0%" in page(weeks[:3])
+
+
+def test_report_says_that_conflicting_orders_are_left_out(report: RunRecord) -> None:
+    conflicts = report.quality["transactions"].violations["transaction_id_conflict"]
+    assert conflicts > 0
+    assert f"⚠ {conflicts} rows of orders are not in these figures" in html_report([report], report)
 
 
 def test_page_of_a_run_that_failed_at_once(report: RunRecord) -> None:

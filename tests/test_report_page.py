@@ -146,7 +146,7 @@ def test_figures_equal_gold(
             " FROM customers_enriched GROUP BY ALL"
         )
     )
-    assert figures(page, "The cities that lead") == expected(
+    assert figures(page, "Leading cities") == expected(
         f"SELECT city, {count.format('sum(customer_count)')}, {dollars.format('sum(segment_revenue)')}"
         " FROM customer_analytics GROUP BY ALL ORDER BY sum(segment_revenue) DESC, city LIMIT 10"
     )
