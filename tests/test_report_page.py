@@ -119,6 +119,16 @@ def test_page_in_the_browser(
     assert second / longest == pytest.approx(revenues[1][0] / revenues[0][0], abs=0.05)
 
 
+def test_print_from_a_dark_screen_is_dark_on_white(browser: Any, report: RunRecord, config: DataPipelineConfig) -> None:
+    page = browser.new_page(color_scheme="dark", viewport={"width": 700, "height": 1000})
+    page.goto(Path(config.data_dir, "report.html").as_uri())
+    page.emulate_media(media="print")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.evaluate(CONTRAST) == []
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "wider than the paper"
+    page.close()
+
+
 def figures(page: Any, caption: str) -> list[list[str]]:
     """The rows of the table with the caption, the bars left out."""
     rows = page.locator("table", has=page.locator("caption", has_text=caption)).first.locator("tbody tr").all()
