@@ -380,6 +380,7 @@ def test_delete_arrives(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:  
     assert back["rows"]["customers_enriched"] == {"update_postimage": 1, "update_preimage": 1}
 
 
+@THOROUGH
 def test_truncate_is_refused(shop: Shop) -> None:  # noqa: F811
     first = small_shop(shop)
     land_events(shop, 1, [("products", POSTGRES | {"op": "t", "after": None, "before": None})])
@@ -389,6 +390,7 @@ def test_truncate_is_refused(shop: Shop) -> None:  # noqa: F811
     assert Store(shop.config.root).published() == first.run_id
 
 
+@THOROUGH
 def test_delete_flag_that_cannot_be_read_is_rejected(shop: Shop) -> None:  # noqa: F811
     small_shop(shop)
     model = MODELS["transactions"].replace("_deleted,", "'D' AS _deleted,")
@@ -400,6 +402,7 @@ def test_delete_flag_that_cannot_be_read_is_rejected(shop: Shop) -> None:  # noq
     assert record.orders == 2
 
 
+@THOROUGH
 def test_changes_that_do_not_give_the_new_rows_are_refused(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     first = small_shop(shop)
     land_events(shop, 1, [delete_of("transactions", {"id": 2}, 9)])
@@ -417,6 +420,7 @@ def test_changes_that_do_not_give_the_new_rows_are_refused(shop: Shop, monkeypat
     assert Store(shop.config.root).published() == first.run_id
 
 
+@THOROUGH
 def test_overlapping_versions_fail_the_audit(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     real = data_pipeline.customers_history
 
@@ -432,6 +436,7 @@ def test_overlapping_versions_fail_the_audit(shop: Shop, monkeypatch: pytest.Mon
         small_shop(shop)
 
 
+@THOROUGH
 def test_snapshot_without_history_and_change_columns(shop: Shop) -> None:  # noqa: F811
     """The snapshot of an earlier version is built upon."""
     record = small_shop(shop)
@@ -486,6 +491,7 @@ D,2026-01-02 00:00:00.000001,18,Bo,K,Kiel,2026-01-01
 """
 
 
+@THOROUGH
 @pytest.mark.parametrize("system", ["flattened", "dms"])
 def test_models_of_the_docs(system: str, shop: Shop) -> None:  # noqa: F811
     """Customer 17 has moved from Ulm to Bonn, customer 18 is deleted."""
