@@ -148,6 +148,8 @@ BRONZE, SILVER, GOLD, QUARANTINE = "bronze", "silver", "gold", "quarantine"
 LAYERS = (BRONZE, SILVER, GOLD, QUARANTINE)
 CHANGES = "changes"  # the folder of the changes since the published run
 ENVIRONMENT_PREFIX = "PIPELINE_"
+HOOKS = ("before_publish", "after_publish")
+HOOK_VARIABLES = tuple(ENVIRONMENT_PREFIX + name for name in ("RUN_ID", "SNAPSHOT", "RECORD", "ROOT", "PYTHON"))
 
 
 class PipelineError(Exception):
@@ -217,6 +219,13 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(re.sub("[ _-]+", "_", word.strip().lower()) for word in text.split(","))
 
 
+def _commands(text: str) -> tuple[str, ...]:
+    commands = tuple(line.strip() for line in text.splitlines() if line.strip())
+    for command in commands:
+        shlex.split(command)  # raises ValueError for a quote that is not closed
+    return commands
+
+
 class FieldType(NamedTuple):
     """Describes a type of setting: its name in errors, the conversion from text, and the pattern of that text."""
 
@@ -226,6 +235,7 @@ class FieldType(NamedTuple):
 
 
 Words: TypeAlias = tuple[str, ...]
+Commands: TypeAlias = tuple[str, ...]
 Character: TypeAlias = str
 Encoding: TypeAlias = str
 TimeZone: TypeAlias = str
@@ -246,6 +256,7 @@ FIELD_TYPES: Mapping[str, FieldType] = {
     "bool": FieldType("true or false", lambda text: text.lower() in ("true", "yes", "1"), "(?i)true|yes|1|false|no|0"),
     "str": FieldType("a text without line breaks", str.strip, r"(?=.*\S)[^\x00-\x1f]+"),
     "Words": FieldType("names separated by commas, such as credit_card,paypal", _words, f"{_WORD}(,{_WORD})*"),
+    "Commands": FieldType("commands, one a line, in which each quote is closed", _commands, r"(?s).*\S.*"),
     "Character": FieldType("one ASCII character, or tab", _character, r"[\x01-\x09\x0e-\x7f]|tab|\\t"),
     "Encoding": FieldType("an encoding such as utf-8 or latin-1", _encoding),
     "TimeZone": FieldType("a time zone such as Europe/Berlin", lambda text: zoneinfo.ZoneInfo(text).key),
@@ -273,7 +284,8 @@ def parse_setting(name: str, value: Any) -> Any:
     if choices := {choice.lower(): choice for choice in limits.get("choices", ())}:
         expected, convert = f"one of {', '.join(choices.values())}", lambda text: choices[text.lower()]
     try:
-        text = ",".join(value) if isinstance(value, Collection) and not isinstance(value, str | bytes) else str(value)
+        is_list = isinstance(value, Collection) and not isinstance(value, str | bytes)
+        text = ("\n" if kind == "Commands" else ",").join(value) if is_list else str(value)
         if value is None or isinstance(value, bytes) or not re.fullmatch(pattern, text):
             raise ValueError
         result = convert(text)
@@ -356,6 +368,9 @@ class DataPipelineConfig:
     control_tolerance: float = _option(0.0, "share by which a figure may differ from controls.csv", min=0.0, max=1.0)
     keep_snapshots: int = _option(3, "snapshots to keep, including the published one", min=1)
     keep_runs: int = _option(400, "run records and Spark logs to keep, besides those of kept snapshots", min=1)
+    before_publish: Commands | None = _option(None, "command that must succeed for a run to be published; repeatable")
+    after_publish: Commands | None = _option(None, "command to run once the data is published; repeatable")
+    hook_timeout: float = _option(600.0, "seconds that each of these commands may take", min=1.0, max=86_400.0)
     lock_timeout: float = _option(0.0, "seconds to wait for another run on the same data folder", min=0.0, max=1e9)
     fast_start: bool = _option(True, "start Spark from an archive of its classes in ~/.cache, made by the first run")
     alert_webhook: Url | None = _option(None, "webhook for alerts about runs that fail or look odd", secret=True)
@@ -503,7 +518,9 @@ def run_pipeline(
             check_controls(run, source.controls)
             summarize(run)
             warn_of_anomalies(record, store, config.anomaly_factor)
+            run_hooks("before_publish", record, store, config)
             store.publish(record)
+            run_hooks("after_publish", record, store, config)
     return record
 
 
@@ -514,6 +531,7 @@ def preflight(config: DataPipelineConfig, spark: SparkSession | None = None) -> 
         PipelineError: the configuration, Java, Spark or the data folder cannot be used; the message says what to do.
     """
     check_config(config)
+    check_hooks(config)
     for_files = ("pyarrow", "python_calamine", "sqlglot") if config.source_dir else ()
     check_packages("requirements.txt", "duckdb", "faker", "jinja2", *for_files)
     source = open_source(config)
@@ -4614,10 +4632,10 @@ def acquire_lock(file: TextIO, timeout: float, root: str) -> None:
             time.sleep(0.1)
 
 
-def roll_back(store: Store, run_id: str, timeout: float) -> str:
+def roll_back(store: Store, run_id: str, timeout: float, config: DataPipelineConfig | None = None) -> str:
     """Publishes again the snapshot `run_id`, or by default the newest intact snapshot older than the published one.
 
-    Returns its run id.
+    Runs the hooks of `config`, and returns the run id.
 
     Raises:
         PipelineError: no such snapshot exists, or the named one is damaged.
@@ -4636,6 +4654,8 @@ def roll_back(store: Store, run_id: str, timeout: float) -> str:
                 audit_again(store, chosen)
                 write_changes_back(store, chosen)
                 store.switch_to(chosen)
+                if config and (record := store.runs.get(chosen)):
+                    run_hooks("after_publish", record, store, config)
                 return chosen
             except PipelineError as error:
                 if run_id:
@@ -6354,6 +6374,7 @@ class RunRecord:
     summaries: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # by the names of SUMMARIES
     anomalies: list[str] = field(default_factory=list)  # figures that differ from the last runs, and files left out
     gate_failures: list[dict[str, Any]] = field(default_factory=list)  # table, rule, rows, message, examples
+    hooks: list[dict[str, Any]] = field(default_factory=list)  # hook, command, seconds, failure
     error: dict[str, str] | None = None  # type, message, traceback
 
     @classmethod
@@ -6575,6 +6596,94 @@ def best_effort(problem: str) -> Iterator[None]:
         logger.warning("%s: %s", problem, error)
     except Exception:
         logger.warning("%s", problem, exc_info=True)
+
+
+def check_hooks(config: DataPipelineConfig) -> None:
+    """Checks that the program of each hook can be executed. Raises ConfigurationError."""
+    for hook in HOOKS:
+        for command in getattr(config, hook) or ():
+            program = shlex.split(command)[0]
+            if not shutil.which(program):
+                raise ConfigurationError(
+                    f"{hook}: there is no program {program!r} that can be executed: give its whole path, without ~ "
+                    "and $VARIABLES, and allow its execution (chmod +x)"
+                )
+
+
+def run_hooks(hook: str, record: RunRecord, store: Store, config: DataPipelineConfig) -> None:
+    """Runs the commands of a hook one after the other, and records how each ended.
+
+    Raises:
+        NotPublishedError: a command of `before_publish` failed. One of `after_publish` that fails is an anomaly.
+    """
+    for command in getattr(config, hook) or ():
+        record.current_step, started = hook, time.perf_counter()
+        so_far = dataclasses.replace(record, result="succeeded" if hook == "after_publish" else record.result)
+        logger.info("%s: %s", hook, command)
+        try:
+            with tempfile.NamedTemporaryFile("w", suffix=f"-{record.run_id}.json", encoding="utf-8") as file:
+                file.write(so_far.to_json())
+                file.flush()
+                values = (record.run_id, store.path("snapshots", record.run_id), file.name, store.root, sys.executable)
+                variables = dict(zip(HOOK_VARIABLES, values, strict=True))
+                failure = run_command(hook, command, variables, config.hook_timeout)
+        except OSError as error:
+            failure = str(error)
+        seconds = time.perf_counter() - started
+        record.hooks.append({"hook": hook, "command": command, "seconds": seconds, "failure": failure})
+        problem = f"the hook {hook} failed, {command}: {failure}"
+        if failure and hook == "before_publish":
+            raise NotPublishedError(
+                f"HOOK REFUSED, nothing is published: {problem}; the refused snapshot is in "
+                f"{store.path('snapshots', record.run_id)}; correct the source, or the hook"
+            )
+        if failure:
+            record.anomalies.append(problem)
+            logger.warning("%s; the data is published nevertheless", problem)
+
+
+def run_command(hook: str, command: str, variables: Mapping[str, str], timeout: float) -> str:
+    """Runs a command and logs each line of its output. Returns why it failed; empty if it succeeded.
+
+    A command that takes too long or is interrupted is ended, with the processes that it has started.
+    """
+    last_line = collections.deque[str](maxlen=1)
+    process = subprocess.Popen(
+        shlex.split(command),
+        env=os.environ | variables,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
+    )
+
+    def log_output() -> None:
+        for line in filter(None, map(str.rstrip, process.stdout or ())):
+            last_line.append(line)
+            logger.info("%s: %s", hook, line)
+
+    output = call_in_thread(log_output)
+    try:
+        code = process.wait(timeout)
+    except BaseException as error:
+        end_group(process)
+        if isinstance(error, subprocess.TimeoutExpired):
+            return f"it took longer than {timeout:g} seconds (--hook-timeout)"
+        raise
+    with contextlib.suppress(TimeoutError):  # a process that the command has left running keeps the output open
+        output.result(STOP_WITHIN)
+    return f"{''.join(last_line) or 'no output'} (exit code {code})" if code else ""
+
+
+def end_group(process: subprocess.Popen[str]) -> None:
+    """Ends a process and those that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_WITHIN)
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def notify(record: RunRecord, store: Store, config: DataPipelineConfig) -> None:
@@ -6866,10 +6975,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     for option in dataclasses.fields(DataPipelineConfig):
         default = "" if option.default in (None, dataclasses.MISSING) else f" (default: {option.default})"
         kind = str(option.type).partition(" ")[0].upper()
-        without_value: dict[str, Any] = {"nargs": "?", "const": "yes"} if kind == "BOOL" else {}
+        how: dict[str, dict[str, Any]] = {"BOOL": {"nargs": "?", "const": "yes"}, "COMMANDS": {"action": "append"}}
         parser.add_argument(
             _flag(option.name),
-            **without_value,
+            **how.get(kind, {}),
             metavar="|".join(option.metadata.get("choices", [kind])),
             help=f"{option.metadata['help']}{default} [{_variable(option.name)}]".replace("%", "%%"),
         )
@@ -6904,7 +7013,8 @@ def load_config(
     config = config or DataPipelineConfig()
     known = {_variable(option.name): option.name for option in dataclasses.fields(config)}
     given = [(name, known.get(name), value) for name, value in environment.items()]
-    given = [setting for setting in given if setting[0].startswith(ENVIRONMENT_PREFIX)]
+    of_hook = HOOK_VARIABLES if {*HOOK_VARIABLES} <= environment.keys() else ()  # this process belongs to a hook
+    given = [setting for setting in given if setting[0].startswith(ENVIRONMENT_PREFIX) and setting[0] not in of_hook]
     given += [(_flag(name), name, getattr(flags, name)) for name in known.values() if getattr(flags, name) is not None]
     for origin, name, value in given:
         if name is None:
@@ -6940,7 +7050,7 @@ def execute(flags: argparse.Namespace, config: DataPipelineConfig) -> None:
         elif flags.list_runs:
             print("\n".join(list_runs(store)), flush=True)
         else:
-            logger.info("Published again: %s", roll_back(store, flags.rollback, config.lock_timeout))
+            logger.info("Published again: %s", roll_back(store, flags.rollback, config.lock_timeout, config))
             save_report(store, store.runs.history())
     except OSError as error:
         if error.filename is None:  # standard output is full or closed, and Python would flush it again at exit

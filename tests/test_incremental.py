@@ -411,7 +411,7 @@ def test_settings_that_change_tables_are_compared() -> None:
         "spark_master",
         "executor_memory", "executor_cores", "driver_host", "cluster_timeout", "max_quarantine_rate",
         "control_tolerance", "keep_snapshots", "keep_runs", "lock_timeout", "fast_start", "alert_webhook",
-        "anomaly_factor", "report_title", "log_level",
+        "anomaly_factor", "report_title", "log_level", "before_publish", "after_publish", "hook_timeout",
     }  # fmt: skip
     fields = {field.name for field in dataclasses.fields(DataPipelineConfig)}
     assert fields - others == {*data_pipeline.TABLE_SETTINGS}, "does a new setting change the tables?"
