@@ -12,6 +12,7 @@
 #     "pyarrow==26.0.1",
 #     "python-calamine==0.9.1",
 #     "sqlglot==30.30.0",
+#     "PyYAML==6.0.4",
 # ]
 # ///
 """E-commerce data pipeline in the medallion architecture, on PySpark: source → bronze → silver → gold.
@@ -327,6 +328,7 @@ class DataPipelineConfig:
     as_of_date: date = _option(_today, "last day of the data, in UTC (default: today)", min=date(2000, 1, 1))
     source_dir: str | None = _option(None, "folder of landed files to read, instead of generating records")
     models: str | None = _option(None, "folder of models, or the name of a ready set (default: source_dir)")
+    rules: str | None = _option(None, "folder of own rules, <table>.rules.yml (default: the folder of the models)")
     source_delimiter: Character | None = _option(None, "field separator of CSV (default: detected in each file)")
     source_quote: Character = _option('"', "quote character of CSV; doubled inside a field")
     source_encoding: Encoding = _option("utf-8", "encoding of landed text without a byte order mark")
@@ -514,7 +516,7 @@ def run_pipeline(
                 build_gold(run, silver)
             audit(run)
             write_changes_of(run)
-            verify(run)
+            verify(run, source)
             check_controls(run, source.controls)
             summarize(run)
             warn_of_anomalies(record, store, config.anomaly_factor)
@@ -532,8 +534,9 @@ def preflight(config: DataPipelineConfig, spark: SparkSession | None = None) -> 
     """
     check_config(config)
     check_hooks(config)
-    for_files = ("pyarrow", "python_calamine", "sqlglot") if config.source_dir else ()
-    check_packages("requirements.txt", "duckdb", "faker", "jinja2", *for_files)
+    for_files = ("pyarrow", "python_calamine") if config.source_dir else ()
+    for_sql = ("sqlglot", "yaml") if config.source_dir or config.rules else ()
+    check_packages("requirements.txt", "duckdb", "faker", "jinja2", *for_files, *for_sql)
     source = open_source(config)
     store = Store(config.root)
     published = store.runs.get(store.published()) if source.continues else None
@@ -573,7 +576,7 @@ def ingest_bronze(run: Run, source: Source) -> dict[str, Received]:
     """Adds the delivery to bronze, counts the violations of each rule in the same pass, and profiles each column."""
 
     def ingest(name: str) -> Received:
-        table = TABLES[name]
+        table = source.tables[name]
         with run.step(f"{BRONZE}.{name}"):
             try:
                 rows = source.delivery(run, name)
@@ -594,6 +597,8 @@ def ingest_bronze(run: Run, source: Source) -> dict[str, Received]:
         return Received(table, bronze, counts, arrived, removed)
 
     with run.step("source"):
+        check_rules(run.engine, source.tables)
+        run.record.rules = own_rules(source.tables)
         source.receive(run)
     run.snapshot.save_state(state_of(run.config, source), source.ledger)
     bronze = run.parallel(ingest, names(BRONZE))
@@ -618,7 +623,7 @@ def clean(run: Run, bronze: Mapping[str, Received], affected: Affected | None) -
         failing_keys = find_failing_keys(run, received, received, run.config)
 
     def separate(name: str) -> Separated:
-        table, base = TABLES[name], run.base
+        table, base = received[name].table, run.base
         separated = separate_rows(run, received[name], failing_keys[name], run.config)
         rejected, quality = separated.rejected, separated.quality
         if affected and base and name == affected.orders.table.name:
@@ -654,7 +659,7 @@ def check_gate(run: Run, source: Source, cleaned: Mapping[str, Separated]) -> No
             completed orders are in several currencies.
     """
     with run.step("gate"):
-        for table in tables(BRONZE):
+        for table in source.tables.values():
             quality = run.record.quality[table.name]
             if not quality.received and source.expected_rows[table.name]:
                 record_gate_failure(run, table, "received", 0, "no rows were received")
@@ -983,7 +988,7 @@ class Run:
 # `customers`, `products` and `transactions` are the valid rows of these bronze tables, one per key. All money is in the
 # currency of the run, US dollars for generated data.
 
-REJECT, WARN, ABORT, ORPHAN = "reject", "warn", "abort", "orphan"
+REJECT, WARN, ABORT, ORPHAN, OFF = "reject", "warn", "abort", "orphan", "off"
 
 
 class Rule(NamedTuple):
@@ -992,8 +997,9 @@ class Rule(NamedTuple):
     `violation` is a condition in Spark SQL. It may have parameters of `DataPipelineConfig.rule_values`, such as
     `:as_of_date`. A null condition is not a violation, so a missing value only violates the `_missing` rule.
     Severities: REJECT sends the row to quarantine, ABORT also keeps the run from being published, WARN counts the row
-    and keeps it, ORPHAN rejects or keeps it, depending on `--orphans`. With `nullify`, a value that violates the rule
-    becomes null in silver. Only rules with `checks_deletes` apply to deletes. `advice` says what the user can do.
+    and keeps it, ORPHAN rejects or keeps it, depending on `--orphans`, OFF does nothing. With `nullify`, a value that
+    violates the rule becomes null in silver. Only rules with `checks_deletes` apply to deletes. `advice` says what the
+    user can do. `is_own` marks a rule that the user has added or changed.
     """
 
     name: str
@@ -1003,14 +1009,15 @@ class Rule(NamedTuple):
     nullify: bool = False
     checks_deletes: bool = False
     advice: str = "correct the source, or change the value in {table}.sql"
+    is_own: bool = False
 
     def rejects(self, config: DataPipelineConfig) -> bool:
         """Returns whether a row that violates the rule goes to quarantine."""
-        return not config.keeps_orphans if self.severity == ORPHAN else self.severity != WARN
+        return not config.keeps_orphans if self.severity == ORPHAN else self.severity not in (WARN, OFF)
 
     def is_violated(self, config: DataPipelineConfig) -> str:
         """Returns Spark SQL for whether a row violates the rule; never null."""
-        condition = self.violation
+        condition = self.violation if self.severity != OFF else "false"
         for name, value in config.rule_values.items():
             if name in condition and value is None:
                 return "false"
@@ -1691,6 +1698,7 @@ class Source:
     """Delivers the records of a run. Only the source knows how many to expect."""
 
     expected_rows: Mapping[str, int]  # estimated rows of each bronze table; 0 only if it may be empty
+    tables: Mapping[str, Table]  # the bronze tables by name, with the rules of the user
     controls: Sequence[Control] = ()  # the figures of the shop's own report; the tables must agree with them
     identity: Mapping[str, Any]  # its kind and settings; a run only builds on data from the same source
     continues: bool  # whether a run builds on the published data, instead of receiving everything anew
@@ -1756,6 +1764,7 @@ class Generated(Source):
         sizes = ("seed", "num_customers", "num_products", "num_transactions", "history_days", "defect_rate")
         self.identity = {"kind": "generated data", **{name: getattr(config, name) for name in sizes}}
         self.continues = config.incremental or config.full_refresh
+        self.tables = read_rules(config)
         self.expected_rows = {
             "customers": config.num_customers,
             "products": config.num_products,
@@ -1820,7 +1829,8 @@ class LandedFiles(Source):
                 f"the models {config.models} read amounts with a decimal point, as the system exports them: export "
                 "again, without saving the file in a spreadsheet, and leave source_decimal out"
             )
-        self.models = read_models(models_folder(config.models, self.root))
+        self.models = read_models(folder := models_folder(config.models, self.root))
+        self.tables = read_rules(config, folder)
         self.models_text = {name: model.sql for name, model in self.models.items()}
         self.inputs = {name: self.models[name].inputs if name in self.models else (name,) for name in names(BRONZE)}
         self.used = list(dict.fromkeys(source for inputs in self.inputs.values() for source in inputs))
@@ -2157,6 +2167,118 @@ def apply_model(spark: SparkSession, model: Model, views: Mapping[str, str]) -> 
     if "_source_row" not in given and model.keeps_records:
         logger.warning("%s.sql drops _source_file and _source_row: quarantine will not say where a row was", name)
     return rows
+
+
+def read_rules(config: DataPipelineConfig, folder: str = "") -> dict[str, Table]:
+    """Returns the bronze tables, with the rules of `<table>.rules.yml` in the folder of the settings, or in `folder`.
+
+    Raises:
+        ConfigurationError: a file or one of its rules cannot be used.
+    """
+    bronze = {table.name: table for table in tables(BRONZE)}
+    folder = expand_path("rules", config.rules) if config.rules else folder
+    paths = sorted(glob.glob(f"{glob.escape(folder)}/*.rules.y*ml")) if folder else []
+    if config.rules and not paths:
+        raise ConfigurationError(f"there are no rules in {folder}: name a folder with a file transactions.rules.yml")
+    for path in paths:
+        name = os.path.basename(path).removesuffix(".rules.yml")
+        if name not in bronze:
+            raise ConfigurationError(f"{path} is for no table: call it {' or '.join(f'{n}.rules.yml' for n in bronze)}")
+        for fields in rule_fields(path):
+            try:
+                bronze[name] = with_own_rule(bronze[name], fields)
+            except ValueError as error:
+                raise ConfigurationError(f"{path}: the rule {dict(fields).get('name', '')!r} {error}") from None
+    return bronze
+
+
+def rule_fields(path: str) -> list[list[tuple[str, Any]]]:
+    """Returns names and values of the fields of each rule in a YAML file. Raises ConfigurationError."""
+    import yaml
+
+    try:  # composed and not loaded: a field that is there twice is found, and `off` stays a text
+        document: Any = yaml.compose(Path(path).read_text(encoding="utf-8-sig"), yaml.BaseLoader)
+        return [[(key.value, value.value) for key, value in rule.value] for rule in document.value]
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        raise ConfigurationError(f"cannot read the rules {path}: {' '.join(str(error).split())}") from None
+    except (AttributeError, TypeError, ValueError):
+        raise ConfigurationError(f"{path} is no list of rules: begin each with '- name:'") from None
+
+
+def with_own_rule(table: Table, given: Sequence[tuple[str, Any]]) -> Table:
+    """Adds a rule to a bronze table, or changes the severity of a built-in one. Raises ValueError, which says why not.
+
+    The rules that reject what cannot be read or is missing stay, since silver relies on them.
+    """
+    fields, rules = dict(given), {rule.name: rule for rule in table.rules}
+    name, is_new = str(fields.get("name", "")), "violation" in fields
+    severity = fields.get("severity", REJECT if is_new else "")
+    if len(fields) < len(given) or fields.keys() - {"name", "violation", "severity", "description"}:
+        raise ValueError("may have a name, violation, severity and description, each once")
+    if severity not in (REJECT, WARN, ABORT, OFF):
+        raise ValueError(f"has the severity {severity!r}: choose {REJECT}, {WARN}, {ABORT} or {OFF}")
+    if name in rules and not (rules[name].is_own or is_new):
+        is_needed = rules[name].severity == REJECT and name.endswith(("_missing", "_malformed"))
+        if rules[name].severity == ORPHAN or (is_needed and severity in (WARN, OFF)):
+            raise ValueError(f"cannot be {severity}" + (": silver needs it" if is_needed else ": see --orphans"))
+        rules[name] = rules[name]._replace(severity=severity, is_own=True)
+    else:
+        taken = {*row_counts(table, DataPipelineConfig()), *(rule.name for rule in key_rules(table))}
+        if not re.fullmatch("[a-z][a-z0-9_]*", name) or name in taken:
+            raise ValueError("needs another name: letters in lower case, digits and _, and not one that is in use")
+        if not isinstance(violation := fields.get("violation"), str):
+            raise ValueError(f"is not built in, so it needs a violation{_nearest(name, rules)}")
+        column = check_condition(violation, table)
+        advice = re.sub("([{}])", r"\1\1", str(fields.get("description", "correct the source")))
+        # The line break ends a comment.
+        rules[name] = Rule(name, column, f"{violation}\n", severity, advice=advice, is_own=True)
+    return dataclasses.replace(table, rules=tuple(rules.values()))
+
+
+def check_condition(sql: str, table: Table) -> str:
+    """Returns a column that a condition reads. Raises ValueError if it is not a condition on one row of the table."""
+    import sqlglot
+    from sqlglot import exp
+
+    try:
+        condition = sqlglot.parse_one(sql, read="spark")
+    except sqlglot.errors.SqlglotError as error:
+        plain = re.sub("\x1b.*?m", "", str(error))  # without the underlining for a terminal
+        raise ValueError(f"cannot be parsed: {' '.join(plain.split())}") from None
+    columns = [".".join(part.name for part in column.parts).lower() for column in condition.find_all(exp.Column)]
+    parameters = [f":{parameter.name}" for parameter in condition.find_all(exp.Placeholder)]
+    known = {*dict(table.columns(BRONZE)), *DataPipelineConfig().rule_values}
+    if unknown := [name for name in (*columns, *parameters) if name not in known]:
+        raise ValueError(f"reads {unknown[0]}, which {table.name} does not have{_nearest(unknown[0], known)}")
+    changing = (exp.CurrentDate, exp.CurrentTimestamp, exp.Localtimestamp, exp.Rand, exp.Randn, exp.Uuid, exp.Anonymous)
+    for found in condition.find_all(exp.Query, exp.AggFunc, exp.Window, *changing):
+        if not isinstance(found, exp.Anonymous) or found.name.lower() == "now":
+            raise ValueError(f"must depend on one row alone, not on {found.sql('spark')} (today is :as_of_date)")
+    return columns[0] if columns else table.key[0]
+
+
+def own_rules(bronze: Mapping[str, Table]) -> dict[str, dict[str, str]]:
+    """Returns the severities of the rules that the user has added or changed, by bronze table and rule."""
+    own = {name: {rule.name: rule.severity for rule in table.rules if rule.is_own} for name, table in bronze.items()}
+    return {name: rules for name, rules in own.items() if rules}
+
+
+def check_rules(engine: Engine, bronze: Mapping[str, Table]) -> None:
+    """Logs the rules of the user, and lets the engine analyse them. Raises ConfigurationError."""
+    from pyspark.errors import PySparkException
+
+    for name, own in own_rules(bronze).items():
+        logger.info("%s.rules.yml: %s", name, ", ".join(" ".join(rule) for rule in own.items()))
+        columns = (f"CAST(NULL AS {kind}) AS {column}" for column, kind in bronze[name].columns(BRONZE))
+        no_rows = engine.spark.range(0).selectExpr(*columns)
+        for rule in (rule for rule in bronze[name].rules if rule.is_own):
+            try:
+                [(_, kind)] = no_rows.selectExpr(rule.is_violated(engine.config)).dtypes
+                problem = "" if kind == "boolean" else "is neither true nor false"
+            except PySparkException as error:
+                problem = f"cannot be used: {root_cause(error)}"
+            if problem:
+                raise ConfigurationError(f"{name}.rules.yml: the rule {rule.name!r} {problem}")
 
 
 # Patterns of the text that is accepted for each type. A cast alone would accept 2026 as a date and 5d as a number.
@@ -3052,11 +3174,17 @@ class Base:
 
 def state_of(config: DataPipelineConfig, source: Source) -> dict[str, Any]:
     """Returns what the tables depend on besides bronze and the as-of date. It is kept with the snapshot."""
+    own = [(name, rule) for name, table in source.tables.items() for rule in table.rules if rule.is_own]
     return {
         "source": source.identity,
         "pipeline": sha256(__file__),
         "models": source.models_text,
-        "settings": {name: str(getattr(config, name)) for name in TABLE_SETTINGS} | {CONTROLS: repr(source.controls)},
+        "settings": {
+            **{name: str(getattr(config, name)) for name in TABLE_SETTINGS},
+            CONTROLS: repr(source.controls),
+            # As SQL with the as-of date, since old orders may violate a rule that reads it on another day.
+            "rules": str([(name, rule.name, rule.severity, rule.is_violated(config)) for name, rule in own]),
+        },
     }
 
 
@@ -3136,6 +3264,7 @@ def repeat_published(record: RunRecord, base: Base) -> RunRecord:
     logger.info("Nothing has arrived since run %s, as of the same date: it stays published", base.record.run_id)
     for name in ("rows", "bytes", "quality", "currency", "revenue", "orders", "returns", "refunds", "controls"):
         setattr(record, name, getattr(base.record, name))
+    record.rules = base.record.rules
     record.arrived = {name: Quality(0, 0, 0, 0, {}) for name in names(BRONZE)}
     return record
 
@@ -3233,7 +3362,7 @@ def find_affected(run: Run, bronze: Mapping[str, Received]) -> Affected | None:
         if removed is not None:
             before = before.unionByName(with_keys(removed, table, keys))
         orders = received._replace(rows=now, counts=count_rows(now, table, run.config))
-        return Affected(keys, orders, account_before(run, base, table, before))
+        return Affected(keys, orders, account_before(run, base, bronze, before))
 
 
 def affected_rows(run: Run, base: Base, bronze: Mapping[str, Received]) -> dict[str, DataFrame]:
@@ -3257,14 +3386,15 @@ def affected_rows(run: Run, base: Base, bronze: Mapping[str, Received]) -> dict[
     return rows
 
 
-def account_before(run: Run, base: Base, table: Table, rows: DataFrame) -> Quality:
-    """Returns the account of rows in the base: with its customers and products, as of its date."""
+def account_before(run: Run, base: Base, bronze: Mapping[str, Received], rows: DataFrame) -> Quality:
+    """Returns the account of orders in the base: with its customers and products, as of its date."""
+    table = bronze["transactions"].table
     counts, nothing = count_rows(rows, table, base.config), no_rows(table)
     if not counts.rows:
         return quality_of(table, nothing, {})
     parents = {}
     for name in table.foreign_keys.values():
-        parent, violations = TABLES[name], base.record.quality[name].violations
+        parent, violations = bronze[name].table, base.record.quality[name].violations
         found = Counts(0, violations, {}, deletes=base.record.quality[name].deleted)
         parents[name] = Received(parent, base.read(run.engine, BRONZE, parent), found, nothing)
     orders = {table.name: Received(table, rows, counts, nothing)}
@@ -3339,7 +3469,7 @@ def carry_months_over(run: Run, affected: Affected | None, rows: DataFrame) -> D
     return rows
 
 
-def verify(run: Run) -> None:
+def verify(run: Run, source: Source) -> None:
     """With `verify_incremental`, computes the full refresh of the same bronze beside the snapshot, and compares both.
 
     Raises:
@@ -3358,7 +3488,7 @@ def verify(run: Run) -> None:
         with full.layer(SILVER, "Full refresh, to compare with"):
             bronze = {
                 table.name: Received(table, rows, count_rows(rows, table, run.config), no_rows(table))
-                for table in tables(BRONZE)
+                for table in source.tables.values()
                 for rows in [run.read(BRONZE, table)]
             }
             silver = build_silver(full, clean(full, bronze, None), None)
@@ -4773,7 +4903,7 @@ def finished_files(root: str, data_root: str, onerror: Callable[[OSError], None]
         folders[:] = map(os.path.basename, kept)
         seen.update(map(os.path.realpath, kept))
         for name in files:
-            is_own = name.endswith(".sql") or (folder == root and name == CONTROLS)
+            is_own = name.endswith((".sql", ".rules.yml")) or (folder == root and name == CONTROLS)
             if not is_own and not UNFINISHED.fullmatch(name):
                 yield os.path.join(folder, name)
 
@@ -5649,6 +5779,7 @@ def inspect_source(config: DataPipelineConfig) -> Iterator[str]:
     sample = list(sample_files(file for file in source.listed if not file.problem))
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(engine), contextlib.ExitStack() as stack:
         engine.start(os.devnull)
+        check_rules(engine, source.tables)
         source.parts = FileReader(source.root, folder, config).read(
             sample, with_models={file.source for file in sample}
         )
@@ -5701,7 +5832,7 @@ def inspect_table(
         ]
         yield f"  unknown columns, which go to _rescued_data: {', '.join(unknown) or 'none'}"
         typed = apply_contract(rows, table, source.config)
-        yield from inspect_rules(typed, table, source.config)
+        yield from inspect_rules(typed, source.tables[name], source.config)
     except Exception as error:
         explanation = error if isinstance(error, PipelineError) else source.explain(error, engine, name)
         if explanation is None:
@@ -6364,6 +6495,7 @@ class RunRecord:
     profile: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     delivery: dict[str, dict[str, Any]] = field(default_factory=dict)  # by source: files, bytes, rows, left_out
     rejects: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # by bronze table: file, rejected
+    rules: dict[str, dict[str, str]] = field(default_factory=dict)  # severities of the user's, by bronze table and rule
     currency: str | None = "USD"  # of the amounts; None if the source does not name it
     revenue: Decimal | None = None  # of completed orders
     orders: int | None = None  # completed orders; all rows with the same order_id are one
@@ -6451,7 +6583,9 @@ class RunRecord:
         kept = DataPipelineConfig(orphans=orphans, source_dir=source_dir).keeps_orphans
         warning = {WARN, ORPHAN} if kept else {WARN}
         rules = [(table.name, rule) for table in tables(BRONZE) for rule in (*table.rules, *key_rules(table))]
-        warn = {(name, rule.name) for name, rule in rules if rule.severity in warning}
+        severities = {(name, rule.name): rule.severity for name, rule in rules}
+        severities |= {(name, rule): severity for name, own in self.rules.items() for rule, severity in own.items()}
+        warn = {rule for rule, severity in severities.items() if severity in warning}
         found = [
             {"rule": f"{name}: {rule}", "rows": rows}
             for name, quality in self.quality.items()

@@ -167,7 +167,7 @@ def test_every_field_is_a_flag_and_a_variable() -> None:
         "orphans": "Keep", "currency": "eur", "control_tolerance": "0.01", "incremental": "yes", "full_refresh": "no",
         "reload": "true", "accept_missing_files": "1", "reread": "transactions/2026/*", "verify_incremental": "False",
         "changes": "yes",
-        "before_publish": "check 'a b'", "after_publish": "tell", "hook_timeout": "30",
+        "before_publish": "check 'a b'", "after_publish": "tell", "hook_timeout": "30", "rules": "/r",
     }  # fmt: skip
     assert set(given) == {field.name for field in dataclasses.fields(DataPipelineConfig)}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]

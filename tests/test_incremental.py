@@ -403,6 +403,48 @@ def test_other_settings_rules_and_dates_compute_every_key(shop: Shop, caplog: py
     assert "Full refresh of all keys: the pipeline is another version" in caplog.text
 
 
+@pytest.mark.slow
+@THOROUGH
+def test_rules_in_incremental_runs(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+    """Another rule is a full refresh, by itself; so is another day, if a rule reads the as-of date."""
+    caplog.set_level("INFO", logger="data_pipeline")
+    rules = shop.source / "transactions.rules.yml"
+    kept = "SELECT transaction_id FROM transactions_clean ORDER BY 1"
+    rules.write_text("- {name: dear, violation: amount > 4}")
+    first = first_night(shop)
+    assert first.quality["transactions"].violations["dear"] == 2
+    assert shop.rows(kept) == [("T1",), ("T2",)]
+    assert shop.run().kind == "unchanged"
+    shop.land("transactions", "2", "T5,1,P1,1,2.00,2026-03-01 10:00:00,paypal,completed",
+              "T6,1,P1,1,9.00,2026-03-01 11:00:00,paypal,completed")  # fmt: skip
+    night = shop.run(days=1, verify_incremental=True)
+    assert (night.kind, night.arrived["transactions"].violations["dear"]) == ("incremental", 1)
+    assert night.quality["transactions"].violations["dear"] == 3
+    assert night.rules == {"transactions": {"dear": "reject"}}
+    assert shop.rows(kept) == [("T1",), ("T2",), ("T5",)]
+
+    rules.write_text("- {name: dear, violation: amount > 4, severity: warn}")
+    assert shop.run(days=1).kind == "full"
+    assert "Full refresh of all keys: other rules" in caplog.text
+    assert shop.rows(kept) == [("T1",), ("T2",), ("T3",), ("T4",), ("T5",), ("T6",)]
+    rules.unlink()
+    assert shop.run(days=1).rules == {}
+
+    rules.write_text("- {name: old, violation: 'to_date(timestamp) < :as_of_date - INTERVAL 40 DAYS'}")
+    shop.run(days=1)  # 2026-03-02: T1, of 2026-01-20, is 41 days old; T2, of 2026-02-20, is not
+    assert shop.rows(kept) == [("T2",), ("T3",), ("T4",), ("T5",), ("T6",)]
+    caplog.clear()
+    assert shop.run(days=31).kind == "full"  # 2026-04-01: T2 is 40 days old
+    assert "Full refresh of all keys: other rules" in caplog.text
+    assert ("T2",) in shop.rows(kept)
+    shop.run(days=32)
+    assert shop.rows(kept) == [("T3",), ("T4",), ("T5",), ("T6",)]
+
+    rules.write_text("- {name: old, violation: amount > 1, severity: abort}")
+    with pytest.raises(NotPublishedError, match=r"transactions\.old \(6 rows violate"):
+        shop.run(days=32)
+
+
 def test_settings_that_change_tables_are_compared() -> None:
     others = {
         "app_name", "data_dir", "num_customers", "num_transactions", "num_products", "seed", "as_of_date", "source_dir",
@@ -412,6 +454,7 @@ def test_settings_that_change_tables_are_compared() -> None:
         "executor_memory", "executor_cores", "driver_host", "cluster_timeout", "max_quarantine_rate",
         "control_tolerance", "keep_snapshots", "keep_runs", "lock_timeout", "fast_start", "alert_webhook",
         "anomaly_factor", "report_title", "log_level", "before_publish", "after_publish", "hook_timeout",
+        "rules",  # of which the state has the content
     }  # fmt: skip
     fields = {field.name for field in dataclasses.fields(DataPipelineConfig)}
     assert fields - others == {*data_pipeline.TABLE_SETTINGS}, "does a new setting change the tables?"
