@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import ENGINE
 from pyspark.sql import SparkSession
 from test_command import start
 from test_gate import refused
@@ -124,6 +125,7 @@ def test_hooks_of_a_run(
     assert 'hook="before_publish"} 0.0' in metrics([on_disk], on_disk)
 
 
+@pytest.mark.skipif(ENGINE != "sail", reason="Sail runs it")
 def test_hook_refuses_the_run(published: DataPipelineConfig, spark: SparkSession, tmp_path: Path) -> None:
     """As the gate does. The commands after it, and those after publishing, do not run."""
     published.alert_webhook = None
@@ -234,7 +236,7 @@ def test_interrupt_ends_the_hook(hook: str, tmp_path: Path) -> None:
         tmp_path / "waiting", f"sleep 60 & echo $! > {tmp_path}/pid.next; mv {tmp_path}/pid.next {tmp_path}/pid; wait"
     )
     flag = f"--{hook.replace('_', '-')}"
-    process = start(tmp_path, flag, waiting)
+    process = start(tmp_path, flag, waiting, "--num-customers=100", "--num-transactions=200")
     deadline = time.monotonic() + 120
     while not (tmp_path / "pid").exists():
         assert process.poll() is None and time.monotonic() < deadline

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, one, open_tables
+from conftest import ENGINE, SMALL, one, open_tables
 from pyspark.sql import SparkSession
 from test_gate import refused
 
@@ -33,6 +33,8 @@ from data_pipeline import (
 )
 
 Small = Callable[..., DataPipelineConfig]
+# These take seconds on Spark, and the engine does not matter.
+on_sail = pytest.mark.skipif(ENGINE != "sail", reason="Sail runs it")
 EXAMPLE = Path(__file__).parent.parent / "docs/example"
 AMOUNT_HUGE = """
 - name: amount_huge
@@ -91,6 +93,7 @@ def test_rules_of_a_run(small: Small, spark: SparkSession, tmp_path: Path, caplo
     assert f'rule="amount_huge"}} {huge}.0' in metrics([record], record)
 
 
+@on_sail
 def test_rule_that_aborts(published: DataPipelineConfig, spark: SparkSession, tmp_path: Path) -> None:
     published.rules = write_rules(
         tmp_path / "rules",
@@ -104,7 +107,7 @@ def test_rule_that_aborts(published: DataPipelineConfig, spark: SparkSession, tm
     assert re.search(r"cheap [\d,]+ \(for example amount '.*'\): \{no\} sale", record["error"]["message"])
 
 
-@pytest.mark.slow
+@on_sail
 def test_rule_on_customers_orphans_their_orders(small: Small, spark: SparkSession, tmp_path: Path) -> None:
     rules = write_rules(tmp_path / "rules", "- {name: no_test, violation: '`Customer_ID` <= 100'}", "customers")
     record = run_pipeline(small(**SMALL, rules=rules, max_quarantine_rate=1.0), spark)
@@ -115,6 +118,7 @@ def test_rule_on_customers_orphans_their_orders(small: Small, spark: SparkSessio
         assert one(db, f"{unknown} AND customer_id <= 100") == of_these > 0
 
 
+@on_sail
 def test_rules_are_inspected(small: Small, tmp_path: Path, spark: SparkSession) -> None:
     """They lie beside the models, and are no source."""
     source = tmp_path / "exports"
