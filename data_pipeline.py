@@ -949,7 +949,7 @@ class Run:
         counts = self._write_files(layer, table, rows, {"rows": "count(1)", **(metrics or {})})
         self.record.rows[name] = self.record.rows.get(name, 0) + counts["rows"]
         self.record.bytes[name] = self.snapshot.size(layer, table.name)
-        rows_written, folder = f"{counts['rows']:,} rows", uri.removeprefix("file://")
+        rows_written, folder = f"{self.record.rows[name]:,} rows", uri.removeprefix("file://")  # with linked rows
         logger.info("✓ Saved %s to: %s (%s, %.2f s)", table.name, folder, rows_written, time.perf_counter() - started)
         return counts
 
@@ -3222,7 +3222,7 @@ def find_base(config: DataPipelineConfig, source: Source, store: Store) -> Base 
 
     Raises:
         ConfigurationError: the published data comes from another source.
-        PipelineError: the run record of the published snapshot is missing.
+        PipelineError: the published snapshot lacks its run record or a file.
         NotPublishedError: `--reload` would lose the rows of files that are gone.
     """
     published = store.published()
@@ -3245,10 +3245,16 @@ def find_base(config: DataPipelineConfig, source: Source, store: Store) -> Base 
     if not can_continue(source, state["source"]):
         return None
     record = store.runs.get(published)
-    if record is None:
+    files = [f"snapshots/{published}/{name}" for name in record.sha256] if record else []
+    missing = (
+        [f"runs/{published}.json"]
+        if record is None
+        else [name for name in files if not os.path.exists(store.path(name))]
+    )
+    if record is None or missing:
         raise PipelineError(
-            f"the run record of the published snapshot {published} is missing or unreadable, so nothing can build on "
-            "it: publish another one with --rollback, or let bronze begin again with --reload"
+            f"nothing can build on the published run, since {missing[0]} is missing or unreadable: publish another one "
+            "with --rollback, or let bronze begin again with --reload"
         )
     as_of = parse_setting("as_of_date", record.config["as_of_date"])
     refresh = refresh_reason(state, own, as_of, config)

@@ -34,6 +34,7 @@ from data_pipeline import (
     DataPipelineConfig,
     LandedFiles,
     NotPublishedError,
+    PipelineError,
     Received,
     Run,
     RunRecord,
@@ -670,6 +671,17 @@ def test_bronze_of_an_older_schema_has_nulls(shop: Shop) -> None:
     assert shop.run(verify_incremental=True).kind == "incremental"
     rows = shop.rows("SELECT count(*), count(order_id) FROM transactions_clean")
     assert rows == [(4, 0)]
+
+
+@THOROUGH
+@pytest.mark.parametrize("lost", ["snapshots/*/bronze/transactions/*.parquet", "runs/*.json"])
+def test_published_run_that_lacks_a_file(shop: Shop, lost: str) -> None:
+    first_night(shop)
+    [file] = Path(shop.config.root).glob(lost)
+    file.unlink()
+    with pytest.raises(PipelineError, match=rf"since {file.relative_to(shop.config.root)} is missing .*--reload"):
+        shop.run(days=1)
+    assert shop.run(reload=True).orders == 3
 
 
 @THOROUGH
