@@ -1461,11 +1461,15 @@ def version_periods(versions: DataFrame) -> DataFrame:
     """
     by_age = "OVER (PARTITION BY customer_id ORDER BY _order DESC"
     attributes = "first_name", "last_name", "email", "age", "city", "signup_date"
-    content = f"CASE WHEN {NOT_DELETED} THEN to_json({named_struct({name: name for name in attributes})}) END"
     came_later = f"_changed_at IS NULL AND _ingested_at <> first_value(_ingested_at) {by_age})"
+    first = {
+        "_began": f"CASE WHEN {came_later} THEN _ingested_at ELSE {BEGAN} END",
+        "_receipt": "CASE WHEN _changed_at IS NULL THEN _ingested_at END",
+        "_content": f"CASE WHEN {NOT_DELETED} THEN to_json({named_struct({name: name for name in attributes})}) END",
+    }
+    # Each step adds columns, and keeps the rows that meet a condition. The windows of a step see only these.
     steps: Sequence[tuple[Mapping[str, str], str]] = (
-        ({"_began": f"CASE WHEN {came_later} THEN _ingested_at ELSE {BEGAN} END", "_content": content}, "true"),
-        ({"_receipt": "CASE WHEN _changed_at IS NULL THEN _ingested_at END"}, "true"),
+        (first, "true"),
         ({"_next_receipt": f"lead(_receipt) {by_age})"}, "_receipt IS NULL OR NOT (_receipt <=> _next_receipt)"),
         ({"valid_from": f"min(_began) {by_age} ROWS BETWEEN CURRENT ROW AND UNBOUNDED FOLLOWING)"}, "true"),
         ({"_next_from": f"lead(valid_from) {by_age})"}, "NOT (valid_from <=> _next_from)"),
@@ -2913,8 +2917,8 @@ def rows_without_keys(rows: DataFrame, keys: Iterable[FailingKeys]) -> DataFrame
     return rows
 
 
-def version_order(table: Table, order: str = "DESC NULLS LAST") -> list[str]:
-    """Returns Spark SQL that orders the records of a key, by default the latest first.
+def version_order(table: Table) -> list[str]:
+    """Returns Spark SQL that orders the records of a key, the latest first.
 
     Records with a `_sequence` come after those without, and are ordered by it alone. The others are ordered by
     `_changed_at`, `sequence_by` and delivery; a delete that has neither of the first two is the last of them. Of
@@ -2927,7 +2931,7 @@ def version_order(table: Table, order: str = "DESC NULLS LAST") -> list[str]:
         *(f"CASE WHEN _sequence IS NULL THEN {by} END" for by in without_sequence),
         f"NOT ({NOT_DELETED})",
     )
-    return [f"{term} {order}" for term in by]
+    return [f"{term} DESC NULLS LAST" for term in by]
 
 
 def latest_versions(rows: DataFrame, table: Table) -> DataFrame:
