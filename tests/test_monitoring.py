@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import http.server
@@ -12,16 +13,18 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import pytest
 from conftest import one
+from pyspark.sql import SparkSession
+from test_cluster import free_port
 
 import data_pipeline
-from data_pipeline import RESULTS, DataPipelineConfig, RunRecord
+from data_pipeline import RESULTS, DataPipelineConfig, NotPublishedError, PipelineError, RunRecord, run_pipeline
 
 MONITORING = Path(data_pipeline.__file__).parent / "monitoring"
 
@@ -74,31 +77,23 @@ class Files(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(scope="module")
-def prometheus(
-    report: RunRecord, config: DataPipelineConfig, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
-    """A Prometheus that scrapes the metrics of a real run; the address of its API."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Files, directory=config.data_dir))
+@contextlib.contextmanager
+def prometheus_of(folders: Sequence[str], folder: Path) -> Iterator[str]:
+    """A Prometheus that scrapes the metrics of the runs into these data folders; the address of its API."""
+    handler = functools.partial(Files, directory="/")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    folder = tmp_path_factory.mktemp("prometheus")
-    target = f"127.0.0.1:{server.server_port}"
-    (folder / "prometheus.yml").write_text(
-        json.dumps(
-            {
-                "global": {"scrape_interval": "1s"},
-                "scrape_configs": [
-                    {
-                        "job_name": "textfile",
-                        "metrics_path": "/metrics.prom",
-                        "static_configs": [{"targets": [target]}],
-                    }
-                ],
-            }
-        )
-    )
-    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as free:
-        address = f"127.0.0.1:{free.server_port}"
+    scraped = [
+        {
+            "job_name": data_dir,
+            "metrics_path": f"{data_dir}/metrics.prom",
+            "static_configs": [{"targets": [f"127.0.0.1:{server.server_port}"]}],
+        }
+        for data_dir in folders
+    ]
+    settings = {"global": {"scrape_interval": "1s"}, "scrape_configs": scraped}
+    (folder / "prometheus.yml").write_text(json.dumps(settings))
+    address = f"127.0.0.1:{free_port()}"
     command = [
         "prometheus",
         "--config.file=prometheus.yml",
@@ -109,7 +104,7 @@ def prometheus(
     process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + 60
-        while not query(f"http://{address}", "data_pipeline_run_duration_seconds"):
+        while len(query(f"http://{address}", "data_pipeline_run_duration_seconds")) < len(folders):
             assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
             time.sleep(0.3)
         yield f"http://{address}"
@@ -119,6 +114,14 @@ def prometheus(
         log.close()
         server.shutdown()
         server.server_close()
+
+
+@pytest.fixture(scope="module")
+def prometheus(
+    report: RunRecord, config: DataPipelineConfig, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    with prometheus_of([config.data_dir], tmp_path_factory.mktemp("prometheus")) as address:
+        yield address
 
 
 def query(address: str, expression: str) -> list[dict[str, Any]]:
@@ -131,16 +134,85 @@ def query(address: str, expression: str) -> list[dict[str, Any]]:
         return []
 
 
-def test_every_panel_shows_something(prometheus: str) -> None:
+def panels(data_dir: str = ".*") -> dict[str, list[str]]:
+    """The queries of the dashboard, by the title of the panel, for one data folder."""
     dashboard = json.loads((MONITORING / "dashboard.json").read_text())
-    queries = [
-        (panel["title"], target["expr"].replace("$data_dir", ".*"))
+    return {
+        panel["title"]: [target["expr"].replace("$data_dir", data_dir) for target in panel["targets"]]
         for panel in dashboard["panels"]
-        for target in panel["targets"]
-    ]
-    # Nothing is odd about a first run, and a panel may well say so.
-    for title, expression in queries:
-        assert query(prometheus, expression), f"{title}: nothing for {expression}"
+    }
+
+
+def test_every_panel_shows_something(prometheus: str) -> None:
+    for title, queries in panels().items():
+        found = any(query(prometheus, expression) for expression in queries)
+        assert found or title == "Hooks that failed", f"{title}: nothing for {queries}"  # this run has no hook
+
+
+@pytest.fixture
+def shops(
+    small: Callable[..., DataPipelineConfig], spark: SparkSession, tmp_path: Path
+) -> dict[str, DataPipelineConfig]:
+    """Real runs of every kind, on landed files, each into a data folder of its own and on the same first run."""
+    source = tmp_path / "source"
+    shutil.copytree(MONITORING.parent / "docs" / "example", source)
+    found = {
+        kind: small(
+            source_dir=str(source), data_dir=str(tmp_path / kind), settle_seconds=0, max_quarantine_rate=0.5,
+            as_of_date="2026-03-01", after_publish="/bin/false",
+        )
+        for kind in ("full", "incremental", "unchanged", "refused", "failed")
+    }  # fmt: skip
+    run_pipeline(found["full"], spark)
+    for kind in ("incremental", "unchanged", "refused", "failed"):
+        shutil.copytree(found["full"].data_dir, found[kind].data_dir, symlinks=True)
+    run_pipeline(found["unchanged"], spark)
+    order = json.loads((source / "transactions/2026-02-28.jsonl").read_text().splitlines()[0])
+    (source / "transactions/2026-03-01.jsonl").write_text(json.dumps(order | {"order": "A-9"}) + "\n")
+    run_pipeline(found["incremental"], spark)
+    found["refused"].max_quarantine_rate = 0
+    with pytest.raises(NotPublishedError):
+        run_pipeline(found["refused"], spark)
+    (source / "customers.sql").write_text("SELECT raise_error('no') AS customer_id FROM customers")
+    with pytest.raises(PipelineError):
+        run_pipeline(found["failed"], spark)
+    return found
+
+
+@pytest.mark.integration
+def test_every_panel_shows_every_kind_of_run(shops: dict[str, DataPipelineConfig], tmp_path: Path) -> None:
+    empty = {expression for queries in panels().values() for expression in queries}
+    with prometheus_of([config.data_dir for config in shops.values()], tmp_path) as address:
+        for kind, config in shops.items():
+            [result] = query(address, f'data_pipeline_last_run_result{{data_dir="{config.data_dir}"}} == 1')
+            [shown] = query(address, f'data_pipeline_last_run_kind{{data_dir="{config.data_dir}"}} == 1')
+            assert kind in (result["metric"]["result"], shown["metric"]["kind"])
+            for (title, queries), general in zip(panels(config.data_dir).items(), panels().values(), strict=True):
+                answered = [bool(query(address, expression)) for expression in queries]
+                assert any(answered), f"{title}: nothing after a run of the kind {kind}"
+                empty -= {expression for expression, found in zip(general, answered, strict=True) if found}
+    assert not empty, "queries that no run answers"
+
+
+@pytest.mark.integration
+def test_dashboard_fits_the_schema_of_grafana(tmp_path: Path) -> None:
+    """The compiler of TypeScript checks each field, option and value."""
+    packages = ["@grafana/schema@13.2.3", "typescript@7.0.2"]
+    install = ["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(tmp_path), *packages]
+    subprocess.run(install, check=True, timeout=300)
+    shutil.copy(Path(__file__).parent / "grafana_dashboard.ts", tmp_path)
+    dashboard = (MONITORING / "dashboard.json").read_text()
+
+    def check(text: str) -> str:
+        head = 'import type { Shape } from "./grafana_dashboard";\nexport const dashboard: Shape ='
+        (tmp_path / "dashboard.ts").write_text(f"{head} {text};\n")
+        options = ["--noEmit", "--strict", "--skipLibCheck", "--module", "esnext", "--moduleResolution", "bundler"]
+        command = ["node_modules/.bin/tsc", *options, "--target", "es2022", "dashboard.ts"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False).stdout
+
+    assert check(dashboard) == ""
+    for right, wrong in {'"stat"': '"stats"', '"unit"': '"units"', '"absolute"': '"abs"', '"h": 4': '"h": "4"'}.items():
+        assert "error TS" in check(dashboard.replace(right, wrong, 1)), wrong
 
 
 def test_metrics_equal_the_tables(prometheus: str, report: RunRecord, db: duckdb.DuckDBPyConnection) -> None:
