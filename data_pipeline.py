@@ -6015,6 +6015,8 @@ def answer_by_duckdb(snapshot: Snapshot, queries: Mapping[Key, str]) -> dict[Key
                 for view in set(tables_in(sql)) - views:
                     layer, name, written = view
                     files = snapshot.written_files(layer, name) if written else snapshot.files(layer, name)
+                    if not files:
+                        raise FileNotFoundError(f"there are no files in {snapshot.path(layer, name)}")
                     rows = connection.sql(duckdb_rows(files, TABLES[name].columns(layer)))
                     rows.project(", ".join(columns_in_utc(layer, name, "TIMESTAMP"))).create_view("_".join(view))
                     views.add(view)

@@ -27,6 +27,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 AS_OF = date(2026, 3, 4)
 # What the session of the tests runs on; `ENGINE=sail pytest` runs them on the other engine.
 ENGINE = os.environ.get("ENGINE", "spark")
+# A whole run takes seconds on Spark. `THOROUGH=yes` runs on it what otherwise only runs on Sail.
+THOROUGH = pytest.mark.skipif(
+    ENGINE == "spark" and not os.environ.get("THOROUGH"), reason="would take too long on Spark"
+)
 SMALL = {"num_customers": 200, "num_transactions": 1_000, "num_products": 20}
 
 

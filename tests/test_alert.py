@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
@@ -303,7 +304,7 @@ def test_rollback_after_a_kill_is_told(report: RunRecord, tmp_path: Path) -> Non
     assert store.published() == "20260101T000000Z-0000"
     assert [run.result for run in store.runs.history()] == ["succeeded", "succeeded", "killed"]
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "killed</b> · run 20260103" in page
+    assert re.search(r"killed</b> · as of \S+ · run 20260103", page)
     assert "Published is run 20260101T000000Z-0000" in page
     assert 'result="killed"} 1.0' in (tmp_path / "metrics.prom").read_text()
 

@@ -20,9 +20,9 @@ import duckdb
 import pyarrow.parquet as pq
 import pytest
 from compare_runs import differences
-from conftest import ENGINE, open_tables
+from conftest import ENGINE, THOROUGH, open_tables
 from pyspark.sql import DataFrame
-from test_incremental import THOROUGH, Shop, shop, without_settings  # noqa: F401
+from test_incremental import Shop, shop, without_settings  # noqa: F401
 
 import data_pipeline
 from data_pipeline import (
@@ -47,14 +47,17 @@ START = datetime(2026, 1, 1)
 PERIOD = "CAST(valid_from AS TIMESTAMP), CAST(valid_to AS TIMESTAMP)"
 MODELS = {
     "customers": """
+        -- columns customers: id, name, city
         SELECT id AS customer_id, name AS first_name, 'X' AS last_name, city, _deleted, _sequence, _changed_at,
             _delivery, _source_file, _source_row
         FROM customers""",
     "products": """
+        -- columns products: sku, category
         SELECT sku AS product_id, 'N' AS product_name, category, 5 AS price, _deleted, _sequence, _changed_at,
             _delivery, _source_file, _source_row
         FROM products""",
     "transactions": """
+        -- columns transactions: id, buyer, sku, total, placed, state
         SELECT id AS transaction_id, buyer AS customer_id, sku AS product_id, 1 AS quantity, total AS amount,
             timestamp_micros(CAST(placed AS BIGINT)) AS timestamp, 'card' AS payment_method, state AS status,
             _deleted, _sequence, _changed_at, _delivery, _source_file, _source_row

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import open_tables
+from conftest import THOROUGH, open_tables
 from pyspark.sql import SparkSession
 from test_gate import started_run
 
@@ -54,6 +54,7 @@ def shop(small: Callable[..., DataPipelineConfig], tmp_path: Path) -> Callable[.
     return make
 
 
+@THOROUGH
 def test_figures_that_agree_are_published_and_shown(
     shop: Callable[..., DataPipelineConfig], spark: SparkSession
 ) -> None:
@@ -100,6 +101,7 @@ def test_figures_that_agree_are_published_and_shown(
         ]
 
 
+@THOROUGH
 def test_each_figure_that_differs_is_named(shop: Callable[..., DataPipelineConfig], spark: SparkSession) -> None:
     """Also where nothing is there for a period; a tolerance is a share of the shop's figure."""
     config = shop("Period;Revenue;Orders;Returns\n2026-01;60.51;3;\n2026-02;5.25;1;6\n2026-03-01;0.01;;\n")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import one, open_tables
+from conftest import THOROUGH, one, open_tables
 from pyspark.sql import SparkSession
 
 from data_pipeline import (
@@ -69,6 +69,7 @@ def revenue_by_category(record: RunRecord) -> dict[str, Decimal]:
         return dict(db.sql("SELECT product_category, total_revenue FROM category_analytics").fetchall())
 
 
+@THOROUGH
 @pytest.mark.parametrize("parts", [1, pytest.param(2, marks=pytest.mark.slow)], ids=["one file", "two part files"])
 def test_order_lines_under_the_number_of_their_order_are_refused(
     parts: int, published_from: Callable[..., RunRecord]
@@ -205,6 +206,7 @@ def test_negative_lines_are_returns(published_from: Callable[..., RunRecord]) ->
         )
 
 
+@THOROUGH
 def test_payment_method_that_is_not_accepted_is_named_with_its_flag(published_from: Callable[..., RunRecord]) -> None:
     files = {"transactions.csv": csv_of(LINES[0], LINES[5])}
     with pytest.raises(NotPublishedError) as failure:
@@ -237,6 +239,7 @@ def test_files_of_several_conventions_lie_together(published_from: Callable[...,
         assert one(db, "SELECT count(*) FROM payment_analytics WHERE payment_method = 'überweisung'") == 1
 
 
+@THOROUGH
 def test_ids_that_a_spreadsheet_has_damaged_are_rejected_by_name(published_from: Callable[..., RunRecord]) -> None:
     lines = [
         line.replace("100", "1.23E+11", 1) for line in ("100,1,mug,1,9.00,2026-01-05 10:00:00,card,completed",) * 2

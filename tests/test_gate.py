@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from compare_runs import differences
-from conftest import ENGINE, SMALL, one, open_tables
+from conftest import ENGINE, SMALL, THOROUGH, one, open_tables
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from test_command import start
@@ -31,6 +31,7 @@ from data_pipeline import (
     PipelineError,
     Run,
     RunRecord,
+    Separated,
     Snapshot,
     Store,
     audit,
@@ -125,8 +126,9 @@ def test_gate(
 def test_gate_is_missed_by_each_alone(rule: str, finished: Any) -> None:
     """By the counts of a run that passed."""
     source, quality = open_source(finished.config), finished.record.quality["transactions"]
-    valid = {"transactions": finished.read("silver", TABLES["transactions_clean"])}
-    check_gate(finished, source, valid)
+    valid = finished.read("silver", TABLES["transactions_clean"])
+    cleaned = {"transactions": Separated(valid, valid, valid, valid, quality, quality)}
+    check_gate(finished, source, cleaned)
     if rule == "timestamp_near_epoch":
         quality.violations[rule] = 1
     else:
@@ -135,15 +137,17 @@ def test_gate_is_missed_by_each_alone(rule: str, finished: Any) -> None:
         NotPublishedError,
         match=f"GATE MISSED, nothing is published: transactions.{rule} [^)]*(, [^,]*;|example amount)",
     ):
-        check_gate(finished, source, valid)
+        check_gate(finished, source, cleaned)
     assert [failure["rule"] for failure in finished.record.gate_failures] == [rule]
 
 
+@THOROUGH
 def test_empty_source(published: DataPipelineConfig, spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
     receive(monkeypatch, "transactions", lambda rows: rows.limit(0))
     refused(published, spark, "transactions.received")
 
 
+@THOROUGH
 @pytest.mark.parametrize(
     ("function", "lost", "message"),
     [

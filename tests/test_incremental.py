@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from compare_runs import differences
-from conftest import ENGINE, open_tables
+from conftest import ENGINE, THOROUGH, open_tables
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from pyspark.sql import DataFrame, SparkSession
@@ -47,11 +47,7 @@ from data_pipeline import (
 
 Small = Callable[..., DataPipelineConfig]
 FIRST = date(2026, 3, 1)
-# A night takes seconds on Spark. `THOROUGH=yes` runs on it what otherwise only runs on Sail.
 # `NIGHTS=30 HISTORIES=50` is more than the checks have time for.
-THOROUGH = pytest.mark.skipif(
-    ENGINE == "spark" and not os.environ.get("THOROUGH"), reason="would take too long on Spark"
-)
 HEADERS = {
     "customers": "customer_id,first_name,last_name,city,signup_date",
     "products": "product_id,product_name,category,price,stock_quantity,supplier,created_date,is_active",
@@ -280,6 +276,7 @@ def test_months_without_an_affected_order_are_linked(shop: Shop) -> None:
     assert shop.rows("SELECT sum(amount) FROM transactions_clean")[0][0] == 9
 
 
+@THOROUGH
 def test_nothing_arrived(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     first = first_night(shop)
     monkeypatch.setattr(data_pipeline.Engine, "start", None)  # no engine is needed
@@ -568,6 +565,7 @@ def test_models_that_files_can_be_read_by_one_after_the_other(sql: str, is_piece
     assert data_pipeline.parse_model("transactions", sql).is_piecewise == is_piecewise
 
 
+@THOROUGH
 def test_new_file_under_the_name_of_no_table_is_named(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
     first_night(shop)
     (shop.source / "transactons.csv").write_text("x\n1\n")

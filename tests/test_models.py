@@ -12,7 +12,7 @@ from typing import Any
 
 import duckdb
 import pytest
-from conftest import ENGINE, one, open_tables
+from conftest import ENGINE, THOROUGH, one, open_tables
 from pyspark.sql import SparkSession
 
 from data_pipeline import DataPipelineConfig, RunRecord, run_pipeline
@@ -161,6 +161,7 @@ def test_shopify_gold(run_model: Run) -> None:
     }
 
 
+@THOROUGH
 def test_shopify_lines_add_up_to_the_subtotal(run_model: Run) -> None:
     _, db = run_model("shopify")
     assert amounts(db, "#1002") == [Decimal("15.05"), Decimal("9.04"), Decimal("6.40")]
