@@ -101,6 +101,7 @@ def test_order_lines_under_the_number_of_their_order_are_refused(
         ]  # fmt: skip
 
 
+@THOROUGH
 @pytest.mark.slow
 def test_currencies_are_not_added_up(published_from: Callable[..., RunRecord]) -> None:
     """Those of completed orders count, in any spelling; with one named, orders in others are rejected."""
@@ -117,7 +118,7 @@ def test_currencies_are_not_added_up(published_from: Callable[..., RunRecord]) -
     record = published_from(files, currency="eur", max_quarantine_rate=0.5)
     assert (record.revenue, record.currency) == (Decimal(67), "EUR")
     assert record.quality["transactions"].violations["currency_other"] == 3
-    assert "revenue: EUR 67.00" in repr(record)
+    assert "revenue: €67.00" in repr(record)
 
 
 ORPHANS = [
@@ -162,6 +163,7 @@ def test_guests_and_what_is_no_longer_there_keep_their_revenue(published_from: C
         assert db.sql("SELECT customer_id FROM customers_enriched WHERE is_inferred").fetchall() == [(0,)]
 
 
+@THOROUGH
 @pytest.mark.slow
 def test_orphans_are_rejected_where_that_is_wanted(published_from: Callable[..., RunRecord]) -> None:
     with pytest.raises(
@@ -170,6 +172,7 @@ def test_orphans_are_rejected_where_that_is_wanted(published_from: Callable[...,
         published_from({"transactions.csv": csv_of(*ORPHANS)}, orphans="reject")
 
 
+@THOROUGH
 @pytest.mark.slow
 def test_attributes_are_optional(published_from: Callable[..., RunRecord]) -> None:
     """A list of ids is enough; what a shop does not track does not cost it its orders."""
@@ -186,6 +189,7 @@ def test_attributes_are_optional(published_from: Callable[..., RunRecord]) -> No
         assert db.sql("SELECT * FROM product_analytics").fetchall() == [("Unknown", "Unknown", 3, 9, 0, 0)]
 
 
+@THOROUGH
 @pytest.mark.slow
 def test_negative_lines_are_returns(published_from: Callable[..., RunRecord]) -> None:
     """They lie beside the revenue; a negative amount alone is an error."""
@@ -215,6 +219,7 @@ def test_payment_method_that_is_not_accepted_is_named_with_its_flag(published_fr
     assert said + "name it in --payment-methods" in str(failure.value)
 
 
+@THOROUGH
 @pytest.mark.slow
 def test_files_of_several_conventions_lie_together(published_from: Callable[..., RunRecord]) -> None:
     """Delimiters and encodings are found per file; so are the files within an archive, and a zone after a space."""
@@ -250,6 +255,7 @@ def test_ids_that_a_spreadsheet_has_damaged_are_rejected_by_name(published_from:
     assert said + "export the ids as text" in str(failure.value)
 
 
+@THOROUGH
 @pytest.mark.slow
 def test_what_is_rejected_below_the_limit_is_a_warning(
     published_from: Callable[..., RunRecord], caplog: pytest.LogCaptureFixture

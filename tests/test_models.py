@@ -134,6 +134,7 @@ def test_shopify_revenue_and_refunds_are_those_of_the_sales_report(run_model: Ru
     assert one(db, "SELECT any_value(currency) FROM bronze_transactions") == "USD"
 
 
+@THOROUGH
 @pytest.mark.slow
 def test_shopify_gold(run_model: Run) -> None:
     _, db = run_model("shopify")
@@ -191,6 +192,7 @@ def test_shopify_customers_and_products_of_orders_alone(run_model: Run) -> None:
     assert products["OLD-BAG"] == ("Canvas Bag", Decimal("35.00"), None, False)
 
 
+@THOROUGH
 @variant
 @pytest.mark.slow
 def test_shopify_orders_alone_are_enough(run_model: Run, tmp_path: Path) -> None:
@@ -203,6 +205,7 @@ def test_shopify_orders_alone_are_enough(run_model: Run, tmp_path: Path) -> None
     assert one(db, "SELECT count(*) FROM bronze_products WHERE is_active IS NULL") == 9
 
 
+@THOROUGH
 @variant
 @pytest.mark.slow
 def test_shopify_export_that_overlaps_changes_only_what_has_changed(run_model: Run, tmp_path: Path) -> None:
@@ -225,6 +228,7 @@ def test_shopify_export_that_overlaps_changes_only_what_has_changed(run_model: R
     assert (record.revenue, record.refunds) == (Decimal("312.17"), Decimal("62.00"))  # 292.18 + 19.99
 
 
+@THOROUGH
 @variant
 @pytest.mark.slow
 def test_shopify_order_with_fewer_lines_than_before(run_model: Run, tmp_path: Path) -> None:
@@ -249,6 +253,7 @@ def test_shopify_order_with_fewer_lines_than_before(run_model: Run, tmp_path: Pa
 # 219.80 + 52.00 + 35.50 + 24.99 + 118.00 = 450.29
 
 
+@THOROUGH
 @pytest.mark.slow
 def test_olist(run_model: Run) -> None:
     record, db = run_model("olist")
@@ -295,6 +300,7 @@ def test_olist(run_model: Run) -> None:
 # 110.52 + 25.50 + 74.50 + 48.48 + 10.08 = 269.08; returned: 13.90 + 10.00 + 5.04 = 28.94
 
 
+@THOROUGH
 @pytest.mark.slow
 def test_uci(run_model: Run) -> None:
     record, db = run_model("uci")
@@ -318,6 +324,7 @@ def test_uci(run_model: Run) -> None:
     assert prices == {"21001A": Decimal("6.95"), "22105": Decimal("3.39"), "84077": Decimal("0.42")}
 
 
+@THOROUGH
 @variant
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -356,6 +363,7 @@ def test_uci_dates_with_slashes(
 # 80.00 + 108.50 + 20.00 + 25.25 + 43.40 + 8.00 = 285.15; returned: 10.00 + 20.00 + 10.85 = 40.85
 
 
+@THOROUGH
 @pytest.mark.slow
 def test_stripe(run_model: Run) -> None:
     record, db = run_model("stripe")
@@ -402,6 +410,7 @@ def test_stripe(run_model: Run) -> None:
 # returned: 19.99 + 12.00 + 40.00 + 5.00 = 76.99
 
 
+@THOROUGH
 @pytest.mark.slow
 def test_woocommerce(run_model: Run) -> None:
     record, db = run_model("woocommerce")
@@ -446,6 +455,7 @@ def test_woocommerce(run_model: Run) -> None:
     }
 
 
+@THOROUGH
 @variant
 @pytest.mark.slow
 def test_woocommerce_later_export_replaces_the_items_of_an_order(run_model: Run, tmp_path: Path) -> None:
@@ -460,6 +470,7 @@ def test_woocommerce_later_export_replaces_the_items_of_an_order(run_model: Run,
     assert totals(record) == (Decimal("281.90"), Decimal("120.98"), 5, 10)
 
 
+@THOROUGH
 @variant
 @pytest.mark.slow
 @pytest.mark.parametrize("system", ["shopify", "woocommerce"])
