@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -93,8 +94,16 @@ def superset(report: RunRecord, tmp_path_factory: pytest.TempPathFactory) -> Ite
     """Superset with the imported dashboard; the home folder, and the address."""
     home = tmp_path_factory.mktemp("home")
     shutil.copytree(report.data_dir, home / "pipeline-data", symlinks=True)
-    for number in (0, 1, 2, 2):  # the import can be repeated
+
+    def run(number: int) -> None:
         assert run_block("dashboards.md", number, home).wait(900) == 0, (home / f"{number}.log").read_text()[-3000:]
+
+    for number in (0, 1, 2):
+        run(number)
+    with contextlib.closing(sqlite3.connect(home / "superset/superset.db")) as db, db:
+        db.execute("UPDATE slices SET slice_name = 'other'")
+        db.execute("UPDATE sql_metrics SET expression = 'count(*)'")
+    run(2)  # the import can be repeated, and corrects this
     port = str(free_port())
     server = run_block("dashboards.md", 3, home, PORT=port)
     try:

@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,14 +38,23 @@ def home(tmp_path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def locked(home: Path, seconds: float) -> Iterator[None]:
-    """Holds the lock of the data folder for some seconds, as another run does."""
+def locked(home: Path, number: int) -> Iterator[None]:
+    """Holds the lock of the data folder, as another run does, until the log of the block has the exit code."""
+    log = home / f"{number}.log"
+    log.unlink()
     with (home / "pipeline-data/.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        timer = threading.Timer(seconds, lambda: fcntl.flock(lock, fcntl.LOCK_UN))
-        timer.start()
+
+        def release() -> None:
+            deadline = time.monotonic() + 120
+            while time.monotonic() < deadline and not (log.exists() and "exit code 4" in log.read_text()):
+                time.sleep(0.2)
+            fcntl.flock(lock, fcntl.LOCK_UN)
+
+        waiting = threading.Thread(target=release)
+        waiting.start()
         yield
-        timer.cancel()
+        waiting.join()
 
 
 def run(home: Path, number: int, **settings: str) -> tuple[int, str]:
@@ -91,7 +101,7 @@ def test_airflow(home: Path) -> None:
         assert state() == ("failed", 1), "no retry"
     assert published(home) == first
     retry_soon(home / "airflow/dags/airflow_dag.py", "timedelta(minutes=15)", "timedelta(seconds=2)")
-    with locked(home, 40):
+    with locked(home, 1):
         code, log = run(home, 1, SEED="8")
     assert "exit code 4" in log
     assert code == 0, log[-3000:]
@@ -115,7 +125,7 @@ def test_dagster(home: Path) -> None:
         assert reason in log and "STEP_UP_FOR_RETRY" not in log
     assert published(home) == first
     retry_soon(home / "dagster/dagster_job.py", "15 * 60", "2")
-    with locked(home, 15):
+    with locked(home, 3):
         code, log = run(home, 3, SEED="8")
     assert code == 0, log[-3000:]
     assert "exit code 4" in log and "STEP_UP_FOR_RETRY" in log
