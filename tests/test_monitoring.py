@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import http.server
 import json
+import os
 import shutil
 import subprocess
 import threading
@@ -80,13 +81,14 @@ class Files(http.server.SimpleHTTPRequestHandler):
 @contextlib.contextmanager
 def prometheus_of(folders: Sequence[str], folder: Path) -> Iterator[str]:
     """A Prometheus that scrapes the metrics of the runs into these data folders; the address of its API."""
-    handler = functools.partial(Files, directory="/")
+    root = os.path.commonpath(folders)
+    handler = functools.partial(Files, directory=root)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     scraped = [
         {
             "job_name": data_dir,
-            "metrics_path": f"{data_dir}/metrics.prom",
+            "metrics_path": os.path.normpath(f"/{os.path.relpath(data_dir, root)}/metrics.prom"),
             "static_configs": [{"targets": [f"127.0.0.1:{server.server_port}"]}],
         }
         for data_dir in folders
