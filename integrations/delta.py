@@ -58,44 +58,43 @@ def statistics(file: Path) -> str:
     return json.dumps(found, default=str)
 
 
-def link(file: Path, table: Path, run_id: str) -> AddAction:
+def link(file: Path, path: Path) -> AddAction:
     """Links a file of a snapshot into a Delta table, and returns the action that adds it."""
-    path = table / f"{run_id}-{file.name}"  # engines use the same names in each run
     if not path.exists():
         os.link(file, path)
     state = path.stat()
     return AddAction(path.name, state.st_size, {}, int(state.st_mtime * 1000), True, statistics(path))
 
 
-def changes_of_others(delta: DeltaTable) -> str:
-    """Describes the changes of rows since the last commit of this program; empty if there are none."""
-    since = itertools.takewhile(lambda commit: "run_id" not in commit, delta.history())
-    changes = (commit for commit in since if commit["operation"] not in HARMLESS)
-    return ", ".join(f"version {commit['version']} is a {commit['operation']}" for commit in changes)
+def changes_of_others(table: Path) -> list[str]:
+    """Describes the changes of rows since the last commit of this program."""
+    commits = DeltaTable(str(table)).history() if DeltaTable.is_deltatable(str(table)) else []
+    since = itertools.takewhile(lambda commit: "run_id" not in commit, commits)
+    changes = [commit for commit in since if commit["operation"] not in HARMLESS]
+    return [f"{table}, version {commit['version']} ({commit['operation']})" for commit in changes]
 
 
-def synchronize(snapshot: Path, table: Path, run_id: str, *, overwrite: bool) -> bool:
-    """Commits what differs in a table, if anything does. Raises ValueError if somebody else has changed its rows."""
-    files = {file.stat().st_ino: file for file in sorted(snapshot.glob("*.parquet"))}
+def synchronize(snapshot: Path, table: Path, run_id: str) -> bool:
+    """Commits what differs between a table of a snapshot and a Delta table. Returns whether anything does."""
+    files = {f"{run_id}-{file.name}": file for file in sorted(snapshot.glob("*.parquet"))}  # names recur between runs
     columns = parquet.read_schema(max(files.values(), key=lambda file: file.stat().st_mtime_ns))
     schema = Schema.from_arrow(pa.schema([pa.field(column.name, column.type) for column in columns]))
     commit = {"commit_properties": CommitProperties(custom_metadata={"run_id": run_id})}
     table.mkdir(parents=True, exist_ok=True)
     if not DeltaTable.is_deltatable(str(table)):
-        added = [link(file, table, run_id) for file in files.values()]
+        added = [link(file, table / name) for name, file in files.items()]
         create_table_with_add_actions(str(table), schema, added, configuration=CONFIGURATION, **commit)
         return True
     delta = DeltaTable(str(table))
-    if not overwrite and (changes := changes_of_others(delta)):
-        raise ValueError(f"{table}: {changes}, not of this program; keep a copy of the table, then use --overwrite")
     # Overwriting also changes the schema. Files get new names, since Delta forbids to remove and add the same one.
     mode = "append" if delta.schema().to_json() == schema.to_json() else "overwrite"
     present = pa.table(delta.get_add_actions(flatten=True)).to_pylist() if mode == "append" else []
     sizes = {unquote(action["path"]): action["size_bytes"] for action in present}
     inodes = {(table / name).stat().st_ino: name for name in sizes if (table / name).exists()}
-    removed = sizes.keys() - {inodes[inode] for inode in files if inode in inodes}
-    actions = [link(file, table, run_id) for inode, file in files.items() if inode not in inodes]
-    actions += [RemoveAction(name, True, int(time.time() * 1000), sizes[name], {}) for name in sorted(removed)]
+    wanted = {inodes.get(file.stat().st_ino, name): file for name, file in files.items()}
+    actions = [link(file, table / name) for name, file in wanted.items() if name not in sizes]
+    removed = [name for name in sizes if name not in wanted]
+    actions += [RemoveAction(name, True, int(time.time() * 1000), sizes[name], {}) for name in removed]
     if actions:
         delta.create_write_transaction(actions, mode, schema, **commit)
     return bool(actions)
@@ -124,25 +123,25 @@ def main() -> str | None:
     parser.add_argument("--overwrite", action="store_true", help="also commit over rows that somebody else has changed")
     parser.add_argument("--vacuum", metavar="DAYS", type=int, help="remove the files of versions older than these days")
     arguments = parser.parse_args()
-    data, problems = Path(arguments.data_dir).expanduser(), []
+    data = Path(arguments.data_dir).expanduser()
     try:
         if arguments.versions:
             print(json.dumps(versions(data / "delta", arguments.versions), indent=1))
             return None
         snapshot = (data / "current").resolve(strict=True)
-        for path in tables(snapshot):
-            table = data / "delta" / path.relative_to(snapshot)
-            try:
-                if synchronize(path, table, snapshot.name, overwrite=arguments.overwrite):
-                    print(f"{path.relative_to(snapshot)}: version {DeltaTable(str(table)).version()}")
-            except ValueError as error:
-                problems.append(str(error))
+        targets = {path: data / "delta" / path.relative_to(snapshot) for path in tables(snapshot)}
+        changed = [change for table in targets.values() for change in changes_of_others(table)]
+        if changed and not arguments.overwrite:
+            raise ValueError(f"somebody else has changed {'; '.join(changed)}: keep copies, then use --overwrite")
+        for path, table in targets.items():
+            if synchronize(path, table, snapshot.name):
+                print(f"{path.relative_to(snapshot)}: version {DeltaTable(str(table)).version()}")
             if arguments.vacuum is not None:  # only a full one finds files that were linked and not committed
                 hours = 24 * arguments.vacuum
                 DeltaTable(str(table)).vacuum(hours, dry_run=False, enforce_retention_duration=False, full=True)
     except (OSError, ValueError, DeltaError) as error:
-        problems.append(str(error))
-    return "delta: " + "; ".join(problems) if problems else print(f"delta: all tables are run {snapshot.name}")
+        return f"delta: {error}"
+    return print(f"delta: all tables are run {snapshot.name}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,234 @@
+"""The scripts of integrations/, with the libraries that they are for, each in an environment of its own.
+
+uv makes the environments outside the project, from the head of each script, and keeps them. Run by
+`pytest -m integration`. ENGINE=sail is faster.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+from pyspark.sql import SparkSession
+from test_incremental import Shop, first_night, new_config
+
+from data_pipeline import LAYERS, DataPipelineConfig, RunRecord, Store, roll_back
+
+PROJECT = Path(__file__).parent.parent
+SCRIPTS = sorted((PROJECT / "integrations").glob("*.py"))
+UV = [found] if (found := shutil.which("uv")) else [sys.executable, "-m", "uv"]
+RUN = [*UV, "run", "--no-project", "--quiet", "--python", sys.executable]
+Small = Callable[..., DataPipelineConfig]
+
+
+def head_of(script: Path) -> dict[str, Any]:
+    """The metadata at the head of a script."""
+    [head] = re.findall(r"^# /// script\n((?:#.*\n)+?)# ///$", script.read_text(), re.MULTILINE)
+    return tomllib.loads(re.sub("^# ?", "", head, flags=re.MULTILINE))
+
+
+def with_packages_of(script: str, *more: str) -> list[str]:
+    """A command that runs Python with the packages of a script, and more."""
+    packages = [*head_of(PROJECT / "integrations" / script)["dependencies"], *more]
+    return [*RUN, *(f"--with={package}" for package in packages), "python"]
+
+
+def command(script: str, *arguments: str | Path) -> str:
+    """A command for a hook that runs a script."""
+    return " ".join([*RUN, "--script", str(PROJECT / "integrations" / script), *map(str, arguments)])
+
+
+def run(*words: str | Path, expect: int = 0, **variables: str) -> str:
+    """Runs a command, and returns its output."""
+    # A session of Sail in this process leaves a mark in the environment.
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIPELINE_", "SPARK_CONNECT_"))}
+    done = subprocess.run(words, capture_output=True, text=True, env=kept | variables, check=False)
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_scripts_are_a_page_and_stand_alone(script: Path) -> None:
+    text = script.read_text()
+    assert len(text.splitlines()) <= 150
+    assert head_of(script)["requires-python"] == ">=3.11"
+    assert all(re.fullmatch(r"[\w-]+==[\d.]+", package) for package in head_of(script)["dependencies"])
+    imports = {node.module for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
+    assert not [name for name in imports if name and name.startswith("data_pipeline")]
+    page = (PROJECT / f"docs/{script.stem}.md").read_text()
+    assert f"integrations/{script.name}" in page
+    for package in head_of(script)["dependencies"]:
+        assert package in page, f"docs/{script.stem}.md does not say how pip installs {package}"
+    assert importlib.util.find_spec(script.stem) is None, "the tests import no script"
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_help(script: Path) -> None:
+    assert "usage: " in run(*RUN, "--script", script, "--help")
+
+
+def add_column(file: Path) -> None:
+    """Writes a file of a snapshot again, with another column: another version of the pipeline could have done so."""
+    duckdb.sql(f"COPY (SELECT *, 7 AS added FROM '{file}') TO '{file}.next' (FORMAT parquet)")
+    os.replace(f"{file}.next", file)
+
+
+@pytest.fixture(scope="module")
+def delta_history(
+    small: Small, spark: SparkSession, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[DataPipelineConfig, list[str]]:
+    """Five runs that become versions, and one without the hook between them. One of the five is rolled back to, and one
+    has another schema and is killed between two commits."""
+    folder = tmp_path_factory.mktemp("delta")
+    (folder / "exports").mkdir()
+    shop, nights = Shop(new_config(small, folder), spark), iter(range(1, 9))
+    shop.config.keep_snapshots = 20
+    store = Store(shop.config.root)
+
+    def next_night(*hooks: str) -> RunRecord:
+        night = next(nights)
+        shop.land(
+            "transactions",
+            f"night-{night}",
+            f"N{night},1,P1,1,{night}.50,2026-0{1 + night % 3}-0{night} 10:00:00,paypal,completed",
+        )
+        record = shop.run(days=night, after_publish=hooks or None)
+        assert record.kind == "incremental"
+        assert [ran["failure"] for ran in record.hooks] == ["" for _ in hooks]
+        return record
+
+    hook = command("delta.py")
+    shop.config.after_publish = (hook,)
+    first = first_night(shop)
+    second = next_night(hook)
+    next_night()
+    assert roll_back(store, first.run_id, 0, shop.config) == first.run_id
+    third = next_night(hook)
+    killed = next_night()
+    for table in ("bronze/transactions", "gold/device_analytics"):
+        files = Path(store.path("snapshots", killed.run_id, table)).glob("*.parquet")
+        add_column(max(files, key=lambda file: file.stat().st_mtime_ns))
+    kill_after_five = f"""
+import os, sys
+sys.path.insert(0, '{PROJECT}/integrations')
+import delta
+real, calls = delta.synchronize, []
+def synchronize(*arguments, **values):
+    calls.append(arguments)
+    return real(*arguments, **values) if len(calls) < 6 else os.abort()
+delta.synchronize, sys.argv = synchronize, ['delta.py', '{store.root}']
+delta.main()
+"""
+    with pytest.raises(AssertionError):
+        run(*with_packages_of("delta.py"), "-c", kill_after_five)
+    in_part = run(*command("delta.py", store.root, "--versions", killed.run_id).split(), expect=1)
+    assert f"run {killed.run_id} is not in {store.root}/delta, or was only committed in part" in in_part
+    assert "gold/device_analytics: version 4" in run(*command("delta.py", store.root).split())
+    last = next_night(hook)
+    return shop.config, [first.run_id, second.run_id, third.run_id, killed.run_id, last.run_id]
+
+
+def commits(config: DataPipelineConfig, table: str) -> list[dict[str, Any]]:
+    """The actions of each version of a table, by their kind."""
+    logs = sorted(Path(config.root, "delta", table, "_delta_log").glob("*.json"))
+    return [{next(iter(action)): action for action in map(json.loads, log.read_text().splitlines())} for log in logs]
+
+
+@pytest.mark.integration
+def test_delta_tables_are_the_snapshots(delta_history: tuple[DataPipelineConfig, list[str]]) -> None:
+    """Each version, read by deltalake, pandas, Polars and DuckDB, has the rows of the snapshot of its run."""
+    config, runs = delta_history
+    first, second, third, killed, last = runs
+    packages = ("duckdb", "pandas", "polars")
+    seen = run(*with_packages_of("delta.py", *packages), PROJECT / "tests/compare_delta.py", config.root, *runs)
+    assert len(seen.splitlines()) == 5 * 15
+    by_run = {name: [commit["commitInfo"]["commitInfo"]["run_id"] for commit in commits(config, name)]
+              for name in ("gold/device_analytics", "bronze/transactions", "bronze/products")}  # fmt: skip
+    assert by_run["gold/device_analytics"] == [first, second, first, third, killed, last]
+    assert by_run["bronze/transactions"] == [first, second, first, third, killed, last]
+    assert by_run["bronze/products"] == [first], "an unchanged table has no commit"
+    changed = ["metaData" in commit for commit in commits(config, "gold/device_analytics")]
+    assert changed == [True, False, False, False, True, True], "the column came and went"
+    sizes = {layer: len(list(Path(config.root, "delta", layer).iterdir())) for layer in LAYERS}
+    assert sizes == {"bronze": 3, "silver": 4, "gold": 5, "quarantine": 3}
+
+
+@pytest.mark.integration
+def test_delta_notices_what_others_change(delta_history: tuple[DataPipelineConfig, list[str]], tmp_path: Path) -> None:
+    """An UPDATE is not overwritten in silence. VACUUM does not count."""
+    config, runs = delta_history
+    root = tmp_path / "data"
+    shutil.copytree(config.root, root, symlinks=True)
+    update = (
+        f"from deltalake import DeltaTable; table = DeltaTable('{root}/delta/silver/products_active')\n"
+        "table.vacuum(0, enforce_retention_duration=False, dry_run=False, full=True)\n"
+        "table.update(updates={'supplier': \"'me'\"})\n"
+    )
+    run(*with_packages_of("delta.py"), "-c", update)
+    Store(str(root)).switch_to(runs[0])
+    refused = run(*command("delta.py", root).split(), expect=1)
+    assert f"somebody else has changed {root}/delta/silver/products_active, version " in refused
+    assert " (UPDATE): keep copies, then use --overwrite" in refused
+    assert "gold" not in refused, "nothing is committed"
+    assert "silver/products_active: version" in run(*command("delta.py", root, "--overwrite").split())
+    again = run(*command("delta.py", root).split())
+    assert again.splitlines() == [f"delta: all tables are run {runs[0]}"]
+    run(*command("delta.py", root, "--vacuum", "0").split())
+    compare = [*with_packages_of("delta.py", "duckdb", "pandas", "polars"), str(PROJECT / "tests/compare_delta.py")]
+    run(*compare, root, runs[0])
+
+
+@pytest.mark.integration
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", ["spark", "sail"])
+def test_delta_tables_in_spark_and_sail(reader: str, delta_history: tuple[DataPipelineConfig, list[str]]) -> None:
+    """By the versions that docs/delta.md shows. Spark gets Delta from Maven Central."""
+    config, runs = delta_history
+    versions = {
+        run_id: json.loads(run(*command("delta.py", config.root, "--versions", run_id).split())) for run_id in runs
+    }
+    program = """
+import json, sys
+from pathlib import Path
+reader, root, versions = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+if reader == "spark":
+    from pyspark.sql import SparkSession
+    builder = SparkSession.builder.master("local[2]").config("spark.jars.packages", "io.delta:delta-spark_2.12:3.3.2")
+    builder = builder.config("spark.sql.extensions", "io.delta.sql.DeltaSparkSessionExtension")
+    builder = builder.config("spark.ui.enabled", "false").config("spark.databricks.delta.snapshotPartitions", "1")
+    spark = builder.config(
+        "spark.sql.catalog.spark_catalog", "org.apache.spark.sql.delta.catalog.DeltaCatalog").getOrCreate()
+else:
+    from pysail.spark import SparkConnectServer
+    from pyspark.sql import SparkSession
+    server = SparkConnectServer("127.0.0.1", 0)
+    server.start(background=True)
+    spark = SparkSession.builder.remote("sc://localhost:%d" % server.listening_address[1]).getOrCreate()
+spark.conf.set("spark.sql.session.timeZone", "UTC")
+compared = 0
+for run, tables in versions.items():
+    for name, version in tables.items():
+        files = sorted(Path(root, "snapshots", run, name).glob("*.parquet"), key=lambda file: file.stat().st_mtime_ns)
+        schema = spark.read.parquet(str(files[-1])).schema
+        expected = spark.read.schema(schema).parquet(*map(str, files))
+        found = spark.read.format("delta").option("versionAsOf", version).load(f"{root}/delta/{name}")
+        assert found.columns == expected.columns, (run, name, found.columns)
+        assert sorted(map(str, found.collect())) == sorted(map(str, expected.collect())), (run, name)
+        compared += 1
+print("compared", compared)
+"""
+    found = run(sys.executable, "-c", program, reader, config.root, json.dumps(versions))
+    assert "compared 75" in found
