@@ -22,9 +22,20 @@ from typing import Any
 import duckdb
 import pytest
 from pyspark.sql import SparkSession
+from test_gate import refused
 from test_incremental import Shop, first_night, new_config
 
-from data_pipeline import LAYERS, DataPipelineConfig, RunRecord, Store, roll_back
+from data_pipeline import (
+    GOLD,
+    LAYERS,
+    SILVER,
+    DataPipelineConfig,
+    RunRecord,
+    Store,
+    roll_back,
+    run_pipeline,
+    tables,
+)
 
 PROJECT = Path(__file__).parent.parent
 SCRIPTS = sorted((PROJECT / "integrations").glob("*.py"))
@@ -65,8 +76,8 @@ def test_scripts_are_a_page_and_stand_alone(script: Path) -> None:
     assert len(text.splitlines()) <= 150
     assert head_of(script)["requires-python"] == ">=3.11"
     assert all(re.fullmatch(r"[\w-]+==[\d.]+", package) for package in head_of(script)["dependencies"])
-    imports = {node.module for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
-    assert not [name for name in imports if name and name.startswith("data_pipeline")]
+    at_the_top = {node.module for node in ast.parse(text).body if isinstance(node, ast.ImportFrom)}
+    assert "data_pipeline" not in at_the_top, "it works where the pipeline is not installed"
     page = (PROJECT / f"docs/{script.stem}.md").read_text()
     assert f"integrations/{script.name}" in page
     for package in head_of(script)["dependencies"]:
@@ -222,7 +233,8 @@ compared = 0
 for run, tables in versions.items():
     for name, version in tables.items():
         files = sorted(Path(root, "snapshots", run, name).glob("*.parquet"), key=lambda file: file.stat().st_mtime_ns)
-        schema = spark.read.parquet(str(files[-1])).schema
+        columns = spark.read.parquet(str(files[-1])).schema
+        schema = ", ".join(f"{column.name} {column.dataType.simpleString()}" for column in columns)  # all nullable
         expected = spark.read.schema(schema).parquet(*map(str, files))
         found = spark.read.format("delta").option("versionAsOf", version).load(f"{root}/delta/{name}")
         assert found.columns == expected.columns, (run, name, found.columns)
@@ -232,3 +244,94 @@ print("compared", compared)
 """
     found = run(sys.executable, "-c", program, reader, config.root, json.dumps(versions))
     assert "compared 75" in found
+
+
+@pytest.fixture(scope="module")
+def suites(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The suites that follow from the contract."""
+    folder = tmp_path_factory.mktemp("suites")
+    written = run(*command("expectations.py", "--write", folder).split()).splitlines()
+    assert len(written) == 9
+    return folder
+
+
+def add_expectation(suite: Path, kind: str, **kwargs: Any) -> dict[str, Any]:
+    """Adds an expectation to a suite as a user would: in its file. Returns it, to be changed and saved again."""
+    text = json.loads(suite.read_text())
+    text["expectations"].append({"type": kind, "kwargs": kwargs, "meta": {}})
+    suite.write_text(json.dumps(text))
+    return text  # type: ignore[no-any-return]
+
+
+@pytest.mark.integration
+def test_suites_are_those_of_the_contract(suites: Path) -> None:
+    found = {path.stem: json.loads(path.read_text())["expectations"] for path in suites.glob("*.json")}
+    assert set(found) == {f"{table.layer}.{table.name}" for table in (*tables(SILVER), *tables(GOLD))}
+
+    def of(table: str, kind: str) -> list[Any]:
+        return [made["kwargs"] for made in found[table] if made["type"] == f"expect_{kind}"]
+
+    assert {"column": "customer_id"} in of("silver.customers_enriched", "column_values_to_be_unique")
+    assert {"column": "email"} not in of("silver.customers_enriched", "column_values_to_not_be_null")
+    assert {"column": "full_name"} in of("silver.customers_enriched", "column_values_to_not_be_null")
+    [keys] = of("gold.device_analytics", "compound_columns_to_be_unique")
+    assert keys == {"column_list": ["device", "browser"]}
+
+
+@pytest.mark.integration
+def test_expectations_as_a_gate(
+    published: DataPipelineConfig, spark: SparkSession, suites: Path, tmp_path: Path
+) -> None:
+    """A good run passes, and is published. Each planted defect refuses a run, and what was published stays."""
+    changed = Path(shutil.copytree(suites, tmp_path / "suites"))
+    published.before_publish = (command("expectations.py", "--suites", changed),)
+    store = Store(published.root)
+    good = run_pipeline(published, spark)
+    assert [ran["failure"] for ran in good.hooks] == [""]
+    assert store.published() == good.run_id
+    page = Path(published.root, "data_docs/index.html").read_text()
+    assert "silver.customers_enriched" in page
+
+    # An expectation that this data does not meet, first as a warning and then as it is by default.
+    suite = changed / "gold.payment_analytics.json"
+    text = add_expectation(suite, "expect_column_values_to_be_in_set", column="payment_method", value_set=["paypal"])
+    text["expectations"][-1]["meta"] = {"severity": "warning"}
+    suite.write_text(json.dumps(text))
+    assert run_pipeline(published, spark).result == "succeeded"
+    before = store.published()
+    text["expectations"][-1]["meta"] = {}
+    suite.write_text(json.dumps(text))
+    failed = r"1 of 215 expectations failed: gold\.payment_analytics: expect_column_values_to_be_in_set payment_method"
+    refused(published, spark, f"HOOK REFUSED, nothing is published: .*{failed}: 5 rows, for example .*'apple_pay'")
+    assert store.published() == before
+
+
+@pytest.mark.integration
+def test_expectations_find_planted_defects(published: DataPipelineConfig, suites: Path) -> None:
+    """In a copy of a snapshot, by the suites of the contract alone."""
+    folder = Path(published.root, "current/silver/customers_enriched").resolve()
+    planted = {
+        "customer_segment": "CASE WHEN customer_id = 7 THEN 'Brass' ELSE customer_segment END",
+        "full_name": "CASE WHEN customer_id <> 7 THEN full_name END",
+        "customer_id": "CASE WHEN customer_id = 7 THEN 8 ELSE customer_id END",
+        "age": "CASE WHEN customer_id = 7 THEN 130 ELSE age END",
+        "total_spent": "CAST(total_spent AS DOUBLE)",
+    }
+    changes = ", ".join(f"{change} AS {column}" for column, change in planted.items())
+    rows = f"SELECT * REPLACE ({changes}) FROM '{folder}/*.parquet'"
+    duckdb.sql(f"COPY ({rows}) TO '{folder}.parquet' (FORMAT parquet)")
+    shutil.rmtree(folder)
+    folder.mkdir()
+    os.replace(f"{folder}.parquet", folder / "changed.parquet")
+    seen = run(*command("expectations.py", "--suites", suites, folder.parent.parent).split(), expect=1)
+    found = [line for line in seen.splitlines() if line.startswith("failed: ")]
+    assert sorted(
+        line.removeprefix("failed: silver.customers_enriched: expect_column_values_to_") for line in found
+    ) == [
+        "be_between age: 1 rows, for example [130]",
+        "be_in_set customer_segment: 1 rows, for example ['Brass']",
+        "be_in_type_list total_spent: float64",
+        "be_unique customer_id: 2 rows, for example [8, 8]",
+        "not_be_null full_name: 1 rows, for example [nan]",
+    ]
+    assert seen.splitlines()[-1].startswith("5 of 214 expectations failed: silver.customers_enriched: expect_")
