@@ -44,6 +44,7 @@ The words of this module:
     audit        checks that the tables were written completely
     snapshot     the tables that one run has written
     publish      make a snapshot the one that readers see
+    hook         a command of the user's that runs before or after publishing
 
 A run writes its own snapshot, audits it, and publishes it by one rename. Until then, and when a run fails or is
 killed, readers see the snapshot that was published before. `--list-runs` shows the runs, `--rollback` returns to an

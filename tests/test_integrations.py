@@ -7,31 +7,41 @@ uv makes the environments outside the project, from the head of each script, and
 from __future__ import annotations
 
 import ast
+import http.server
 import importlib.util
 import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import tomllib
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import pytest
+from conftest import AS_OF
 from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
 from test_gate import refused
 from test_incremental import Shop, first_night, new_config
 
+import data_pipeline
 from data_pipeline import (
     GOLD,
     LAYERS,
     SILVER,
+    TABLES,
     DataPipelineConfig,
     RunRecord,
     Store,
+    customers_enriched,
+    orders_by_dimension,
     roll_back,
     run_pipeline,
     tables,
@@ -335,3 +345,194 @@ def test_expectations_find_planted_defects(published: DataPipelineConfig, suites
         "not_be_null full_name: 1 rows, for example [nan]",
     ]
     assert seen.splitlines()[-1].startswith("5 of 214 expectations failed: silver.customers_enriched: expect_")
+
+
+@pytest.fixture
+def receiver() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """A server that receives events, its address, and the events."""
+    events: list[dict[str, Any]] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            events.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(201)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}", events
+    server.shutdown()
+    server.server_close()
+
+
+def check_schemas(events: list[dict[str, Any]]) -> None:
+    """Validates events and their facets by the JSON schemas of OpenLineage's repository."""
+    folder = os.environ["OPENLINEAGE_SPEC"]
+    program = """
+import json, sys
+from pathlib import Path
+from jsonschema import Draft202012Validator, FormatChecker
+from referencing import Registry, Resource
+folder = Path(sys.argv[1])
+files = [json.loads(path.read_text()) for path in (*folder.glob("*.json"), *folder.glob("facets/*.json"))]
+registry = Registry().with_resources((file["$id"], Resource.from_contents(file)) for file in files if "$id" in file)
+newest = {file["$id"].rpartition("/")[2]: file["$id"] for file in files if "$id" in file}
+def check(value, schema):
+    page, _, part = schema.partition("#")
+    found = newest[page.rpartition("/")[2]] + "#" + part
+    Draft202012Validator({"$ref": found}, registry=registry, format_checker=FormatChecker()).validate(value)
+    return 1
+def facets(value):
+    if isinstance(value, dict):
+        if "_schemaURL" in value:
+            yield value
+        for inner in value.values():
+            yield from facets(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from facets(inner)
+events = json.load(sys.stdin)
+print(sum(check(e, e["schemaURL"]) for e in events), sum(check(f, f["_schemaURL"]) for e in events for f in facets(e)))
+"""
+    words = [*with_packages_of("lineage.py", "jsonschema[format]"), "-c", program, folder]
+    done = subprocess.run(words, input=json.dumps(events), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    checked, of_facets = map(int, done.stdout.split())
+    assert checked == len(events) and of_facets > len(events)
+
+
+@pytest.mark.integration
+def test_lineage_of_a_run(
+    published: DataPipelineConfig,
+    spark: SparkSession,
+    receiver: tuple[str, list[dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Reported by the hook; that of a run that is refused, by hand."""
+    url, events = receiver
+    monkeypatch.setenv("OPENLINEAGE_URL", url)
+    published.after_publish = (command("lineage.py"),)
+    record = run_pipeline(published, spark)
+    assert [ran["failure"] for ran in record.hooks] == [""]
+    assert [event["eventType"] for event in events].count("START") == 16
+    assert [event["eventType"] for event in events].count("COMPLETE") == 16
+    whole = {event["run"]["runId"] for event in events if event["job"]["name"] == "EcommerceDataPipeline"}
+    assert whole == {str(uuid.uuid5(uuid.NAMESPACE_URL, record.run_id))}
+    [silver] = [e for e in events if e["job"]["name"] == "silver.customers_enriched" and e["eventType"] == "COMPLETE"]
+    assert {silver["run"]["facets"]["parent"]["run"]["runId"]} == whole
+    root = published.root
+    inputs = {of["name"].removeprefix(f"{root}/"): of["inputFacets"] for of in silver["inputs"]}
+    assert set(inputs) == {"bronze/customers", "silver/transactions_clean", "silver/transactions_returned"}
+    tests = {test["assertion"]: test for test in inputs["bronze/customers"]["dataQualityAssertions"]["assertions"]}
+    missing = record.quality["customers"].violations["email_missing"]
+    assert tests["email_missing"] | {"params": {}} == {
+        "assertion": "email_missing", "success": False, "column": "email", "severity": "warn", "actual": str(missing),
+        "params": {},
+    }  # fmt: skip
+    assert tests["customer_id_missing"]["success"] is True
+    columns = inputs["bronze/customers"]["dataQualityMetrics"]["columnMetrics"]
+    assert columns["email"]["nullCount"] == record.profile["customers"]["email"]["nulls"]
+    [output] = silver["outputs"]
+    assert output["outputFacets"]["outputStatistics"]["rowCount"] == record.rows["silver.customers_enriched"]
+    assert output["facets"]["schema"]["fields"][0] == {"name": "customer_id", "type": "bigint", "fields": []}
+    spent = output["facets"]["columnLineage"]["fields"]["total_spent"]["inputFields"]
+    assert [(of["name"], of["field"]) for of in spent] == [(f"{root}/silver/transactions_clean", "amount")]
+
+    reported = [*events]
+    published.max_quarantine_rate = 0.001
+    failed = refused(published, spark, "GATE MISSED")
+    del events[:]
+    run(*command("lineage.py", root).split(), OPENLINEAGE_URL=url)
+    assert (events[-1]["eventType"], events[-1]["job"]["name"]) == ("FAIL", "EcommerceDataPipeline")
+    assert events[-1]["run"]["runId"] == str(uuid.uuid5(uuid.NAMESPACE_URL, failed["run_id"]))
+    assert "GATE MISSED" in events[-1]["run"]["facets"]["errorMessage"]["message"]
+    assert not [event for event in events if event["job"]["name"].startswith("silver")]
+    if "OPENLINEAGE_SPEC" in os.environ:
+        check_schemas([*reported, *events])
+
+
+@pytest.mark.integration
+def test_receiver_that_is_dead(
+    published: DataPipelineConfig, spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It costs a warning and ten seconds."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("OPENLINEAGE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        published.after_publish = (command("lineage.py"),)
+        record = run_pipeline(published, spark)
+    [ran] = record.hooks
+    assert record.result == "succeeded"
+    assert f"lineage: run {record.run_id} is not reported: " in ran["failure"]
+    assert ran["seconds"] < 20
+
+
+PERTURBED = {  # other values of the same type, by type
+    "string": "concat({0}, '~')", "bigint": "{0} + 1000000", "int": "{0} + 1", "double": "{0} + 1",
+    "decimal": "CAST({0} + 600 AS DECIMAL(12,2))", "date": "date_add({0}, 40)",
+    "timestamp": "{0} + INTERVAL 40 DAYS 1 HOUR", "boolean": "NOT {0}",
+}  # fmt: skip
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("name", json.loads((PROJECT / "integrations/lineage.json").read_text()))
+def test_declared_columns_are_those_that_change(name: str, report: RunRecord, spark: SparkSession) -> None:
+    """A change of an input column changes exactly the columns that are declared to be made from it.
+
+    If the input column decides which rows and groups there are, others may change too.
+    """
+    declared = json.loads((PROJECT / "integrations/lineage.json").read_text())[name]
+    table = name.partition(".")[2]
+    assert list(declared["columns"]) and {*declared["columns"]} == dict(TABLES[table].columns()).keys()
+    config = DataPipelineConfig(as_of_date=AS_OF, orphans="keep")
+    used = {of for given in (*declared["columns"].values(), declared["rows"]) for of in given}
+    inputs = {}
+    for source in sorted({of.rpartition(".")[0] for of in used}):
+        rows = spark.read.schema(TABLES[source.rpartition(".")[2]].schema_in(source.partition(".")[0])).parquet(
+            f"{report.data_dir}/{source.replace('.', '/').replace('returned', 'clean')}"  # there are no returns
+        )
+        if source.startswith("bronze"):
+            key = TABLES[source.rpartition(".")[2]].key
+            rows = rows.where(" AND ".join(f"{column} IS NOT NULL" for column in key)).dropDuplicates([*key])
+        if source == "bronze.transactions":  # generated data has no returns and no numbers of orders
+            sign = "CASE WHEN quantity % 2 = 0 THEN -1 ELSE 1 END" if table == "transactions_returned" else "1"
+            amount = f"CAST(amount * {sign} AS DECIMAL(12,2))"
+            rows = rows.withColumns({"order_id": F.col("transaction_id"), "amount": F.expr(amount)})
+        if source == "silver.transactions_clean":
+            rows = rows.withColumn("order_id", F.expr("substring(transaction_id, 5, 6)"))
+        inputs[source] = rows.cache()
+
+    def made(changed: str = "", expression: str = "") -> dict[str, list[str]]:
+        source, _, column = changed.rpartition(".")
+        frames = {
+            of.rpartition(".")[2]: rows.withColumn(column, F.expr(expression)) if of == source else rows
+            for of, rows in inputs.items()
+        }
+        if table == "customers_enriched":
+            orders, returns = frames["transactions_clean"], frames["transactions_returned"]
+            result = customers_enriched(frames["customers"], orders, returns, config, has_order_ids=True)
+        elif table in ("category_analytics", "payment_analytics", "device_analytics"):
+            result = getattr(data_pipeline, table)(orders_by_dimension(frames["transactions_clean"]))
+        else:
+            names = ("transactions", "products", "customers_enriched", "products_active")
+            result = getattr(data_pipeline, table)(*(frames[of] for of in names if of in frames))
+        found = result.collect()
+        return {column: sorted(str(row[column]) for row in found) for column in result.columns}
+
+    before = made()
+    assert before[next(iter(before))]
+    for source, rows in inputs.items():
+        for column, kind in rows.dtypes:
+            if column.startswith("_"):
+                continue
+            full = f"{source}.{column}"
+            expression = "substring(order_id, 1, 1)" if column == "order_id" else PERTURBED[kind.partition("(")[0]]
+            after = made(full, expression.format(column))
+            changed = {name for name in before if after[name] != before[name]}
+            expected = {name for name, given in declared["columns"].items() if full in given}
+            if full in declared["rows"]:
+                assert changed, full
+            else:
+                assert changed == expected, f"{full} changes {changed}, not {expected}"
