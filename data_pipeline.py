@@ -1190,9 +1190,8 @@ CURRENCY = "nullif(upper(trim(currency)), '')"
 # A missing `is_active` counts as true, a missing `stock_quantity` as in stock.
 ON_SALE = "coalesce(is_active, true) AND coalesce(stock_quantity, 1) > 0"
 COMPLETED = "status = 'completed' AND amount > 0"
-# All rows with the same order_id are one order. A row without an order_id is an order of its own. Rows whose amount
-# and order_id are null do not count: `customers_enriched` adds them for the customers of returns.
-ORDER_COUNT = "count(amount) - count(order_id) + count(DISTINCT order_id)"
+# All rows with the same order_id are one order. A row without an order_id is an order of its own.
+ORDER_COUNT = "count(*) - count(order_id) + count(DISTINCT order_id)"
 RETURNED = "status IN ('completed', 'refunded', 'returned') AND amount < 0"
 UNKNOWN = "Unknown"  # replaces a missing name or group
 UNKNOWN_CUSTOMER = 0  # the customer_id of orders without a customer
@@ -1407,7 +1406,7 @@ def with_category_and_date(transactions: DataFrame, products: DataFrame) -> Data
             day_of_week.alias("day_of_week"),
             F.hour("timestamp").alias("hour"),
             (day_of_week >= 6).alias("is_weekend"),
-            "order_id",
+            F.expr("CASE WHEN trim(order_id) <> '' THEN order_id END").alias("order_id"),
         )
     )  # fmt: skip
 
@@ -1558,8 +1557,8 @@ def orders_by_dimension(transactions_clean: DataFrame) -> DataFrame:
     return transactions_clean.groupBy(
         "product_category",
         "payment_method",
-        F.coalesce("device", F.lit(UNKNOWN)).alias("device"),
-        F.coalesce("browser", F.lit(UNKNOWN)).alias("browser"),
+        "device",
+        "browser",
     ).agg(
         F.count(F.lit(1)).alias("transaction_count"),
         sum_of_money("amount").alias("total_revenue"),
@@ -1593,7 +1592,7 @@ def _mean_transaction(name: str) -> Column:
 def customer_analytics(customers_enriched: DataFrame) -> DataFrame:
     """One row per segment and city. Ages in years; `segment_revenue` is the sum of `total_spent`."""
     return (
-        customers_enriched.groupBy("customer_segment", F.coalesce("city", F.lit(UNKNOWN)).alias("city"))
+        customers_enriched.groupBy("customer_segment", known("city").alias("city"))
         .agg(
             F.count(F.lit(1)).alias("customer_count"),
             F.sum("age").cast("decimal(18,0)").alias("years"),
@@ -1656,7 +1655,8 @@ def payment_analytics(orders_by_dimension: DataFrame) -> DataFrame:
 )  # fmt: skip
 def device_analytics(orders_by_dimension: DataFrame) -> DataFrame:
     """One row per device and browser."""
-    return _totals(orders_by_dimension, "device", "browser").select(
+    named = orders_by_dimension.withColumns({"device": known("device"), "browser": known("browser")})
+    return _totals(named, "device", "browser").select(
         "device", "browser", "transaction_count", "total_revenue",
         _mean_transaction("avg_transaction_value"),
         "units_sold",
@@ -1709,6 +1709,7 @@ class Source:
     continues: bool  # whether a run builds on the published data, instead of receiving everything anew
     models_text: Mapping[str, str] = {}  # the staging models, by table
     ledger: Sequence[LandedFile] = ()  # the files that have been read; complete after `receive`
+    replaced: Sequence[int] = ()  # the deliveries whose rows this one replaces
 
     def check(self) -> None:
         """Raises ConfigurationError if records are missing that a run needs that receives everything."""
@@ -1733,10 +1734,6 @@ class Source:
     def is_received_whole(self, name: str) -> bool:
         """Returns whether `delivery` has all records of a bronze table, and not only those that arrived."""
         return False
-
-    def replaced_deliveries(self, name: str) -> Sequence[int]:
-        """Returns the deliveries whose rows of a bronze table are replaced by this one."""
-        return ()
 
     def check_rows(self, name: str, rows: int) -> None:
         """Checks the number of rows of a bronze table against the records received. Raises PipelineError."""
@@ -1842,7 +1839,7 @@ class LandedFiles(Source):
         self.listed = assign_sources(list_files(self.root, config.root), self.models, self.used)
         self.files = [file for file in self.listed if file.source in self.used]
         for file in self.listed:
-            if re.match(r"controls?\b", file.top, re.IGNORECASE):
+            if re.fullmatch(r"controls?([.].*)?", file.top, re.IGNORECASE):
                 raise ConfigurationError(f"{file.path} looks like control totals: call it {CONTROLS}")
         for file in self.files:
             if f"{config.root}/".startswith(f"{os.path.join(self.root, file.top)}/"):
@@ -1864,7 +1861,7 @@ class LandedFiles(Source):
         if base is None:
             return True
         self.arrivals = compare_with_ledger(self.root, self.files, base.ledger, self.config.reread)
-        self.ledger = self.arrivals.ledger
+        self.ledger, self.replaced = self.arrivals.ledger, self.arrivals.replaced
         whole = {source for name in self.inputs if self.is_received_whole(name) for source in self.inputs[name]}
         again = [file for file in self.arrivals.known if file.source in whole and not file.problem]
         self.files = [*again, *self.arrivals.arrived]
@@ -1874,8 +1871,12 @@ class LandedFiles(Source):
         """Raises NotPublishedError if files that were read before are gone, unless that is accepted."""
         paths = {file.path for file in self.files}
         present = {file.sha256 for file in ledger if file.path in paths}
-        gone = [file.path for file in ledger if file.path not in paths and file.sha256 not in present]
-        gone = list(dict.fromkeys(gone))
+        lost = [file for file in ledger if file.path not in paths and file.sha256 not in present]
+        renamed = [file for file in self.files if file.path not in {known.path for known in ledger}]
+        found = {
+            old.path for old in lost for new in renamed if new.size == old.size and is_same_content(self.root, new, old)
+        }
+        gone = list(dict.fromkeys(file.path for file in lost if file.path not in found))
         self.arrivals.again = set() if self.config.accept_missing_files else paths & {file.path for file in ledger}
         if gone and not self.config.accept_missing_files:
             raise NotPublishedError(
@@ -1888,9 +1889,6 @@ class LandedFiles(Source):
         if name not in self.models or self.models[name].is_piecewise:
             return False
         return any(file.source in self.inputs[name] for file in self.arrivals.arrived)
-
-    def replaced_deliveries(self, name: str) -> Sequence[int]:
-        return self.arrivals.replaced
 
     def check(self) -> None:
         """Checks that there are files for each table. Raises ConfigurationError."""
@@ -3082,9 +3080,7 @@ def outcome_counts(table: Table, config: DataPipelineConfig, flags: Iterable[str
     kept = part_counts(table, f"_outcome = 'kept' AND {among}")
     passing = part_counts(table, f"{passes_rules(table.rules, config)} AND {among}")
     return {
-        "rejected": f"count_if(_outcome = 'rejected' AND {among})",
-        "duplicate": f"count_if(_outcome = 'duplicate' AND {among})",
-        "deleted": f"count_if(_outcome = 'deleted' AND {among})",
+        **{o: f"count_if(_outcome = '{o}' AND {among})" for o in ("rejected", "duplicate", "deleted")},
         "superseded": f"""coalesce(sum(CASE WHEN NOT ({among}) THEN 0
             WHEN _outcome IN ('kept', 'deleted') THEN _versions - 1
             WHEN _outcome = 'duplicate' AND _disputed THEN 1 END), 0)""",
@@ -3250,12 +3246,8 @@ def find_base(config: DataPipelineConfig, source: Source, store: Store) -> Base 
     if not can_continue(source, state["source"]):
         return None
     record = store.runs.get(published)
-    files = [f"snapshots/{published}/{name}" for name in record.sha256] if record else []
-    missing = (
-        [f"runs/{published}.json"]
-        if record is None
-        else [name for name in files if not os.path.exists(store.path(name))]
-    )
+    needed = [f"snapshots/{published}/{name}" for name in record.sha256] if record else [f"runs/{published}.json"]
+    missing = [name for name in needed if record is None or not os.path.exists(store.path(name))]
     if record is None or missing:
         raise PipelineError(
             f"nothing can build on the published run, since {missing[0]} is missing or unreadable: publish another one "
@@ -3301,8 +3293,8 @@ def bronze_change(run: Run, source: Source, table: Table, delivered: DataFrame |
     if delivered is not None and source.is_received_whole(table.name):
         logger.info("%s is received whole, since its model needs all records: it is compared with before", table.name)
         return changed_rows(run, table, before, delivered)
-    if replaced := source.replaced_deliveries(table.name):
-        is_replaced = F.coalesce(F.col("_delivery").isin(list(replaced)), F.lit(False))
+    if source.replaced:
+        is_replaced = F.coalesce(F.col("_delivery").isin(list(source.replaced)), F.lit(False))
         return BronzeChange(delivered, before.where(~is_replaced))
     return BronzeChange(delivered)
 
@@ -4944,8 +4936,12 @@ def list_files(root: str, data_root: str = "") -> list[LandedFile]:
             if not stat.S_ISREG(state.st_mode) or file.suffix not in {*FILE_FORMATS, ".zip"}:
                 skipped.append(file.path)  # also pipes, which might never end
             elif file.suffix == ".zip":
-                members = zip_members(path)
-                found += [dataclasses.replace(file, path=f"{file.path}/{name}", size=size) for name, size in members]
+                for name, size in zip_members(path):
+                    member = dataclasses.replace(file, path=f"{file.path}/{name}", size=size)
+                    if FILE_FORMATS.get(member.suffix, "parquet") != "parquet":
+                        found.append(member)
+                    else:
+                        skipped.append(member.path)
             else:
                 found.append(file)
         except OSError as error:
@@ -5198,7 +5194,7 @@ class FileReader:
                         f"record {number:,} says that the source has truncated the table: land a new snapshot of it, "
                         "move the events before that away, and run with --reload"
                     ) from None
-                except (ValueError, RecursionError):
+                except (ValueError, RecursionError, OverflowError):
                     if number == 1 and line.lstrip().startswith("["):
                         advice = "write one object per line, for example with `jq -c '.[]'`"
                         raise BadFileError(f"it is a JSON array: {advice}") from None
@@ -5308,7 +5304,7 @@ def split_member(path: str) -> tuple[str, str]:
 
 
 def zip_members(path: str) -> list[tuple[str, int]]:
-    """Returns the names and sizes of the files in a zip file that can be read. Raises BadFileError."""
+    """Returns the names and sizes of the files in a zip file. Raises BadFileError."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = [(member.filename, member.file_size) for member in archive.infolist() if not member.is_dir()]
@@ -5320,7 +5316,6 @@ def zip_members(path: str) -> list[tuple[str, int]]:
         (name, size)
         for name, size in members
         if not any(UNFINISHED.fullmatch(part) or part == "__MACOSX" for part in name.split("/"))
-        and FILE_FORMATS.get(LandedFile("", name, 0, 0).suffix, "parquet") != "parquet"
     ]
 
 
@@ -5462,20 +5457,20 @@ def unwrap_event(row: dict[str, str | None], decimal: str) -> dict[str, str | No
 
     Raises:
         TruncateError: the event empties the table.
-        ValueError: the event has no valid `before`, `after` or `source`.
+        ValueError, OverflowError: `before`, `after` or `source` cannot be read.
     """
     if "payload" in row and row.keys() <= {"schema", "payload"}:
         if row["payload"] is None:
             return None
         row = parse_object(row["payload"], decimal)
-    if not {"op", "source"} <= row.keys():
+    operation = row.get("op")
+    if not operation or '"connector"' not in (row.get("source") or ""):
         return row
-    operation = row["op"]
     if operation == "t":
         raise TruncateError
     if operation not in ("c", "r", "u", "d"):
         return None
-    record = parse_object(row["before" if operation == "d" else "after"] or "{}", decimal)
+    record = parse_object(row.get("before" if operation == "d" else "after") or "{}", decimal)
     source = parse_object(row["source"] or "{}")
     milliseconds, changed_at = source.get("ts_ms"), None
     if milliseconds and operation != "r":  # a snapshot (r) does not say when the row was changed

@@ -100,7 +100,11 @@ EVENTS: dict[str, tuple[Any, Any]] = {
     "MySQL": (MYSQL, VERSION | {"_sequence": str((3 << 32) + 484), "_changed_at": "1970-01-01 00:00:00+00:00"}),
     "message": (POSTGRES | {"op": "m", "message": {"prefix": "p"}}, None),
     "tombstone": ({"schema": None, "payload": None}, None),
-    "no event": ({"op": "x", "id": 1}, {"op": "x", "id": "1"}),
+    "no event": ({"op": "t", "source": "web", "id": 1}, {"op": "t", "source": "web", "id": "1"}),
+    "event without a row": (
+        {name: POSTGRES[name] for name in ("op", "source")},
+        {"_deleted": "false", "_sequence": "1480", "_changed_at": "2026-01-01 00:00:00+00:00"},
+    ),
 }
 
 
@@ -108,6 +112,14 @@ EVENTS: dict[str, tuple[Any, Any]] = {
 def test_events(name: str) -> None:
     event, expected = EVENTS[name]
     assert unwrap_event(data_pipeline.parse_object(json.dumps(event)), ".") == expected
+
+
+@THOROUGH
+def test_event_of_an_impossible_time_is_malformed(shop: Shop) -> None:  # noqa: F811
+    small_shop(shop)
+    event = POSTGRES | {"source": {"connector": "postgresql", "ts_ms": 10**24}}
+    (shop.source / "customers/1.jsonl").write_text(json.dumps(event) + "\n")
+    assert shop.run().arrived["customers"].violations["record_malformed"] == 1
 
 
 def test_truncate() -> None:

@@ -297,3 +297,26 @@ def test_files_of_one_name_in_an_archive_are_refused(small: Callable[..., DataPi
             archive.writestr("a.csv", csv_of(order))
     with pytest.raises(ConfigurationError, match=r"two of its files are called a\.csv: unzip it"):
         open_source(small(source_dir=str(tmp_path)))
+
+
+@THOROUGH
+def test_blank_fields_are_missing_ones(published_from: Callable[..., RunRecord], tmp_path: Path) -> None:
+    """Three orders without a number are three orders; a blank city and a blank device are unknown ones."""
+    lines = [line.replace(",Cash,", ",card,") for line in LINES[:3]]
+    orders = [f'T{number}{line[4:]},"",""' for number, line in enumerate(lines)]
+    files = {
+        "transactions.csv": csv_of(*orders, header=f"{HEADER},order_id,device"),
+        "customers.csv": 'customer_id,first_name,last_name,city\n1,Ann,Lee,""\n2,Bo,Kim,\n',
+    }
+    record = published_from(files)
+    assert (record.orders, record.revenue) == (3, Decimal("94.00"))
+    with open_tables(record.data_dir) as db:
+        assert one(db, "SELECT total_orders FROM customers_enriched WHERE customer_id = 1") == 3
+        assert one(db, "SELECT string_agg(DISTINCT city) FROM customer_analytics") == "Unknown"
+        assert one(db, "SELECT string_agg(device || transaction_count) FROM device_analytics") == "Unknown3"
+
+
+@THOROUGH
+def test_file_that_only_sounds_like_control_totals(published_from: Callable[..., RunRecord]) -> None:
+    record = published_from({"transactions.csv": csv_of(LINES[5]), "control-group.csv": "customer_id\n1\n"})
+    assert record.revenue == Decimal("18.00")

@@ -696,6 +696,13 @@ def test_renamed_file_is_known(shop: Shop, caplog: pytest.LogCaptureFixture) -> 
 
 
 @THOROUGH
+def test_reload_after_a_file_was_renamed(shop: Shop) -> None:
+    first = first_night(shop)
+    (shop.source / "transactions/1.csv").rename(shop.source / "transactions/january.csv")
+    assert shop.run(reload=True).rows == first.rows
+
+
+@THOROUGH
 def test_file_that_is_read_again_keeps_its_place(shop: Shop) -> None:
     first_night(shop)
     shop.land("customers", "2", "1,Ada,X,Berlin,2025-01-01")
