@@ -53,8 +53,8 @@ earlier one.
 Exit codes: 0 success, 1 unexpected failure (with a stack trace), 2 bad input (one line), 3 the data did not pass the
 gate or the audit, 4 another run is writing, 130 interrupted (SIGINT), 143 terminated (SIGTERM).
 
-The file reads from top to bottom: configuration, pipeline, contract, sources, quality. Below that is machinery:
-engines, storage, inspection, run record and reporting, command line.
+The file reads from top to bottom: configuration, pipeline, contract, sources, quality, incremental runs. Below that
+is machinery: engines, storage, landed files, inspection, run record and reporting, command line.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ logger = logging.getLogger("data_pipeline")
 PROGRESS = logging.INFO - 1  # the level of lines that only a terminal shows
 
 MILLION = 1_000_000
-STOP_WITHIN = 2.0  # seconds to wait, after an interrupt, for Spark's jobs or for a JVM that is starting
+STOP_WITHIN = 2.0  # seconds to wait for work that is being stopped, or for the last output of a hook
 BRONZE, SILVER, GOLD, QUARANTINE = "bronze", "silver", "gold", "quarantine"
 LAYERS = (BRONZE, SILVER, GOLD, QUARANTINE)
 CHANGES = "changes"  # the folder of the changes since the published run
@@ -303,7 +303,7 @@ def parse_setting(name: str, value: Any) -> Any:
 def _option(default: Any, help: str, **limits: Any) -> Any:
     """Declares a setting.
 
-    `limits` are `min`, `max` and `choices`. `secret` marks a value that is never shown; `spark` is Spark's property.
+    `limits` may have `min`, `max`, `choices`, `secret` (never show the value) and `spark` (the property to set).
     """
     kind = "default_factory" if callable(default) else "default"
     return field(**{kind: default}, repr="secret" not in limits, metadata={"help": help, **limits})
@@ -342,7 +342,7 @@ class DataPipelineConfig:
     incremental: bool = _option(False, "generated data: add the days since the published as-of date")
     full_refresh: bool = _option(False, "receive what has arrived, and compute every key")
     reload: bool = _option(False, "receive everything anew: bronze begins again")
-    accept_missing_files: bool = _option(False, "reload even if files that were read are gone: their rows are lost")
+    accept_missing_files: bool = _option(False, "run even if files that were read are gone: their rows are lost")
     reread: str | None = _option(None, "pattern of landed files to receive again, in place of what they gave before")
     verify_incremental: bool = _option(False, "also compute a full refresh, and publish only if the tables are equal")
     changes: bool = _option(False, "also write the changes of tables since the published run, into changes/")
@@ -463,7 +463,7 @@ def check_config(config: DataPipelineConfig) -> None:
     if config.source_delimiter == config.source_quote:
         raise ConfigurationError(f"source_delimiter and source_quote are both {config.source_quote!r}: change one")
     if config.changes and is_uri(config.root):
-        raise ConfigurationError(f"changes cannot be written to {config.root}, where no run is published: leave it out")
+        raise ConfigurationError(f"changes needs a folder as data_dir, not the URI {config.root}: leave changes out")
     if config.as_of_date > (today := _today()):
         raise ConfigurationError(f"as_of_date {config.as_of_date} lies in the future: today is {today} in UTC")
     config.root  # noqa: B018 - raises when the folder cannot be named
@@ -553,7 +553,7 @@ class Counts(NamedTuple):
 
     rows: int
     violations: Mapping[str, int]  # rows that violate a rule, by its name
-    # Rows that no rule rejects: all under `accepted`, and under each silver table's name those that meet its `where`.
+    # Rows that no rule rejects: all of them as `accepted`, and by silver table those that meet its `where`.
     passing: Mapping[str, int]
     deletes: int = 0
 
@@ -574,7 +574,7 @@ class Received(NamedTuple):
 
 
 def ingest_bronze(run: Run, source: Source) -> dict[str, Received]:
-    """Adds the delivery to bronze, counts the violations of each rule in the same pass, and profiles each column."""
+    """Adds the delivery to bronze, counts the violations of each rule, and profiles each column."""
 
     def ingest(name: str) -> Received:
         table = source.tables[name]
@@ -681,7 +681,7 @@ def check_gate(run: Run, source: Source, cleaned: Mapping[str, Separated]) -> No
 
 
 def check_quarantine_rate(run: Run, table: Table) -> None:
-    """Fails the gate if too many rows were rejected, of those that arrived or of all. Warns of rejected landed rows."""
+    """Fails the gate if too many of the arrived rows or of all rows were rejected. Warns of rejected landed rows."""
     limit = run.config.max_quarantine_rate
     parts = {"that arrived ": run.record.arrived.get(table.name), "": run.record.quality[table.name]}
     for which, quality in parts.items():
@@ -698,7 +698,7 @@ def check_quarantine_rate(run: Run, table: Table) -> None:
 
 
 def top_reasons(run: Run, table: Table, quality: Quality) -> list[str]:
-    """Describes the three rules that reject the most rows of an account, each with an example and advice."""
+    """Describes the three rules that reject the most rows, each with an example and advice."""
     violations = quality.violations
     among = f" AND _run_id = '{run.record.run_id}'" if quality is run.record.arrived.get(table.name) else ""
     rules = [rule for rule in (*table.rules, *key_rules(table)) if rule.rejects(run.config) and violations[rule.name]]
@@ -788,7 +788,7 @@ def build_silver(run: Run, cleaned: Mapping[str, Separated], affected: Affected 
 
 
 def has_order_ids(run: Run) -> bool:
-    """Returns whether any order has an order_id."""
+    """Returns whether completed orders may have an order_id."""
     if run.base is None:  # the profile is of all rows
         column = run.record.profile["transactions"]["order_id"]
         return bool(column["nulls"] < column["rows"])
@@ -950,14 +950,15 @@ class Run:
         counts = self._write_files(layer, table, rows, {"rows": "count(1)", **(metrics or {})})
         self.record.rows[name] = self.record.rows.get(name, 0) + counts["rows"]
         self.record.bytes[name] = self.snapshot.size(layer, table.name)
-        rows_written, folder = f"{self.record.rows[name]:,} rows", uri.removeprefix("file://")  # with linked rows
+        # The number of rows includes those in linked files.
+        rows_written, folder = f"{self.record.rows[name]:,} rows", uri.removeprefix("file://")
         logger.info("✓ Saved %s to: %s (%s, %.2f s)", table.name, folder, rows_written, time.perf_counter() - started)
         return counts
 
     def _write_files(self, layer: str, table: Table, rows: DataFrame, metrics: Mapping[str, str]) -> dict[str, Any]:
-        """Writes the files of a table. Later snapshots link those of bronze and those by month, so they are named."""
+        """Writes the files of a table. Bronze files and files by month carry the run id: later snapshots link them."""
         uri = self.snapshot.table_uri(layer, table.name)
-        # Writing a file for each month takes longer, which a run that generates all data anew would do in vain.
+        # One file for each month takes longer to write. It only helps if later runs link the files.
         month = month_sql(table) if self.config.source_dir or self.config.incremental else ""
         if self.snapshot.folder is None or not (layer == BRONZE or month):
             return self.engine.write(rows, uri, metrics)
@@ -1031,8 +1032,8 @@ class Table:
     """A table of the data contract.
 
     `from_table` is the table that its rows come from. A silver table keeps the valid rows for which `where`, in Spark
-    SQL, is true. `constant` lists the columns that never change between versions of a record; a table that carries
-    money has some. Rows of one key that differ in them are not versions but a conflict: they are rejected.
+    SQL, is true. `constant` lists the columns that never change between versions of a record; only `transactions`
+    has some. Rows of one key that differ in them are not versions but a conflict: they are rejected.
     """
 
     layer: str
@@ -1047,7 +1048,7 @@ class Table:
     defects: tuple[str, ...] = ()  # bronze: the kinds of defect in generated records
     from_table: str = ""
     where: str = "true"
-    one_to_one: str = "true"  # silver: Spark SQL for the rows of which there is one per valid row of `from_table`
+    one_to_one: str = "true"  # silver: Spark SQL; as many rows meet it as `from_table` has valid rows
     month_of: str = ""  # silver: the date whose month decides in which file a row is
     revenue: str | None = None  # the column whose sum is the revenue, the same in all tables that have one
     order: tuple[str, ...] = ()  # gold: Spark SQL that orders the rows; a leading minus puts the largest first
@@ -1143,8 +1144,8 @@ MALFORMED = _rescued("_record")  # a line of a file that could not be parsed: on
 FILL = "fill it in {table}.sql"
 CONVERT = "convert it in {table}.sql, or see --source-decimal and --source-time-zone"
 
-# What a source that records changes says of each record: whether it is a delete, its position in the log, and when the
-# source changed. Null elsewhere.
+# The columns of a record from a change log: whether it is a delete, its position in the log, and the time of the
+# change. Null in other records.
 CHANGE_COLUMNS: Mapping[str, str] = {"_deleted": "boolean", "_sequence": "bigint", "_changed_at": "timestamp"}
 NOT_DELETED = "_deleted IS NOT TRUE"
 
@@ -1159,7 +1160,8 @@ REASONS = "_reasons ARRAY<STRING>"
 PAYMENT_METHODS: Mapping[str, int] = {
     "credit_card": 38, "paypal": 22, "debit_card": 18, "apple_pay": 9, "google_pay": 7, "bank_transfer": 6,
 }  # fmt: skip
-# From the first status of an order to the last. Of two versions with equal timestamps, the later status wins.
+# The statuses of an order from first to last, with their weights in generated data. Of two versions with equal
+# timestamps, the later status wins.
 STATUSES: Mapping[str, int] = {"pending": 6, "completed": 85, "cancelled": 5, "refunded": 4, "returned": 0}
 
 # Each band includes its upper bound; None means no upper bound.
@@ -1300,8 +1302,8 @@ def key_rules(table: Table) -> list[Rule]:
     ]  # fmt: skip
     if table.constant:
         advice = (
-            "they look like order lines: make the key of order and line in {table}.sql, for example "
-            f"concat({table.key[0]}, '/', {table.constant[0]}) AS {table.key[0]}"
+            "rows of this key contradict each other; if they are order lines, make the key of order and line in "
+            f"{{table}}.sql, for example concat({table.key[0]}, '/', {table.constant[0]}) AS {table.key[0]}"
         )
         rules.append(Rule(f"{table.key[0]}_conflict", table.key[0], "_conflict", advice=advice))
     return rules
@@ -1358,7 +1360,7 @@ def sort_order(by: str) -> Column:
         weight_kg DOUBLE, created_date DATE, is_active BOOLEAN""",
 )  # fmt: skip
 def products_active(products: DataFrame) -> DataFrame:
-    """One row per product on sale: active and in stock, or of unknown status or stock.
+    """One row per product on sale: its `is_active` is true or unknown, and its stock is positive or unknown.
 
     `inventory_value` is price × stock. An unknown name or category is `Unknown`; other unknown values are null.
     """
@@ -1442,12 +1444,12 @@ def customers_history(once: DataFrame, versions: DataFrame) -> DataFrame:
     """One row per version of a customer: a slowly changing dimension of type 2.
 
     `valid_from` is inclusive. `valid_to` is exclusive, and null for the current version. A version begins when the
-    source changed (`_changed_at`). If that is unknown, the first one begins with `signup_date`, and a later one when it
-    was received, but not after the next one. `once` has the customers received once, `versions` all records of the
-    others.
+    source changed (`_changed_at`). If that is unknown, the first version begins with `signup_date`. A later version
+    begins when it was received, or earlier if the next version begins earlier. `once` has the customers received once,
+    `versions` all records of the others.
     """
-    names = (known(name).alias(name) for name in ("first_name", "last_name"))
-    attributes = [F.col("customer_id"), *names, *map(F.col, ("email", "age", "city", "signup_date"))]
+    name_columns = (known(name).alias(name) for name in ("first_name", "last_name"))
+    attributes = [F.col("customer_id"), *name_columns, *map(F.col, ("email", "age", "city", "signup_date"))]
     only = once.select(*attributes, F.expr(BEGAN).alias("valid_from"), F.expr("CAST(NULL AS TIMESTAMP) AS valid_to"))
     periods = version_periods(versions).select(*attributes, F.col("valid_from"), F.col("valid_to"))
     return only.unionByName(periods).withColumn("is_current", F.col("valid_to").isNull())
@@ -1459,9 +1461,9 @@ def version_periods(versions: DataFrame) -> DataFrame:
     Leaves out versions that begin together with the next one, or that change nothing. Versions received together,
     without `_changed_at`, are one. A delete ends the version before it, and is left out.
     """
-    by_age = "OVER (PARTITION BY customer_id ORDER BY _order DESC"
+    oldest_first = "OVER (PARTITION BY customer_id ORDER BY _order DESC"
     attributes = "first_name", "last_name", "email", "age", "city", "signup_date"
-    came_later = f"_changed_at IS NULL AND _ingested_at <> first_value(_ingested_at) {by_age})"
+    came_later = f"_changed_at IS NULL AND _ingested_at <> first_value(_ingested_at) {oldest_first})"
     first = {
         "_began": f"CASE WHEN {came_later} THEN _ingested_at ELSE {BEGAN} END",
         "_receipt": "CASE WHEN _changed_at IS NULL THEN _ingested_at END",
@@ -1470,11 +1472,11 @@ def version_periods(versions: DataFrame) -> DataFrame:
     # Each step adds columns, and keeps the rows that meet a condition. The windows of a step see only these.
     steps: Sequence[tuple[Mapping[str, str], str]] = (
         (first, "true"),
-        ({"_next_receipt": f"lead(_receipt) {by_age})"}, "_receipt IS NULL OR NOT (_receipt <=> _next_receipt)"),
-        ({"valid_from": f"min(_began) {by_age} ROWS BETWEEN CURRENT ROW AND UNBOUNDED FOLLOWING)"}, "true"),
-        ({"_next_from": f"lead(valid_from) {by_age})"}, "NOT (valid_from <=> _next_from)"),
-        ({"_content_before": f"lag(_content) {by_age})"}, "NOT (_content <=> _content_before)"),
-        ({"valid_to": f"lead(valid_from) {by_age})"}, "_content IS NOT NULL"),
+        ({"_next_receipt": f"lead(_receipt) {oldest_first})"}, "_receipt IS NULL OR NOT (_receipt <=> _next_receipt)"),
+        ({"valid_from": f"min(_began) {oldest_first} ROWS BETWEEN CURRENT ROW AND UNBOUNDED FOLLOWING)"}, "true"),
+        ({"_next_from": f"lead(valid_from) {oldest_first})"}, "NOT (valid_from <=> _next_from)"),
+        ({"_content_before": f"lag(_content) {oldest_first})"}, "NOT (_content <=> _content_before)"),
+        ({"valid_to": f"lead(valid_from) {oldest_first})"}, "_content IS NOT NULL"),
     )
     for added, condition in steps:
         versions = versions.select("*", *named_columns(added)).where(condition)
@@ -1496,7 +1498,7 @@ def customers_enriched(
     config: DataPipelineConfig,
     has_order_ids: bool = False,
 ) -> DataFrame:
-    """One row per customer, with the customer's completed orders. `tenure_days` is as of the as-of date.
+    """One row per customer, with totals of the customer's completed orders. `tenure_days` is as of the as-of date.
 
     If orphans are kept, a customer known only from orders or returns is inferred: it has an id but no attributes.
     Customer 0 has all orders without a customer, and the segment `Unknown`. Unknown `email`, `city`, `age` (with
@@ -1534,7 +1536,7 @@ def customers_enriched(
 
 
 def with_first_and_last_date(transactions_clean: DataFrame) -> DataFrame:
-    """One row per transaction, with the columns that `_order_totals` adds up."""
+    """One row per transaction, with the columns that `_order_totals` aggregates."""
     return transactions_clean.select(
         "customer_id", "order_id", "amount",
         F.lit(1).cast("bigint").alias("orders"),
@@ -1590,7 +1592,7 @@ def _mean_transaction(name: str) -> Column:
         avg_total_spent DECIMAL(20,2), avg_order_value DECIMAL(12,2), segment_revenue DECIMAL(20,2)""",
 )  # fmt: skip
 def customer_analytics(customers_enriched: DataFrame) -> DataFrame:
-    """One row per segment and city. Ages in years; `segment_revenue` is the sum of `total_spent`."""
+    """One row per segment and city. `avg_age` is in years. `segment_revenue` is the sum of `total_spent`."""
     return (
         customers_enriched.groupBy("customer_segment", known("city").alias("city"))
         .agg(
@@ -1712,7 +1714,7 @@ class Source:
     replaced: Sequence[int] = ()  # the deliveries whose rows this one replaces
 
     def check(self) -> None:
-        """Raises ConfigurationError if records are missing that a run needs that receives everything."""
+        """Raises ConfigurationError if the source lacks records for a run that receives everything."""
 
     def find_arrivals(self, base: Base | None) -> bool:
         """Finds what the run has to receive, and returns whether there is anything. Raises ConfigurationError."""
@@ -1784,7 +1786,7 @@ class Generated(Source):
         name_pools(self.config.seed)
 
     def find_arrivals(self, base: Base | None) -> bool:
-        """Finds the days to generate: those after the as-of date of the base, or the whole history."""
+        """Returns whether there are days to generate: those after the as-of date of the base, or the whole history."""
         return base is None or base.config.as_of_date < self.config.as_of_date
 
     def delivery(self, run: Run, name: str) -> DataFrame | None:
@@ -1966,12 +1968,12 @@ class LandedFiles(Source):
             gone = [file.path for file in self.arrivals.gone if file.source in inputs]
             if gone and self.is_received_whole(name) and not self.config.accept_missing_files:
                 raise NotPublishedError(
-                    f"the model {name}.sql needs all files that were read, nothing is published: {shorten(gone)} "
-                    "is gone; put them back, or accept with --accept-missing-files that their rows are lost"
+                    f"the model {name}.sql needs all files that were read, nothing is published: these are "
+                    f"gone: {shorten(gone)}; put them back, or lose their rows with --accept-missing-files"
                 )
 
     def records(self, engine: Engine, files: Sequence[LandedFile]) -> dict[str, DataFrame]:
-        """Returns the records of each source, with all columns that the models declare for it or that are known."""
+        """Returns the records of each source, with all columns that models declare or that files of any run had."""
         declared, sources = self.declared_columns(), dict.fromkeys((*self.used, *(file.source for file in files)))
         well_formed = [part for part in self.parts if not part.is_malformed]
         parts = {source: [part for part in well_formed if part.source == source] for source in sources}
@@ -2007,7 +2009,7 @@ class LandedFiles(Source):
         elif rows != number.total():
             raise PipelineError(
                 f"{name}.sql made {rows:,} rows from {number.total():,} records: a model that reads one source must "
-                "keep each record; remove its WHERE, since rules reject rows"
+                "keep each record: remove its WHERE, and reject rows with a rule"
             )
 
     def keeps_records(self, name: str) -> bool:
@@ -2058,7 +2060,7 @@ class LandedFiles(Source):
             return None
         return PipelineError(
             f"the model {name}.sql fails on these records: {root_cause(error)}; correct it, for example by CASE or "
-            "try_cast: if a value that does not fit becomes null, a rule rejects the row"
+            "try_cast; a null in a required column sends the row to quarantine"
         )
 
 
@@ -2123,8 +2125,8 @@ def models_folder(models: str | None, root: str) -> str:
         return os.path.join(READY_MODELS, models)
     if os.path.isdir(folder := expand_path("models", models)):
         return folder
-    known = f", or one of {', '.join(ready)}" if ready else ""
-    raise ConfigurationError(f"there are no models {models}: name a folder of models{known}{_nearest(models, ready)}")
+    choices = f", or one of {', '.join(ready)}" if ready else ""
+    raise ConfigurationError(f"there are no models {models}: name a folder of models{choices}{_nearest(models, ready)}")
 
 
 def ready_models() -> list[str]:
@@ -2173,7 +2175,7 @@ def apply_model(spark: SparkSession, model: Model, views: Mapping[str, str]) -> 
 
 
 def read_rules(config: DataPipelineConfig, folder: str = "") -> dict[str, Table]:
-    """Returns the bronze tables, with the rules of `<table>.rules.yml` in the folder of the settings, or in `folder`.
+    """Returns the bronze tables with the rules of `<table>.rules.yml` in `config.rules`, or else in `folder`.
 
     Raises:
         ConfigurationError: a file or one of its rules cannot be used.
@@ -2250,9 +2252,9 @@ def check_condition(sql: str, table: Table) -> str:
         raise ValueError(f"cannot be parsed: {' '.join(plain.split())}") from None
     columns = [".".join(part.name for part in column.parts).lower() for column in condition.find_all(exp.Column)]
     parameters = [f":{parameter.name}" for parameter in condition.find_all(exp.Placeholder)]
-    known = {*dict(table.columns(BRONZE)), *DataPipelineConfig().rule_values}
-    if unknown := [name for name in (*columns, *parameters) if name not in known]:
-        raise ValueError(f"reads {unknown[0]}, which {table.name} does not have{_nearest(unknown[0], known)}")
+    allowed = {*dict(table.columns(BRONZE)), *DataPipelineConfig().rule_values}
+    if unknown := [name for name in (*columns, *parameters) if name not in allowed]:
+        raise ValueError(f"reads {unknown[0]}, which {table.name} does not have{_nearest(unknown[0], allowed)}")
     changing = (exp.CurrentDate, exp.CurrentTimestamp, exp.Localtimestamp, exp.Rand, exp.Randn, exp.Uuid, exp.Anonymous)
     for found in condition.find_all(exp.Query, exp.AggFunc, exp.Window, *changing):
         if not isinstance(found, exp.Anonymous) or found.name.lower() == "now":
@@ -2467,7 +2469,7 @@ class SeededRandom:
 
     def choice(self, name: str, words: Sequence[str]) -> Column:
         """Returns one of many words, all equally likely."""
-        # One literal, which the optimizer splits once. A literal for each word would cost a call to the JVM each.
+        # One literal, which the optimizer splits once. One literal per word would need as many calls to the JVM.
         word_array = F.split(F.lit("\n".join(words)), "\n")
         return F.element_at(word_array, (self.randrange(name, len(words)) + 1).cast("int"))
 
@@ -2517,7 +2519,7 @@ class Batch(NamedTuple):
 def batch_of(config: DataPipelineConfig, table: str, since: date | None) -> Batch:
     """Returns the records of the first delivery, or of the days after `since`.
 
-    Each later day has as many as a day of the first delivery has on average. Their ids depend on the day alone.
+    Each later day has the average number of a day of the first delivery, rounded up. The ids depend on the day alone.
     """
     size: int = getattr(config, f"num_{table}")
     if since is None:
@@ -2654,7 +2656,7 @@ def _transaction_time(random: SeededRandom, config: DataPipelineConfig) -> Colum
 
 
 def _transaction_customer(random: SeededRandom, config: DataPipelineConfig) -> Column:
-    """Draws two customers who had signed up by that day, and returns the one with the higher fixed score."""
+    """Draws two customers who had signed up by the day of the order. Returns the one with the higher fixed score."""
     # (history_days - days_ago) * num_customers / history_days, rounded up: customers sign up evenly.
     customers = F.expr(
         f"greatest(1, (({config.history_days} - days_ago) * {config.num_customers} + {config.history_days - 1})"
@@ -2737,8 +2739,8 @@ def generate_transactions(spark: SparkSession, config: DataPipelineConfig, since
 def later_records(run: Run, base: Base, name: str) -> DataFrame:
     """Returns the records of a bronze table that arrive in the days after the date of the base.
 
-    These are new customers and orders, one in ten products with another price and stock, and one in fifty of the
-    orders of the last 30 days with their next status.
+    These are new customers and orders. One in ten products gets a new price and stock, possibly the same. One in fifty
+    pending or completed orders of the 30 days before that date gets its next status.
     """
     spark, config, since = run.engine.spark, run.config, base.config.as_of_date
     columns = [column for column, _ in TABLES[name].columns()]
@@ -2766,8 +2768,8 @@ def later_records(run: Run, base: Base, name: str) -> DataFrame:
 
 
 # ── Quality ──────────────────────────────────────────────────────────────────────────────────────────────────────
-# Few rows are rejected or share their key. They are set aside, and each gets an outcome: rejected, kept as the latest
-# row of its key, or duplicate. All other rows are valid and need no shuffle.
+# Few rows are rejected, share their key or are deletes. They are set aside, and each gets an outcome: rejected,
+# duplicate, deleted, or kept as the latest row of its key. All other rows are valid and need no shuffle.
 
 FEW_KEYS = 1_000  # up to this number, key hashes are literals of a query, which is faster than a join
 
@@ -2919,9 +2921,9 @@ def rows_without_keys(rows: DataFrame, keys: Iterable[FailingKeys]) -> DataFrame
 def version_order(table: Table) -> list[str]:
     """Returns Spark SQL that orders the records of a key, the latest first.
 
-    Records with a `_sequence` come after those without, and are ordered by it alone. The others are ordered by
-    `_changed_at`, `sequence_by` and delivery; a delete that has neither of the first two is the last of them. Of
-    records that are equal in this order, a delete comes last.
+    Records with a `_sequence` are later than those without, and are ordered by it alone. The others are ordered by
+    `_changed_at`, `sequence_by` and delivery; a delete that has neither of the first two is the latest of them. If
+    records are equal in this order, a delete is the latest.
     """
     is_last = f"_deleted AND _changed_at IS NULL AND {table.sequence_by[0]} IS NULL"
     without_sequence = (f"coalesce({is_last}, false)", "_changed_at", *table.sequence_by, "_delivery")
@@ -2942,11 +2944,12 @@ def latest_versions(rows: DataFrame, table: Table) -> DataFrame:
 def rank_versions(rows: DataFrame, table: Table) -> DataFrame:
     """Ranks the rows of each key, and marks conflicts.
 
-    `_order` is 1 for the latest row: the first by `version_order`, then the largest by all columns in order.
-    `_versions` is the number of different rows of the key. In a table that carries money, a key is in conflict in two
-    cases: (1) its rows have no `_sequence` and differ in a column of `constant`, (2) several rows tie for the latest
-    version but have different values. No row of such a key is kept (`_disputed`). Quarantine receives all of its rows
-    in case 1, only the tied ones in case 2 (`_conflict`); the older ones count as duplicates. Deletes have no values.
+    `_order` is 1 for the latest row by `version_order`. Ties go to the largest values, compared column by column.
+    `_versions` is the number of different rows of the key. In a table with `constant` columns, a key is in conflict in
+    two cases: (1) its rows have no `_sequence`, the latest is no delete, and their `constant` columns differ, (2)
+    several rows tie for the latest version but have different values. No row of such a key is kept (`_disputed`).
+    Quarantine receives all of its rows in case 1, only the tied ones in case 2 (`_conflict`); the older ones count as
+    duplicates. Deletes have no values.
     """
     key = f"PARTITION BY {', '.join(table.key)}"
     sequence = version_order(table)
@@ -2955,8 +2958,8 @@ def rank_versions(rows: DataFrame, table: Table) -> DataFrame:
     def differ(text: str) -> str:
         return f"coalesce(min({text}) OVER ({key}) <> max({text}) OVER ({key}), false)"
 
-    def as_json(names: Collection[str]) -> str:  # as JSON, nulls are equal
-        return f"to_json({named_struct({name: name for name in names})})" if names else "''"
+    def as_json(columns: Collection[str]) -> str:  # as JSON, nulls are equal
+        return f"to_json({named_struct({name: name for name in columns})})" if columns else "''"
 
     latest = f"OVER ({key} ORDER BY {', '.join(sequence)})"
     may_conflict = f"max(_sequence) OVER ({key}) IS NULL AND first_value(_deleted) {latest} IS NOT TRUE"
@@ -2977,7 +2980,7 @@ def rank_versions(rows: DataFrame, table: Table) -> DataFrame:
 
 
 def with_outcome(set_aside: DataFrame, table: Table, rules: Iterable[Rule], config: DataPipelineConfig) -> DataFrame:
-    """Adds `_outcome` to rows that are rejected or share their key, and `_reasons`, the rules that reject them."""
+    """Adds `_outcome` to rows that are set aside, and `_reasons`, the rules that reject them."""
     reasons = {rule.name: rule.is_violated(config) for rule in rules if rule.rejects(config)}
     reasons[f"{table.key[0]}_conflict"] = "_conflict"
     cases = ", ".join(f"CASE WHEN {condition} THEN '{name}' END" for name, condition in reasons.items())
@@ -2992,7 +2995,7 @@ def with_outcome(set_aside: DataFrame, table: Table, rules: Iterable[Rule], conf
 
 
 def nullify_values(rows: DataFrame, rules: Iterable[Rule], config: DataPipelineConfig) -> DataFrame:
-    """Sets values to null that violate a rule marked `nullify`."""
+    """Sets to null each value that violates a rule marked `nullify`."""
     kept = {
         rule.column: F.expr(f"CASE WHEN NOT {rule.is_violated(config)} THEN {rule.column} END")
         for rule in rules
@@ -3029,7 +3032,7 @@ class Quality:
         return self.quarantined / self.received if self.received else 0.0
 
     def changed(self, before: Quality, now: Quality) -> Quality:
-        """Returns the counts after a change: these, without those `before` it, and with those of `now`."""
+        """Returns these counts minus `before` plus `now`."""
 
         def total(name: str) -> Any:
             own, old, new = getattr(self, name), getattr(before, name), getattr(now, name)
@@ -3074,8 +3077,8 @@ class Separated(NamedTuple):
 def outcome_counts(table: Table, config: DataPipelineConfig, flags: Iterable[str], among: str) -> dict[str, str]:
     """Returns Spark SQL for counts of the rows set aside that meet a condition: by outcome, flag and silver table.
 
-    The counts of `row_counts` include rows that are set aside here. So `accepted` and the names of silver tables are
-    corrections of them: rows that are kept, minus rows that no rule rejects.
+    `row_counts` has counted these rows too. So the values of `accepted` and silver tables are differences, which
+    `quality_of` adds: rows that are kept, minus rows that no rule rejects.
     """
     kept = part_counts(table, f"_outcome = 'kept' AND {among}")
     passing = part_counts(table, f"{passes_rules(table.rules, config)} AND {among}")
@@ -3090,7 +3093,7 @@ def outcome_counts(table: Table, config: DataPipelineConfig, flags: Iterable[str
 
 
 def quality_of(table: Table, counts: Counts, found: Mapping[str, int]) -> Quality:
-    """Returns the account of rows from their counts and the counts of those set aside. Missing counts are 0."""
+    """Combines the counts of rows with the counts of those that are set aside. Missing counts are 0."""
     accepted = {part: rows + found.get(part, 0) for part, rows in counts.passing.items()}
     return Quality(
         received=counts.rows,
@@ -3146,7 +3149,7 @@ def separate_rows(run: Run, received: Received, keys: Sequence[FailingKeys], con
 # A run builds on the published snapshot, its base: it links the bronze of the base, adds what has arrived, computes the
 # orders of affected keys, and carries the other orders over. A full refresh computes all keys from the same bronze.
 
-# The settings that change the tables. The others do not: the snapshot of a run with other values can be built upon.
+# A change of these settings needs a full refresh. Source, models, rules and dates are compared elsewhere.
 TABLE_SETTINGS = (
     "source_delimiter", "source_quote", "source_encoding", "source_decimal", "source_time_zone", "silver_above",
     "gold_above", "premium_above", "payment_methods", "orphans", "currency",
@@ -3183,7 +3186,7 @@ def state_of(config: DataPipelineConfig, source: Source) -> dict[str, Any]:
         "settings": {
             **{name: str(getattr(config, name)) for name in TABLE_SETTINGS},
             CONTROLS: repr(source.controls),
-            # As SQL with the as-of date, since old orders may violate a rule that reads it on another day.
+            # As SQL that contains the as-of date: with another date, old orders may violate the rule.
             "rules": str([(name, rule.name, rule.severity, rule.is_violated(config)) for name, rule in own]),
         },
     }
@@ -3209,7 +3212,7 @@ def refresh_reason(
     """Returns why all keys have to be computed; empty if only the affected ones have to be."""
     settings = [name for name, value in own["settings"].items() if published["settings"].get(name) != value]
     reasons = {
-        "the models are others": published["models"] != own["models"],
+        "the models have changed": published["models"] != own["models"],
         f"other {' and '.join(settings)}": bool(settings),
         "the pipeline is another version": published["pipeline"] != own["pipeline"],
         f"the as-of date was {as_of}": as_of > config.as_of_date,
@@ -3258,7 +3261,7 @@ def find_base(config: DataPipelineConfig, source: Source, store: Store) -> Base 
     if refresh:
         logger.info("Full refresh of all keys: %s", refresh)
     if state["models"] != own["models"]:
-        logger.warning("Bronze keeps the rows that the models before have made: --reload makes them anew")
+        logger.warning("Bronze keeps the rows of the earlier models. To make them again, use --reload")
     return Base(Snapshot(store, published), record, dataclasses.replace(config, as_of_date=as_of), ledger, refresh)
 
 
@@ -3283,7 +3286,7 @@ class BronzeChange(NamedTuple):
 
 
 def bronze_change(run: Run, source: Source, table: Table, delivered: DataFrame | None) -> BronzeChange:
-    """Returns the change of a bronze table by what a source delivers.
+    """Returns the rows that a delivery adds to a bronze table, and the published rows that stay.
 
     A table that is received whole is compared with the base. Files that are received again replace their rows.
     """
@@ -3291,7 +3294,7 @@ def bronze_change(run: Run, source: Source, table: Table, delivered: DataFrame |
         return BronzeChange(delivered)
     before = run.base.read(run.engine, BRONZE, table)
     if delivered is not None and source.is_received_whole(table.name):
-        logger.info("%s is received whole, since its model needs all records: it is compared with before", table.name)
+        logger.info("%s is received whole, since its model needs all records, and compared with the base", table.name)
         return changed_rows(run, table, before, delivered)
     if source.replaced:
         is_replaced = F.coalesce(F.col("_delivery").isin(list(source.replaced)), F.lit(False))
@@ -3310,12 +3313,12 @@ def changed_rows(run: Run, table: Table, before: DataFrame, now: DataFrame) -> B
             "_copy", F.expr("row_number() OVER (PARTITION BY _content ORDER BY _delivery, _source_row)")
         )
 
-    by, names = ["_content", "_copy"], now.columns
+    by, columns = ["_content", "_copy"], now.columns
     before, now = run.cached(numbered(before)), run.cached(numbered(now))
-    added = now.join(before, by, how="left_anti").select(*names)
+    added = now.join(before, by, how="left_anti").select(*columns)
     if not before.join(now, by, how="left_anti").limit(1).collect():
         return BronzeChange(added)
-    return BronzeChange(added, before.join(now, by, how="left_semi").select(*names))
+    return BronzeChange(added, before.join(now, by, how="left_semi").select(*columns))
 
 
 def write_bronze(run: Run, table: Table, change: BronzeChange) -> Mapping[str, int]:
@@ -3339,7 +3342,7 @@ class Affected(NamedTuple):
 
     keys: DataFrame  # one row per key: `key_hash`; rows without a key have a hash too
     orders: Received  # their rows
-    before: Quality  # the account of these keys in the base
+    before: Quality  # the counts of these keys in the base
 
 
 def with_keys(rows: DataFrame, table: Table, keys: DataFrame, *, how: str = "left_semi") -> DataFrame:
@@ -3390,7 +3393,7 @@ def affected_rows(run: Run, base: Base, bronze: Mapping[str, Received]) -> dict[
 
 
 def account_before(run: Run, base: Base, bronze: Mapping[str, Received], rows: DataFrame) -> Quality:
-    """Returns the account of orders in the base: with its customers and products, as of its date."""
+    """Returns the counts of these orders in the base, with its customers and products, as of its date."""
     table = bronze["transactions"].table
     counts, nothing = count_rows(rows, table, base.config), no_rows(table)
     if not counts.rows:
@@ -3428,7 +3431,7 @@ def changed_parents(run: Run, base: Base, received: Received) -> DataFrame | Non
 
 def depends_on_date(table: Table) -> bool:
     """Returns whether a rule that rejects rows compares them with the as-of date."""
-    return any(":as_of_date" in rule.violation and rule.severity != WARN for rule in table.rules)
+    return any(":as_of_date" in rule.violation and rule.severity not in (WARN, OFF) for rule in table.rules)
 
 
 def carry_rows_over(run: Run, affected: Affected | None, layer: str, table: Table, rows: DataFrame) -> DataFrame:
@@ -3476,7 +3479,7 @@ def verify(run: Run, source: Source) -> None:
     """With `verify_incremental`, computes the full refresh of the same bronze beside the snapshot, and compares both.
 
     Raises:
-        NotPublishedError: a table or an account differs.
+        NotPublishedError: the rows or the counts of a table differ.
     """
     if not run.config.verify_incremental:
         return
@@ -3507,7 +3510,7 @@ def verify(run: Run, source: Source) -> None:
 
 
 def differences(run: Run, full: Run) -> Iterator[str]:
-    """Returns a line for each table or account in which a run differs from a full refresh."""
+    """Returns a line for each difference between the tables and counts of a run and those of a full refresh."""
     for layer, table in SNAPSHOT_TABLES:
         if layer == BRONZE:
             continue
@@ -3518,7 +3521,7 @@ def differences(run: Run, full: Run) -> Iterator[str]:
                 yield f"{layer}.{table.name} has rows that only the {which} gives, for example {shown}"
     for name, quality in run.record.quality.items():
         if quality != full.record.quality[name]:
-            yield f"the account of {name} is {quality} and {full.record.quality[name]}"
+            yield f"the counts of {name} are {quality} and {full.record.quality[name]}"
 
 
 # ═════════════════════════════════ Below this line is machinery. ═════════════════════════════════════════════════
@@ -3548,7 +3551,7 @@ MISTAKES: Mapping[str, str] = {
 
 
 def partition_count(rows: int, rows_each: int = ROWS_PER_FILE) -> int:
-    """Returns one partition for few rows, and enough to keep every core busy for many."""
+    """Returns a number of partitions: one for few rows, at least one per core for many."""
     cores = min(os.cpu_count() or 1, 1 + rows // 250_000)
     return cores * max(1, math.ceil(rows / cores / rows_each))
 
@@ -3672,7 +3675,7 @@ def choose_engine(
 
 
 def create_spark_session(config: DataPipelineConfig) -> SparkSession:
-    """Returns a session of the configured engine. It is stopped when this process exits. Raises PipelineError."""
+    """Returns a session of the configured engine. A new one stops when this process exits. Raises PipelineError."""
     engine = choose_engine(config, open_source(config))
     engine.check()
     engine.start(os.devnull)
@@ -3711,7 +3714,7 @@ def configured_master(config: DataPipelineConfig) -> str:
 
 
 class Engine(ABC):
-    """Computes the tables. Engines differ in the attributes and methods that they override.
+    """Computes the tables, with Spark or Sail.
 
     `rows` is the expected number of records. `given` is a session to use and leave as it was.
     """
@@ -3728,7 +3731,7 @@ class Engine(ABC):
             # Small plans have one partition. Adaptive execution would plan them again for nothing.
             "spark.sql.adaptive.enabled": str(not self.startup_dominates).lower(),
             "spark.sql.session.timeZone": "UTC",
-            # Java does not compile larger methods. Above the limit, Spark runs without whole-stage code.
+            # Java does not compile methods above 8,000 bytes. Spark then runs without whole-stage code generation.
             "spark.sql.codegen.hugeMethodLimit": "8000",
             "spark.sql.shuffle.partitions": str(config.shuffle_partitions or partition_count(rows, MILLION)),
             # The default, INT96, is deprecated and has no statistics, so readers could not skip row groups by time.
@@ -3760,7 +3763,7 @@ class Engine(ABC):
     def start(self, spark_log: str, temporary_folder: str = "") -> None:
         """Starts the engine, or applies the settings to the session that was given. Raises PipelineError.
 
-        Spark's own log goes to the file `spark_log`. The engine removes the temporary folder when it closes.
+        A JVM logs to `spark_log`, except with DEBUG. An engine that needs the temporary folder makes and removes it.
         """
         if self.given is None:
             # In a thread, because an interrupt within pyspark would leave a new JVM running for ever. Signals only
@@ -4146,8 +4149,8 @@ def check_shared_storage(engine: Engine, snapshot: Snapshot) -> None:
     """
     lines, spark, uri, root = 10_000, engine.spark, snapshot.table_uri("probe"), engine.config.root
     advice = (
-        "it has to be the same folder on every machine (by NFS, for example), with workers that run as the same "
-        "user as this process, who may write there, or else a URI such as hdfs:// or s3a://"
+        "use one folder that all machines share (by NFS, for example), or a URI such as hdfs:// or s3a://; workers "
+        "must run as the user of this process, with write access"
     )
     try:
         spark.sql(f"SELECT CAST(id AS STRING) FROM range({lines})").write.text(uri)
@@ -4174,7 +4177,7 @@ def starts_jvm() -> bool:
 
 
 def spark_home() -> Path:
-    """Returns the folder of Spark without importing it: `SPARK_HOME` or that of pip. Raises PipelineError."""
+    """Returns Spark's folder without importing Spark: `SPARK_HOME`, or the pip package. Raises PipelineError."""
     if home := os.environ.get("SPARK_HOME"):
         return Path(home)
     spec = importlib.util.find_spec("pyspark")
@@ -4494,10 +4497,10 @@ class Snapshot:
             os.link(file, self.path(layer, name, os.path.basename(file)))
 
     def checksums(self, known: Mapping[str, str] = {}) -> dict[str, str]:
-        """Returns the SHA-256 of each data file by its path in the snapshot. `known` has those of linked files."""
+        """Returns the SHA-256 of each data file by its path in the snapshot. `known` has those of the linked files."""
         parts = [(layer, table.name) for layer, table in SNAPSHOT_TABLES]
         paths = {os.path.relpath(file, self.folder): file for part in parts for file in self.files(*part)}
-        # An engine may give a file the name that one of the base has.
+        # A new file may have the same name as a file of the base.
         written = {file for part in parts for file in self.written_files(*part)}
 
         def checksum(path: str) -> str:
@@ -4595,8 +4598,7 @@ class Store:
         if not self.is_local:
             if server := re.match(r"hdfs://([^/:]+:\d+)(/|$)", self.root):
                 check_reachable("no HDFS", server[1], "correct data_dir")
-            text = "%s has no `current` link and no lock: each run receives everything and only writes its snapshot "
-            logger.warning(f"{text}there, and concurrent runs are not prevented", self.root)
+            logger.warning("%s has no lock: do not start two runs at once. Each run receives everything", self.root)
             return
         for folder in (self.root, self.path("runs"), self.path("snapshots")):
             with writing(folder):
@@ -4820,7 +4822,7 @@ FILE_FORMATS: Mapping[str, str] = {
 }  # fmt: skip
 UNFINISHED = re.compile(r"[._].*|.*[.](tmp|part|_COPYING_)")  # names of files that are still being written
 LANDED_COLUMNS: Mapping[str, str] = {"_delivery": "bigint", "_source_file": "string", "_source_row": "bigint"}
-BLOCK = 4 * 2**20  # bytes of text that are parsed together; no record may be longer
+BLOCK = 4 * 2**20  # bytes of CSV that are parsed together; no CSV record may be longer
 PENDING = 16 * 2**20  # bytes of records that are written together
 BATCH = 1_000  # rows of JSON and Excel that are staged together
 END = secrets.token_hex(8)  # the beginning of a record that marks the end of CSV
@@ -4874,7 +4876,7 @@ class LandedFile:
 
     @property
     def estimated_rows(self) -> int:
-        """Returns an estimate of its records: one for 100 bytes of text, or 20 bytes if compressed or Parquet."""
+        """Returns an estimate of its records: one per 100 bytes, or per 20 bytes if compressed or Parquet."""
         return 1 + self.size // (20 if self.is_compressed or self.suffix == ".parquet" else 100)
 
 
@@ -5050,7 +5052,7 @@ class FileReader:
                     raise
                 file.leave_out(str(error) or type(error).__name__)
         self._write_pending()
-        # Computed before the check for changes: a changed file keeps its parts, so that models find its columns;
+        # Computed before the check for changes. A changed file keeps its parts, since models need its columns.
         # `union_parts` drops its rows.
         readable = {file.delivery for file in files if not file.problem}
         for file in files:
@@ -5192,7 +5194,7 @@ class FileReader:
                 except TruncateError:
                     raise BadFileError(
                         f"record {number:,} says that the source has truncated the table: land a new snapshot of it, "
-                        "move the events before that away, and run with --reload"
+                        "move away all events before the snapshot, and run with --reload"
                     ) from None
                 except (ValueError, RecursionError, OverflowError):
                     if number == 1 and line.lstrip().startswith("["):
@@ -5239,7 +5241,7 @@ class CsvText(io.RawIOBase):
     def __init__(self, text: TextIO, end: str) -> None:
         self.text = text
         self.end = end
-        # pyarrow drops a byte order mark at the start of its input: this one, so that one in the first value is kept.
+        # pyarrow drops one byte order mark at the start. With this one added, it keeps a mark in the first value.
         self.encoded = codecs.BOM_UTF8
         self.last = "\n"  # the last character of the text
 
@@ -5510,7 +5512,7 @@ def check_columns(file: LandedFile) -> None:
         raise BadFileError(f"its only column is {file.columns[0]}: is {found[0]!r} the delimiter (--source-delimiter)?")
     if missing and (file.columns or file.rows or file.malformed):
         raise BadFileError(
-            f"it has no {', '.join(missing)}, but {', '.join(file.columns) or 'nothing'}: write a "
+            f"it lacks the columns {', '.join(missing)} (it has {', '.join(file.columns) or 'none'}): write a "
             f"model {file.source}.sql that makes them (--inspect-source proposes one)"
         )
 
@@ -5537,7 +5539,7 @@ class Arrivals:
 def compare_with_ledger(
     root: str, files: Sequence[LandedFile], ledger: Sequence[LandedFile], reread: str | None
 ) -> Arrivals:
-    """Compares files with the ledger. A file is known by its path, and by its size and time or its content.
+    """Compares files with the ledger. A file is known if the ledger has its path with equal size and time, or content.
 
     Raises:
         ConfigurationError: `reread` names no file.
@@ -5609,7 +5611,7 @@ SAME_CONTENT = "it has the same content as "
 def leave_out_repeated(files: Iterable[LandedFile], ledger: Iterable[LandedFile] = ()) -> None:
     """Leaves out files of a source that have the same content as a later one, or as one that was read before."""
     whole = [file for file in files if file.records and not file.problem]
-    # A file that was replaced may get its old content again. Then its records are the latest versions.
+    # Of each path, only the last content counts. An older content that returns is read again.
     latest = {file.path: file for file in ledger}.values()
     kept = {(file.source, file.sha256): file for file in (*whole, *(file for file in latest if not file.problem))}
     for file in whole:
@@ -6156,9 +6158,10 @@ def read_back(layer: str, table: Table) -> str:
 
 
 def audit_queries(linked: Collection[tuple[str, Table]] = ()) -> dict[tuple[str, Table], str]:
-    """Returns a query for each table of a snapshot: its rows, distinct keys, revenue and overlapping periods.
+    """Returns a query for each table of a snapshot.
 
-    Each query also reads every value, except those of tables with linked files.
+    It counts rows, distinct keys, rows that meet `one_to_one` and overlapping periods, and adds up the revenue, if the
+    table declares them. Each query also reads every value, except those of tables with linked files.
     """
     queries = {}
     for layer, table in SNAPSHOT_TABLES:
@@ -6246,10 +6249,10 @@ def write_changes_of(run: Run) -> None:
 
 
 def write_changes_back(store: Store, run_id: str) -> None:
-    """Writes the way back to another snapshot, if the published one has changes. A failure is only a warning."""
+    """Writes the changes of a rollback, if the published snapshot has changes. A failure is only a warning."""
     published = store.published()
     if published and os.path.isdir(store.path("snapshots", published, CHANGES)):
-        with best_effort("The changes of the way back are missing"):
+        with best_effort("The changes of the rollback are not written"):
             write_changes(Snapshot(store, published), Snapshot(store, run_id))
 
 
@@ -6509,7 +6512,7 @@ class RunRecord:
     orders: int | None = None  # completed orders; all rows with the same order_id are one
     returns: int | None = None
     refunds: Decimal | None = None  # amount paid back for the returns
-    controls: dict[str, Any] | None = None  # figures compared; first, last period; since when all published runs agree
+    controls: dict[str, Any] | None = None  # names of figures, first and last period, and since which run they agree
     previews: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # the first rows of each gold table
     summaries: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # by the names of SUMMARIES
     anomalies: list[str] = field(default_factory=list)  # figures that differ from the last runs, and files left out
@@ -6545,7 +6548,7 @@ class RunRecord:
 
     @property
     def delivered(self) -> Mapping[str, Quality]:
-        """The account of the rows that this run has received, by bronze table."""
+        """The counts of the rows that this run has received, by bronze table."""
         return self.arrived or self.quality
 
     @property
@@ -6606,7 +6609,7 @@ class RunRecord:
     def weeks(self) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
         """The figures of each complete week, and of the week of the as-of date if that is incomplete.
 
-        A week without sales has zeros. Weeks that are three years before the last one are left out.
+        A week without sales has zeros. Only the last 156 weeks are returned.
         """
         found = {date.fromisoformat(str(week["week"])): week for week in self.summaries.get("revenue_by_week", [])}
         count = (max(found) - min(found)).days // 7 + 1 if found else 0
@@ -6773,7 +6776,7 @@ def run_hooks(hook: str, record: RunRecord, store: Store, config: DataPipelineCo
             failure = str(error)
         seconds = time.perf_counter() - started
         record.hooks.append({"hook": hook, "command": command, "seconds": seconds, "failure": failure})
-        problem = f"the hook {hook} failed, {command}: {failure}"
+        problem = f"a command of the hook {hook} failed: {command}: {failure}"
         if failure and hook == "before_publish":
             raise NotPublishedError(
                 f"HOOK REFUSED, nothing is published: {problem}; the refused snapshot is in "
@@ -6864,7 +6867,7 @@ def warn_of_anomalies(record: RunRecord, store: Store, factor: float) -> None:
 
 def compared_figures(record: RunRecord) -> dict[tuple[str, str, float], float]:
     """Returns the rows and quarantine rates of a run, by table, format and tolerance. Bronze has what arrived."""
-    # A full refresh by hand receives what happens to be there.
+    # The arrivals of a full refresh on a base depend on when somebody starts it, so they are not compared.
     compared = {} if record.kind == "full" and record.arrived else record.delivered
     arrived = {f"{BRONZE}.{name}": quality.received for name, quality in compared.items()}
     figures = {
@@ -6898,7 +6901,7 @@ def anomalies(record: RunRecord, history: Sequence[RunRecord], factor: float) ->
 
 
 def alert(record: RunRecord, history: Sequence[RunRecord]) -> str | None:
-    """Returns the text of an alert. None if this run succeeded without anomalies and the one before did not fail."""
+    """Returns the text of an alert. None if nobody needs one: no failure, anomaly or recovery."""
     before = [run.result for run in history if run.run_id < record.run_id]
     where = f"run {record.run_id} on {socket.gethostname()}, {record.data_dir}"
     # Nobody needs an alert about their own Ctrl-C. SIGTERM comes from systemd or a runner, which may inform nobody.
@@ -6944,8 +6947,9 @@ def send_alert(webhook: str, text: str, timeout: float = 10.0) -> bool:
 def metrics(history: Sequence[RunRecord], published: RunRecord | None) -> str:
     """Returns the metrics of the last run for Prometheus, as text for node_exporter's textfile collector.
 
-    Rules and quarantine are of the last run that reached the gate; rows, revenue and anomalies are of the published
-    run. Each metric has the label `data_dir`, since a machine may run several pipelines.
+    Rules, delivery and quarantine are of the last run, or of the published run if the last one has not counted them.
+    Rows, revenue and anomalies are of the published run. Each metric has the label `data_dir`, since a machine may run
+    several pipelines.
     """
     good = [run for run in (published, *history) if run and run.result == "succeeded"]
     finished = max((run.finished_at for run in good if run.finished_at), default=None)
@@ -7022,7 +7026,7 @@ class Annotations(logging.Handler):
     """Repeats warnings and errors as workflow commands, which GitHub Actions shows beside the run."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Writes one command. It contains only the last line of a stack trace."""
+        """Writes one command, with the first line of an error instead of its stack trace."""
         kind = "error" if record.levelno >= logging.ERROR else "warning"
         text = record.getMessage()
         if record.exc_info and record.exc_info[1]:

@@ -83,7 +83,7 @@ def test_order_lines_under_the_number_of_their_order_are_refused(
     assert re.search(
         r"transaction_id_conflict 5 \(for example transaction_id '1001', transactions/\d.csv row \d\)", message
     )
-    assert "they look like order lines: make the key of order and line in transactions.sql" in message
+    assert "if they are order lines, make the key of order and line in transactions.sql" in message
     assert "concat(transaction_id, '/', product_id) AS transaction_id" in message
     if parts == 1:
         return

@@ -109,7 +109,7 @@ def test_gate(
         r"GATE MISSED, nothing is published: transactions\.timestamp_near_epoch \(1 rows violate .*\), "
         r"transactions\.max_quarantine_rate \(165 of 1,000 rows are quarantined, 16\.50%, and --max-quarantine-rate "
         r"allows 5\.00%: amount_not_positive 37 \(for example amount '0\.00'\): .*; transaction_id_conflict 36 \(for "
-        r"example transaction_id 'TXN_0000054'\): they look like order lines: .*; amount_missing 19 \(.*snapshots",
+        r"example transaction_id 'TXN_0000054'\): rows of this key contradict .*; amount_missing 19 \(.*snapshots",
     )
     assert "transactions: 165 of 1,000 rows are quarantined, 16.50%" in caplog.text
     at_once, too_many = record["gate_failures"]
@@ -322,10 +322,7 @@ def test_storage_without_links(
     config = DataPipelineConfig(engine=ENGINE, data_dir=f"file://{tmp_path}/lake", as_of_date="2026-03-04", **SMALL)  # type: ignore[arg-type]
     with caplog.at_level(logging.INFO, logger="data_pipeline"):
         run_id = run_pipeline(config, spark).run_id
-    assert (
-        "has no `current` link and no lock: each run receives everything and only writes its snapshot there, and"
-        in caplog.text
-    )
+    assert "lake has no lock: do not start two runs at once. Each run receives everything" in caplog.text
     assert [entry.name for entry in (tmp_path / "lake").iterdir()] == ["snapshots"]
     assert f"The data lies in {config.root}/snapshots/{run_id}" in caplog.text
     assert differences(tmp_path / "lake" / "snapshots" / run_id, first_run[1].data_dir) == []

@@ -101,7 +101,7 @@ def test_hooks_of_a_run(
         f"'{shown}' after '{tmp_path}/after.json'",
     ]
     assert f"after {record.run_id} {record.run_id} {sys.executable}" in lines(log, "after_publish")
-    problem = f"the hook after_publish failed, {failing}: a % b <c> (exit code 7)"
+    problem = f"a command of the hook after_publish failed: {failing}: a % b <c> (exit code 7)"
     assert (record.result, record.exit_code, store.published()) == ("succeeded", 0, record.run_id)
     assert [(ran["hook"], ran["failure"]) for ran in record.hooks] == [
         ("before_publish", ""),
@@ -131,8 +131,9 @@ def test_hook_refuses_the_run(published: DataPipelineConfig, spark: SparkSession
     published.alert_webhook = None
     published.before_publish = ("sh -c 'echo looking; echo 3 rows are odd; exit 1'", f"touch {tmp_path}/next")
     published.after_publish = (f"touch {tmp_path}/next",)
-    reason = "before_publish failed, sh -c 'echo looking; echo 3 rows are odd; exit 1': 3 rows are odd (exit code 1)"
-    values = refused(published, spark, f"HOOK REFUSED, nothing is published: the hook {reason.replace('(', '.')[:90]}")
+    reason = "before_publish failed: sh -c 'echo looking; echo 3 rows are odd; exit 1': 3 rows are odd (exit code 1)"
+    message = f"HOOK REFUSED, nothing is published: a command of the hook {reason.replace('(', '.')[:90]}"
+    values = refused(published, spark, message)
     assert not (tmp_path / "next").exists()
     store = Store(published.root)
     assert store.snapshots("_REFUSED") == [values["run_id"]]
@@ -162,7 +163,7 @@ def test_rollback_runs_the_hooks_after_publishing(
     assert roll_back(Store(published.root), run_id, 0, published) == run_id
     assert run_id in lines(log, "after_publish")
     assert RunRecord.from_json((tmp_path / "record").read_text()).run_id == run_id
-    assert "the hook after_publish failed, /no/such/program: " in log.text
+    assert "the hook after_publish failed: /no/such/program: " in log.text
     assert not (tmp_path / "before").exists()
 
 

@@ -390,7 +390,7 @@ def test_other_settings_rules_and_dates_compute_every_key(shop: Shop, caplog: py
     assert "Full refresh of all keys: the as-of date was 2026-03-02" in caplog.text
     (shop.source / "transactions.sql").write_text("SELECT * FROM transactions -- as they are")
     assert shop.run(orphans="reject").kind == "full"
-    assert "Full refresh of all keys: the models are others" in caplog.text
+    assert "Full refresh of all keys: the models have changed" in caplog.text
     (shop.source / "controls.csv").write_text("period,orders\n2026-01,2\n")
     with pytest.raises(NotPublishedError, match=r"2026-01 orders: 2 in controls\.csv, 1 in the tables"):
         shop.run(orphans="reject")
@@ -542,7 +542,7 @@ def test_tables_of_models_that_join_are_compared(shop: Shop, caplog: pytest.LogC
     assert record.quality["transactions"].received == 5
     payments.unlink()
     shop.land("transactions", "3", "T10,1,P1,1,9.00,2026-02-01 10:00:00,,completed")
-    with pytest.raises(NotPublishedError, match=r"transactions\.sql needs all files .*: payments\.csv is gone"):
+    with pytest.raises(NotPublishedError, match=r"transactions\.sql needs all files .*: these are gone: payments\.csv"):
         shop.run()
 
 

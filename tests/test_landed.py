@@ -605,7 +605,7 @@ def test_what_is_rejected_says_why_and_where_and_the_last_delivery_of_a_key_wins
         (3, ["amount_malformed"], '{"amount":"19.981"}', "transactions/1.csv"),
         (4, ["amount_missing"], None, "transactions/1.csv"),
     ]
-    assert "it has no transaction_id" in record.delivery["transactions"]["left_out"]["transactions/2.jsonl"]
+    assert "it lacks the columns transaction_id" in record.delivery["transactions"]["left_out"]["transactions/2.jsonl"]
     quality = record.quality["transactions"]
     assert quality.violations["record_malformed"] == 1
     assert (quality.received, quality.quarantined, quality.accepted) == (4 + 4, 3, 1 + 1)
