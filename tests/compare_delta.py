@@ -63,7 +63,7 @@ READERS: dict[str, Callable[[str, int, pa.Schema], pa.Table]] = {
 def differences(data: Path, run_id: str) -> Iterator[str]:
     command = [sys.executable, str(DELTA), str(data), "--versions", run_id]
     versions = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    assert len(versions) == 15
+    assert len(versions) == 16
     for name, version in versions.items():
         expected = snapshot(data / "snapshots" / run_id / name)
         columns = expected.schema.names
