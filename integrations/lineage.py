@@ -75,8 +75,9 @@ def events(record: dict[str, Any]) -> Iterator[RunEvent]:
     namespace = f"{root.scheme}://{root.netloc}" if root.scheme else "file"
     app, whole = record["config"]["app_name"], str(uuid.uuid5(uuid.NAMESPACE_URL, record["run_id"]))
     parent = parent_run.ParentRunFacet(parent_run.Run(whole), parent_run.Job(NAMESPACE, app))
-    good, error = record["result"] in ("succeeded", "running"), record["error"] or {}
-    failure = error_message_run.ErrorMessageRunFacet(error.get("message", ""), "Python", error.get("traceback"))
+    good, error = record["result"] == "succeeded", record["error"] or {}
+    message = error.get("message", record["result"])  # a run that was killed has no error
+    failure = error_message_run.ErrorMessageRunFacet(message, "Python", error.get("traceback"))
 
     def name_of(table: str) -> str:
         return f"{root.path}/{table.replace('.', '/')}"
@@ -122,9 +123,13 @@ def main() -> str | None:
     """Sends the events of a run. Returns what went wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("data_dir", nargs="?", help="data folder, to report its last run (default: PIPELINE_RECORD)")
-    folder = parser.parse_args().data_dir
-    runs = sorted(Path(folder).expanduser().glob("runs/*.json")) if folder else [Path(os.environ["PIPELINE_RECORD"])]
+    folder, record_file = parser.parse_args().data_dir, os.environ.get("PIPELINE_RECORD")
+    runs = sorted(Path(folder).expanduser().glob("runs/*.json")) if folder else [Path(f) for f in [record_file] if f]
+    if not runs:
+        parser.error(f"there is no run record in {folder}" if folder else "name a data folder, or run this as a hook")
     record, problems = json.loads(runs[-1].read_text(encoding="utf-8")), [f"no answer within {TIMEOUT:g} seconds"]
+    if record["result"] == "running":
+        return f"lineage: run {record['run_id']} has not ended, or was killed: the next run records that"
 
     def send() -> None:
         try:
