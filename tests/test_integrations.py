@@ -293,7 +293,7 @@ def test_suites_are_those_of_the_contract(suites: Path) -> None:
 def test_expectations_as_a_gate(
     published: DataPipelineConfig, spark: SparkSession, suites: Path, tmp_path: Path
 ) -> None:
-    """A good run passes, and is published. Each planted defect refuses a run, and what was published stays."""
+    """A good run passes, and is published. A defect refuses the next one, and what was published stays."""
     changed = Path(shutil.copytree(suites, tmp_path / "suites"))
     published.before_publish = (command("expectations.py", "--suites", changed),)
     store = Store(published.root)
