@@ -1871,15 +1871,15 @@ class LandedFiles(Source):
 
     def check_reload(self, ledger: Sequence[LandedFile]) -> None:
         """Raises NotPublishedError if files that were read before are gone, unless that is accepted."""
-        paths = {file.path for file in self.files}
+        paths, before = {file.path for file in self.files}, {file.path for file in ledger}
         present = {file.sha256 for file in ledger if file.path in paths}
         lost = [file for file in ledger if file.path not in paths and file.sha256 not in present]
-        renamed = [file for file in self.files if file.path not in {known.path for known in ledger}]
-        found = {
-            old.path for old in lost for new in renamed if new.size == old.size and is_same_content(self.root, new, old)
+        new = [file for file in self.files if file.path not in before]
+        renamed = {
+            old.path for old in lost for file in new if file.size == old.size and is_same_content(self.root, file, old)
         }
-        gone = list(dict.fromkeys(file.path for file in lost if file.path not in found))
-        self.arrivals.again = set() if self.config.accept_missing_files else paths & {file.path for file in ledger}
+        gone = list(dict.fromkeys(file.path for file in lost if file.path not in renamed))
+        self.arrivals.again = set() if self.config.accept_missing_files else paths & before
         if gone and not self.config.accept_missing_files:
             raise NotPublishedError(
                 f"a reload would lose the rows of files that are gone, nothing is published: {shorten(gone)}; put "

@@ -475,7 +475,7 @@ def test_commands_of_the_docs(tmp_path: Path) -> None:
     project = Path(data_pipeline.__file__).parent
     text = (project / "docs/changes.md").read_text()
     blocks = re.findall(r"run by: tests/test_changes.py -->\n```bash\n(.*?)```", text, re.DOTALL)
-    script = "".join(blocks).replace(".venv/bin/python data_pipeline.py", f"{sys.executable} {data_pipeline.__file__}")
+    script = "".join(blocks).replace("data_pipeline.py", data_pipeline.__file__)
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script.replace(".venv/bin/python", sys.executable)], cwd=tmp_path,
         capture_output=True, text=True, check=False,

@@ -214,7 +214,6 @@ def test_delta_notices_what_others_change(delta_history: tuple[DataPipelineConfi
 
 
 @pytest.mark.integration
-@pytest.mark.slow
 @pytest.mark.parametrize("reader", ["spark", "sail"])
 def test_delta_tables_in_spark_and_sail(reader: str, delta_history: tuple[DataPipelineConfig, list[str]]) -> None:
     """By the versions that docs/delta.md shows. Spark gets Delta from Maven Central."""

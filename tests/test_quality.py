@@ -8,6 +8,7 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 import pytest
+from conftest import THOROUGH
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
@@ -216,6 +217,7 @@ def test_rows_are_flagged_by_few_and_by_many_keys(
     }  # fmt: skip
 
 
+@THOROUGH
 def test_refused_row_carries_every_reason(frame: Frame, config: DataPipelineConfig) -> None:
     change = {"amount": None, "quantity": 0, "customer_id": 99, "product_id": None, "payment_method": " PAYPAL"}
     no_key = {"transaction_id": None}
@@ -229,6 +231,7 @@ def test_refused_row_carries_every_reason(frame: Frame, config: DataPipelineConf
     assert row["payment_method"] == " PAYPAL", "quarantine holds the row as it was received"
 
 
+@THOROUGH
 def test_customer_is_kept_without_the_values_that_are_impossible(frame: Frame, config: DataPipelineConfig) -> None:
     """Without its key it is rejected; and so is an order of a customer who is rejected."""
     change = {"customer_id": 2, "email": "nobody", "age": 200, "signup_date": date(2030, 1, 1)}
@@ -246,6 +249,7 @@ def test_customer_is_kept_without_the_values_that_are_impossible(frame: Frame, c
     assert [row["_reasons"] for row in quarantined.collect()] == [["customer_id_unknown"]]
 
 
+@THOROUGH
 def test_product_without_key_is_refused(frame: Frame, config: DataPipelineConfig) -> None:
     no_key = {"product_id": None}
     kept, quarantined = split_of(frame, config, "products", no_key, no_key, {})
@@ -283,6 +287,7 @@ def test_latest_record_of_a_key_wins(frame: Frame, config: DataPipelineConfig) -
         assert [row["_reasons"] for row in quarantined.collect()] == [["amount_missing"]]
 
 
+@THOROUGH
 def test_tie_of_customers_is_broken_by_the_remaining_columns(frame: Frame, config: DataPipelineConfig) -> None:
     """An attribute differs there, not a sum: the customer's orders must not be lost."""
     ties = [{"age": age, "city": city} for age, city in ((2, None), (3, "Ulm"), (3, "Bonn"))]
@@ -363,6 +368,7 @@ def test_records_of_a_key_that_are_no_versions_are_in_conflict(
         }
 
 
+@THOROUGH
 def test_orphans_are_rejected_or_kept(frame: Frame, small: Callable[..., DataPipelineConfig]) -> None:
     """They are counted either way."""
     changes: list[dict[str, Any]] = [
@@ -390,6 +396,7 @@ def test_orphans_are_kept_from_landed_files_unless_it_is_said(small: Callable[..
     ]  # fmt: skip
 
 
+@THOROUGH
 def test_negative_quantity_and_amount_together_are_a_return(frame: Frame, config: DataPipelineConfig) -> None:
     def order(name: str, quantity: int, amount: str) -> dict[str, Any]:
         return {"transaction_id": name, "quantity": quantity, "amount": Decimal(amount)}

@@ -7,7 +7,7 @@ from pathlib import Path
 import duckdb
 import pytest
 from compare_runs import differences
-from conftest import one, open_tables
+from conftest import THOROUGH, one, open_tables
 from pyspark.sql import SparkSession
 
 from data_pipeline import TABLES, DataPipelineConfig, RunRecord, Store, run_pipeline, tables
@@ -95,6 +95,7 @@ def test_gold_is_sorted_for_its_reader(db: duckdb.DuckDBPyConnection) -> None:
     assert revenue == sorted(revenue, reverse=True)
 
 
+@THOROUGH
 def test_second_run_gives_the_same_data(published: DataPipelineConfig, spark: SparkSession) -> None:
     """By the session of the process, in a thread where it is not the active one; it is left running, as it was set.
 
@@ -121,7 +122,10 @@ def test_second_run_gives_the_same_data(published: DataPipelineConfig, spark: Sp
     assert not [table.name for table in spark.catalog.listTables() if table.name.startswith("transactions_clean")]
 
 
-@pytest.mark.parametrize(("customers", "transactions", "products"), [(0, 0, 0), (20, 0, 5), (1, 50, 1)])
+@pytest.mark.parametrize(
+    ("customers", "transactions", "products"),
+    [(0, 0, 0), pytest.param(20, 0, 5, marks=THOROUGH), pytest.param(1, 50, 1, marks=THOROUGH)],
+)
 def test_empty_tables(
     customers: int, transactions: int, products: int, spark: SparkSession, small: Callable[..., DataPipelineConfig]
 ) -> None:
