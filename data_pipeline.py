@@ -184,6 +184,9 @@ class Stopped(KeyboardInterrupt):
         self.exit_code = 128 + number
 
 
+stop_signals: list[int] = []  # the signal that asks this process to end
+
+
 def interruption(error: BaseException | None) -> BaseException | None:
     """Returns the interrupt that led to an error, or None. Py4J may replace the interrupt with another error."""
     while error and not isinstance(error, KeyboardInterrupt):
@@ -857,6 +860,8 @@ class Run:
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
         """Times a step. `record.current_step` is the step that began last, or the first one that failed."""
+        if stop_signals:
+            raise Stopped(stop_signals[0])
         started = time.perf_counter()
         self.record.started_after[name] = started - self._started
         if not self._failed.is_set():
@@ -7233,13 +7238,14 @@ def report_failure(error: BaseException, flags: argparse.Namespace | None, *, ha
 
 @contextlib.contextmanager
 def stoppable(is_over: Callable[[], bool]) -> Iterator[None]:
-    """Raises Stopped in the block at the first SIGINT or SIGTERM, unless `is_over()`; ignores later signals."""
-    stopped = False
+    """Raises Stopped in the block at the first SIGINT or SIGTERM, unless `is_over()`; ignores later signals.
+
+    Python loses an exception that is raised in a finalizer. Then the next step of the run raises it.
+    """
 
     def stop(number: int, _: Any) -> None:
-        nonlocal stopped
-        if not stopped and not is_over():
-            stopped = True
+        if not stop_signals and not is_over():
+            stop_signals.append(number)
             raise Stopped(number)
 
     # Signals that the parent process ignores stay ignored.
@@ -7251,7 +7257,8 @@ def stoppable(is_over: Callable[[], bool]) -> Iterator[None]:
         yield
     finally:
         for number, handler in previous.items():
-            signal.signal(number, signal.SIG_IGN if stopped else handler)  # a stopped process is about to end
+            signal.signal(number, signal.SIG_IGN if stop_signals else handler)  # a stopped process is about to end
+        stop_signals.clear()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -374,7 +374,8 @@ def test_delete_arrives(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:  
     assert (first.orders, first.revenue) == (2, Decimal("10.00"))
     assert "transactions/0.jsonl: 1 tombstones and messages are ignored" in caplog.text
     land_events(shop, 1, [delete_of("transactions", {"id": 2}, 9), delete_of("customers", {"id": 7}, 10)])
-    record = shop.run(changes=True, verify_incremental=True)
+    # On Spark, test_incremental.py verifies a night.
+    record = shop.run(changes=True, verify_incremental=ENGINE == "sail")
     assert (record.kind, record.orders, record.revenue) == ("incremental", 1, Decimal("5.00"))
     assert {name: quality.deleted for name, quality in record.quality.items()} == {
         "customers": 1, "products": 0, "transactions": 1,
@@ -470,6 +471,7 @@ def test_snapshot_without_history_and_change_columns(shop: Shop) -> None:  # noq
 
 
 @pytest.mark.slow
+@THOROUGH
 def test_commands_of_the_docs(tmp_path: Path) -> None:
     """And the SQL of the docs that finds the city of an order at its time."""
     project = Path(data_pipeline.__file__).parent

@@ -342,6 +342,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", tmp_path], check=True)
 
 
+@THOROUGH
 @pytest.mark.skipif(ENGINE != "spark", reason="Sail keeps rows on this disk before there is a quarantine")
 def test_disk_that_fills_up(
     small_disk: Path, published: DataPipelineConfig, spark: SparkSession, monkeypatch: pytest.MonkeyPatch

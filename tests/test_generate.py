@@ -7,7 +7,7 @@ from decimal import Decimal
 
 import duckdb
 import pytest
-from conftest import ENGINE, SMALL, one
+from conftest import ENGINE, SMALL, THOROUGH, one
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -123,6 +123,7 @@ def test_changed_status_is_later_and_wins(db: duckdb.DuckDBPyConnection, config:
     assert one(db, f"SELECT count(*) FROM {kept_of_changed}") == one(db, completed_last) > 0
 
 
+@THOROUGH
 def test_no_defects_when_none_are_asked_for(spark: SparkSession, small: Callable[..., DataPipelineConfig]) -> None:
     config = small(defect_rate=0)
     customers, products, transactions = (generate(spark, config).cache() for generate in GENERATORS)
@@ -152,6 +153,7 @@ def test_short_histories(history_days: int, spark: SparkSession, small: Callable
     assert max(by_day.values()) < 8 * config.num_transactions / history_days / 2 or history_days == 1
 
 
+@THOROUGH
 def test_default_size_looks_real(spark: SparkSession) -> None:
     from data_pipeline import customers_enriched, transactions_clean
 

@@ -639,6 +639,7 @@ def exported(report: RunRecord, folder: Path) -> str:
     return str(folder)
 
 
+@THOROUGH
 def test_landed_records_give_the_same_tables_as_generated_ones(
     first_run: tuple[DataPipelineConfig, RunRecord], small: Small, spark: SparkSession, tmp_path: Path
 ) -> None:
@@ -819,6 +820,7 @@ MODELS: dict[str, tuple[str, str]] = {
 }  # fmt: skip
 
 
+@THOROUGH
 @pytest.mark.parametrize("case", LOSSES)
 def test_model_that_fails_or_loses_or_repeats_rows(case: str, shop: Callable[..., RunRecord]) -> None:
     model, message = LOSSES[case]
@@ -970,6 +972,7 @@ def test_models_in_a_folder_of_their_own(
     assert (row["transaction_id"], row["product_id"]) == ("T1", "A")
 
 
+@THOROUGH
 @pytest.mark.parametrize("content", [b"", b"\xff\n"])
 def test_files_without_any_record_are_no_fault_of_the_model(content: bytes, shop: Callable[..., RunRecord]) -> None:
     """Their columns are unknown: the gate says that there are no rows."""
@@ -1259,12 +1262,14 @@ def test_every_format_gives_the_same_rows(
     assert {delivery: Counter(values) for delivery, values in found.items()} == dict.fromkeys(range(3, 8), wanted)
 
 
+@THOROUGH
 def test_source_of_which_nothing_can_be_read_is_refused(shop: Callable[..., RunRecord]) -> None:
     """Going on without bad files must not publish empty tables."""
     with pytest.raises(NotPublishedError, match="no rows were received"):
         shop({"transactions/1.csv": b"\xff\xff"}, on_bad_file="quarantine")
 
 
+@THOROUGH
 def test_only_file_that_changes_is_no_reason_to_publish_nothing(
     shop: Callable[..., RunRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -176,6 +176,7 @@ def test_shopify_lines_add_up_to_the_subtotal(run_model: Run) -> None:
     assert len(subtotals) == 14
 
 
+@THOROUGH
 def test_shopify_customers_and_products_of_orders_alone(run_model: Run) -> None:
     _, db = run_model("shopify")
     names = by_key(db, "SELECT email, first_name, last_name FROM bronze_customers WHERE email IS NOT NULL")

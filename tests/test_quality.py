@@ -277,6 +277,7 @@ RECORDS = {
 }
 
 
+@THOROUGH
 def test_latest_record_of_a_key_wins(frame: Frame, config: DataPipelineConfig) -> None:
     records = [{"transaction_id": key, **change} for key, (changes, _) in RECORDS.items() for change in changes]
     for order in (records, records[::-1]):

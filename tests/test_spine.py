@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -64,6 +66,22 @@ def test_bad_configuration_leaves_no_lock_and_no_record(small: Small, spark: Spa
         run_pipeline(config, spark, on_start=started.append)
     assert started == []
     assert list(Path(config.root, "runs").iterdir()) == []
+
+
+def test_interrupt_that_python_loses_is_raised_by_the_next_step(run: Run) -> None:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with data_pipeline.stoppable(lambda: False):
+            with contextlib.suppress(KeyboardInterrupt):  # as a finalizer does
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+            with pytest.raises(KeyboardInterrupt, match="stopped by SIGINT"), run.step("next"):
+                pytest.fail("the step begins")
+        with run.step("after"):
+            assert data_pipeline.stop_signals == []
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def test_parallel_returns_results_by_item(run: Run) -> None:
