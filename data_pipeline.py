@@ -7242,6 +7242,11 @@ def stoppable(is_over: Callable[[], bool]) -> Iterator[None]:
 
     Python loses an exception that is raised in a finalizer. Then the next step of the run raises it.
     """
+    report_lost = sys.unraisablehook
+
+    def lost(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, Stopped):
+            report_lost(unraisable)
 
     def stop(number: int, _: Any) -> None:
         if not stop_signals and not is_over():
@@ -7253,9 +7258,11 @@ def stoppable(is_over: Callable[[], bool]) -> Iterator[None]:
     previous = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
     for number in previous:
         signal.signal(number, stop)
+    sys.unraisablehook = lost
     try:
         yield
     finally:
+        sys.unraisablehook = report_lost
         for number, handler in previous.items():
             signal.signal(number, signal.SIG_IGN if stop_signals else handler)  # a stopped process is about to end
         stop_signals.clear()

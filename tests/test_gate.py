@@ -43,7 +43,7 @@ from data_pipeline import (
     tables,
 )
 
-KILLS = int(os.environ.get("KILLS", "2"))
+KILLS = int(os.environ.get("KILLS", "1"))
 
 
 @pytest.fixture

@@ -68,17 +68,23 @@ def test_bad_configuration_leaves_no_lock_and_no_record(small: Small, spark: Spa
     assert list(Path(config.root, "runs").iterdir()) == []
 
 
-def test_interrupt_that_python_loses_is_raised_by_the_next_step(run: Run) -> None:
+class Finalized:
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+
+def test_interrupt_that_python_loses_is_raised_by_the_next_step(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with data_pipeline.stoppable(lambda: False):
-            with contextlib.suppress(KeyboardInterrupt):  # as a finalizer does
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(1)
+            finalized = Finalized()
+            del finalized
             with pytest.raises(KeyboardInterrupt, match="stopped by SIGINT"), run.step("next"):
                 pytest.fail("the step begins")
         with run.step("after"):
             assert data_pipeline.stop_signals == []
+        assert "Traceback" not in capsys.readouterr().err
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
