@@ -3123,16 +3123,20 @@ def separate_rows(run: Run, received: Received, keys: Sequence[FailingKeys], con
     rules = [*received.violated_rules, *(rule for rule in key_rules(table) if rule.violation in orphans)]
     rejecting = {"_duplicate_key", *(rule.violation for rule in rules if rule.rejects(config))}
     keys = [found for found in keys if found.flag in rejecting]  # the others are orphans that are kept
-    flagged = flag_rows(received.rows, keys, rules, config)
-    set_aside = run.cached(flagged.where(f"_rejected OR _duplicate_key OR NOT ({NOT_DELETED})"))
-    set_aside = with_outcome(set_aside, table, rules, config)
-    set_aside = run.cached(run.engine.coalesced(set_aside, 1 + counts.rows // ROWS_PER_FILE))
+    is_clean = not keys and not counts.deletes and not any(rule.rejects(config) for rule in rules)
+    if is_clean:  # the ranking of no rows would take a second
+        nothing = {"_rejected": "false", "_order": "0", "_outcome": "''", "_reasons": "CAST(array() AS ARRAY<STRING>)"}
+        set_aside = received.rows.where("false").select("*", *named_columns(nothing))
+    else:
+        flagged = flag_rows(received.rows, keys, rules, config)
+        set_aside = run.cached(flagged.where(f"_rejected OR _duplicate_key OR NOT ({NOT_DELETED})"))
+        set_aside = with_outcome(set_aside, table, rules, config)
+        set_aside = run.cached(run.engine.coalesced(set_aside, 1 + counts.rows // ROWS_PER_FILE))
     flags = ["_conflict", *(found.flag for found in keys if found.flag in orphans)]
     metrics = outcome_counts(table, config, flags, "true")
     if run.base:
         arrived = outcome_counts(table, config, flags, f"_run_id = {spark_text(run.record.run_id)}")
         metrics |= {f"arrived {name}": sql for name, sql in arrived.items()}
-    is_clean = not keys and not counts.deletes and not any(rule.rejects(config) for rule in rules)
     found = {} if is_clean else aggregate(set_aside, metrics)
     columns = received.rows.columns
     passing = received.rows.where(f"{passes_rules(received.violated_rules, config)} AND {NOT_DELETED}")
