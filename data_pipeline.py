@@ -1436,6 +1436,7 @@ def transactions_returned(transactions: DataFrame, products: DataFrame) -> DataF
     return with_category_and_date(transactions.where(RETURNED), products)
 
 
+TRACKED = ("first_name", "last_name", "email", "age", "city", "signup_date")  # a change of them opens a version
 BEGAN = "coalesce(_changed_at, CAST(signup_date AS TIMESTAMP), _ingested_at)"
 
 
@@ -1453,8 +1454,8 @@ def customers_history(once: DataFrame, versions: DataFrame) -> DataFrame:
     begins when it was received, or earlier if the next version begins earlier. `once` has the customers received once,
     `versions` all records of the others.
     """
-    name_columns = (known(name).alias(name) for name in ("first_name", "last_name"))
-    attributes = [F.col("customer_id"), *name_columns, *map(F.col, ("email", "age", "city", "signup_date"))]
+    shown = (known(name).alias(name) if name.endswith("_name") else F.col(name) for name in TRACKED)
+    attributes = [F.col("customer_id"), *shown]
     only = once.select(*attributes, F.expr(BEGAN).alias("valid_from"), F.expr("CAST(NULL AS TIMESTAMP) AS valid_to"))
     periods = version_periods(versions).select(*attributes, F.col("valid_from"), F.col("valid_to"))
     return only.unionByName(periods).withColumn("is_current", F.col("valid_to").isNull())
@@ -1467,12 +1468,11 @@ def version_periods(versions: DataFrame) -> DataFrame:
     without `_changed_at`, are one. A delete ends the version before it, and is left out.
     """
     oldest_first = "OVER (PARTITION BY customer_id ORDER BY _order DESC"
-    attributes = "first_name", "last_name", "email", "age", "city", "signup_date"
     came_later = f"_changed_at IS NULL AND _ingested_at <> first_value(_ingested_at) {oldest_first})"
     first = {
         "_began": f"CASE WHEN {came_later} THEN _ingested_at ELSE {BEGAN} END",
         "_receipt": "CASE WHEN _changed_at IS NULL THEN _ingested_at END",
-        "_content": f"CASE WHEN {NOT_DELETED} THEN to_json({named_struct({name: name for name in attributes})}) END",
+        "_content": f"CASE WHEN {NOT_DELETED} THEN to_json({named_struct({name: name for name in TRACKED})}) END",
     }
     # Each step adds columns, and keeps the rows that meet a condition. The windows of a step see only these.
     steps: Sequence[tuple[Mapping[str, str], str]] = (
@@ -1561,12 +1561,7 @@ def _order_totals(orders: DataFrame, count: str, *keys: str) -> DataFrame:
 
 def orders_by_dimension(transactions_clean: DataFrame) -> DataFrame:
     """One row per category, payment method, device and browser. Three gold tables aggregate it further."""
-    return transactions_clean.groupBy(
-        "product_category",
-        "payment_method",
-        "device",
-        "browser",
-    ).agg(
+    return transactions_clean.groupBy("product_category", "payment_method", "device", "browser").agg(
         F.count(F.lit(1)).alias("transaction_count"),
         sum_of_money("amount").alias("total_revenue"),
         F.min("amount").alias("min_transaction"),
@@ -1702,6 +1697,7 @@ CHANGED_TABLES = tuple(
     for layer, table in SNAPSHOT_TABLES
     if layer == GOLD or table.name in ("transactions_clean", "customers_enriched")
 )
+
 
 # ── Sources ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
