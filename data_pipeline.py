@@ -508,7 +508,7 @@ def run_pipeline(
             if base and record.kind == "unchanged":
                 return repeat_published(record, base)
             run = Run(config, engine, snapshot, record, base)
-            run.start_engine(meanwhile=source.prepare)
+            run.start_engine(source)
             with run.layer(BRONZE, "Raw Data Ingestion"):
                 bronze = ingest_bronze(run, source)
             with run.layer(SILVER, "Data Cleansing and Enrichment"):
@@ -837,10 +837,14 @@ class Run:
         self._failed = threading.Event()
         self._cached = contextlib.ExitStack()
 
-    def start_engine(self, meanwhile: Callable[[], None]) -> None:
-        """Starts the engine and checks that all of its machines see the snapshot."""
+    def start_engine(self, source: Source) -> None:
+        """Starts the engine, while the source prepares, and checks that all of its machines see the snapshot."""
+        if self.base and self.record.kind == "incremental":
+            # A row that is carried over takes about a tenth of the time of a row that is computed.
+            carried = sum(quality.received for quality in self.base.record.quality.values())
+            self.engine.startup_dominates = sum(source.expected_rows.values()) + carried // 10 < SMALL_RUN
         with self.step("start-up"):
-            prepared = call_in_thread(meanwhile)
+            prepared = call_in_thread(source.prepare)
             runs, run_id = self.snapshot.store.runs, self.record.run_id
             self.engine.start(runs.spark_log(run_id), runs.temporary_folder(run_id))
             prepared.result()
@@ -1849,15 +1853,19 @@ class LandedFiles(Source):
                 raise ConfigurationError(f"data_dir {config.root} lies within a source of source_dir: choose another")
             if file.problem:
                 raise ConfigurationError(f"cannot read {file.path}: {file.problem}; correct it, or move it away")
-        self.expected_rows = {
-            name: sum(file.estimated_rows for file in self.files if file.source in inputs) or 1
-            for name, inputs in self.inputs.items()
-        }
         self.arrivals = Arrivals(self.files)
         self.ledger: Sequence[LandedFile] = ()
         self.parts: Sequence[Part] = ()
         self._records: dict[str, DataFrame] = {}
         self._malformed: dict[str, DataFrame] = {}
+
+    @property
+    def expected_rows(self) -> Mapping[str, int]:  # type: ignore[override]
+        """The estimated rows of each bronze table in the files that are to be read."""
+        return {
+            name: sum(file.estimated_rows for file in self.files if file.source in inputs) or 1
+            for name, inputs in self.inputs.items()
+        }
 
     def find_arrivals(self, base: Base | None) -> bool:
         """Finds the files that have not been read before. Raises ConfigurationError."""
