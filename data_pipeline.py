@@ -551,29 +551,19 @@ def preflight(config: DataPipelineConfig, spark: SparkSession | None = None) -> 
     return source, store, engine
 
 
-class Counts(NamedTuple):
-    """Counts over rows of a bronze table, before keys are compared."""
-
-    rows: int
-    violations: Mapping[str, int]  # rows that violate a rule, by its name
-    # Rows that no rule rejects: all of them as `accepted`, and by silver table those that meet its `where`.
-    passing: Mapping[str, int]
-    deletes: int = 0
-
-
 class Received(NamedTuple):
-    """Rows of a bronze table, with their counts."""
+    """Rows of a bronze table, with their counts by the names of `row_counts`."""
 
     table: Table
     rows: DataFrame
-    counts: Counts
-    arrived: Counts  # of the rows that this run has received
+    counts: Counter[str]
+    arrived: Counter[str]  # of the rows that this run has received
     removed: DataFrame | None = None  # published rows that this run has removed from bronze
 
     @property
     def violated_rules(self) -> list[Rule]:
         """The rules that at least one row violates. The others need not be evaluated again."""
-        return [rule for rule in self.table.rules if self.counts.violations[rule.name]]
+        return [rule for rule in self.table.rules if self.counts[rule.name]]
 
 
 def ingest_bronze(run: Run, source: Source) -> dict[str, Received]:
@@ -585,12 +575,12 @@ def ingest_bronze(run: Run, source: Source) -> dict[str, Received]:
             try:
                 rows = source.delivery(run, name)
                 change = bronze_change(run, source, table, rows and with_lineage(rows, table, run.record))
-                arrived = counts_of(table, write_bronze(run, table, change))
+                arrived = write_bronze(run, table, change)
             except Exception as error:
                 if explanation := source.explain(error, run.engine, name):
                     raise explanation from error
                 raise
-        source.check_rows(name, arrived.rows)
+        source.check_rows(name, arrived["rows"])
         bronze = run.read(BRONZE, table)
         is_counted = run.base is None or (name == "transactions" and not run.base.refresh)
         counts = arrived if is_counted else count_rows(bronze, table, run.config)
@@ -606,7 +596,7 @@ def ingest_bronze(run: Run, source: Source) -> dict[str, Received]:
         source.receive(run)
     run.snapshot.save_state(state_of(run.config, source), source.ledger)
     bronze = run.parallel(ingest, names(BRONZE))
-    profile(run, [received.table for received in bronze.values() if received.arrived.rows or not run.base])
+    profile(run, [received.table for received in bronze.values() if received.arrived["rows"] or not run.base])
     return bronze
 
 
@@ -2817,7 +2807,7 @@ def orphan_keys(rows: DataFrame, parents: DataFrame, key: str) -> DataFrame:
 def valid_parents(parents: Received, config: DataPipelineConfig) -> DataFrame:
     """Returns the rows of a table that no rule rejects, without those of deleted keys. A key may have several."""
     passing = parents.rows.where(passes_rules(parents.violated_rules, config))
-    return latest_versions(passing, parents.table) if parents.counts.deletes else passing
+    return latest_versions(passing, parents.table) if parents.counts["deletes"] else passing
 
 
 def find_failing_keys(
@@ -2879,26 +2869,17 @@ def part_counts(table: Table, among: str) -> dict[str, str]:
 
 
 def row_counts(table: Table, config: DataPipelineConfig) -> dict[str, str]:
-    """Returns Spark SQL for the counts of rows that `counts_of` reads."""
+    """Returns Spark SQL for the counts of rows before keys are compared.
+
+    They are `rows`, `deletes`, the rows that violate a rule, by its name, and the parts of those that no rule rejects.
+    """
     parts = part_counts(table, passes_rules(table.rules, config))
     return {"rows": "count(1)", "deletes": "count_if(_deleted)", **violation_counts(table.rules, config), **parts}
 
 
-def counts_of(table: Table, found: Mapping[str, int]) -> Counts:
-    """Returns the counts that the metrics of `row_counts` have found."""
-    violations = {rule.name: found[rule.name] for rule in table.rules}
-    passing = {name: found[name] for name in part_counts(table, "true")}
-    return Counts(found["rows"], violations, passing, found["deletes"])
-
-
-def no_rows(table: Table) -> Counts:
-    """Returns the counts of a bronze table without rows."""
-    return counts_of(table, dict.fromkeys(row_counts(table, DataPipelineConfig()), 0))
-
-
-def count_rows(rows: DataFrame, table: Table, config: DataPipelineConfig) -> Counts:
-    """Counts rows of a bronze table, and those that violate or pass its rules."""
-    return counts_of(table, aggregate(rows, row_counts(table, config)))
+def count_rows(rows: DataFrame, table: Table, config: DataPipelineConfig) -> Counter[str]:
+    """Returns the counts of `row_counts` over rows of a bronze table."""
+    return Counter(aggregate(rows, row_counts(table, config)))
 
 
 def flag_rows(
@@ -3083,37 +3064,59 @@ class Separated(NamedTuple):
     arrived: Quality  # of the rows that this run has received; kept orphans are not counted
 
 
-def outcome_counts(table: Table, config: DataPipelineConfig, flags: Iterable[str], among: str) -> dict[str, str]:
-    """Returns Spark SQL for counts of the rows set aside that meet a condition: by outcome, flag and silver table.
+def outcome_counts(table: Table, config: DataPipelineConfig, flags: Iterable[str]) -> dict[str, str]:
+    """Returns Spark SQL for counts of the rows set aside: by outcome, flag and silver table.
 
     `row_counts` has counted these rows too. So the values of `accepted` and silver tables are differences, which
     `quality_of` adds: rows that are kept, minus rows that no rule rejects.
     """
-    kept = part_counts(table, f"_outcome = 'kept' AND {among}")
-    passing = part_counts(table, f"{passes_rules(table.rules, config)} AND {among}")
+    kept, passing = part_counts(table, "_outcome = 'kept'"), part_counts(table, passes_rules(table.rules, config))
     return {
-        **{o: f"count_if(_outcome = '{o}' AND {among})" for o in ("rejected", "duplicate", "deleted")},
-        "superseded": f"""coalesce(sum(CASE WHEN NOT ({among}) THEN 0
-            WHEN _outcome IN ('kept', 'deleted') THEN _versions - 1
+        **{outcome: f"count_if(_outcome = '{outcome}')" for outcome in ("rejected", "duplicate", "deleted")},
+        "superseded": """coalesce(sum(CASE WHEN _outcome IN ('kept', 'deleted') THEN _versions - 1
             WHEN _outcome = 'duplicate' AND _disputed THEN 1 END), 0)""",
-        **{flag: f"count_if({flag} AND {among})" for flag in flags},
+        **{flag: f"count_if({flag})" for flag in flags},
         **{part: f"{kept[part]} - {passing[part]}" for part in kept},
     }
 
 
-def quality_of(table: Table, counts: Counts, found: Mapping[str, int]) -> Quality:
-    """Combines the counts of rows with the counts of those that are set aside. Missing counts are 0."""
-    accepted = {part: rows + found.get(part, 0) for part, rows in counts.passing.items()}
+def quality_of(table: Table, counts: Counter[str], found: Counter[str]) -> Quality:
+    """Combines the counts of rows with the counts of those that are set aside."""
+    violations = {rule.name: counts[rule.name] for rule in table.rules}
+    accepted = {part: counts[part] + found[part] for part in part_counts(table, "true")}
     return Quality(
-        received=counts.rows,
+        received=counts["rows"],
         accepted=accepted.pop("accepted"),
-        quarantined=found.get("rejected", 0),
-        duplicates=found.get("duplicate", 0),
-        violations={**counts.violations, **{rule.name: found.get(rule.violation, 0) for rule in key_rules(table)}},
+        quarantined=found["rejected"],
+        duplicates=found["duplicate"],
+        violations={**violations, **{rule.name: found[rule.violation] for rule in key_rules(table)}},
         silver=accepted,
-        superseded=found.get("superseded", 0),
-        deleted=found.get("deleted", 0),
+        superseded=found["superseded"],
+        deleted=found["deleted"],
     )
+
+
+def set_rows_aside(
+    run: Run, received: Received, keys: Sequence[FailingKeys], rules: Sequence[Rule], config: DataPipelineConfig
+) -> tuple[DataFrame, Counter[str], Counter[str]]:
+    """Returns the rows that are rejected, share their key or are deletes, each with its outcome.
+
+    Also returns the counts of those that this run has received, and of the others.
+    """
+    table, counts = received.table, received.counts
+    if not keys and not counts["deletes"] and not any(rule.rejects(config) for rule in rules):
+        # There are none, and their ranking would take a second.
+        nothing = {"_rejected": "false", "_order": "0", "_outcome": "''", "_reasons": "CAST(array() AS ARRAY<STRING>)"}
+        return received.rows.where("false").select("*", *named_columns(nothing)), Counter(), Counter()
+    flagged = flag_rows(received.rows, keys, rules, config)
+    rows = run.cached(flagged.where(f"_rejected OR _duplicate_key OR NOT ({NOT_DELETED})"))
+    rows = with_outcome(rows, table, rules, config)
+    rows = run.cached(run.engine.coalesced(rows, 1 + counts["rows"] // ROWS_PER_FILE))
+    flags = ["_conflict", *(found.flag for found in keys if found.flag != "_duplicate_key")]
+    metrics = F.expr(named_struct(outcome_counts(table, config, flags)))
+    found = rows.groupBy((F.col("_run_id") == run.record.run_id).alias("arrived")).agg(metrics.alias("counts"))
+    by_arrival = {row["arrived"]: Counter(row["counts"].asDict()) for row in found.collect()}
+    return rows, by_arrival.get(True, Counter()), by_arrival.get(False, Counter())
 
 
 def separate_rows(run: Run, received: Received, keys: Sequence[FailingKeys], config: DataPipelineConfig) -> Separated:
@@ -3122,39 +3125,25 @@ def separate_rows(run: Run, received: Received, keys: Sequence[FailingKeys], con
     Deletes and rows that a rule rejects or whose key is repeated are set aside, and ranked by key. All other rows are
     valid.
     """
-    table, counts = received.table, received.counts
+    table, columns = received.table, received.rows.columns
     orphans = {found.flag: found.rows for found in keys if found.flag != "_duplicate_key"}
     rules = [*received.violated_rules, *(rule for rule in key_rules(table) if rule.violation in orphans)]
     rejecting = {"_duplicate_key", *(rule.violation for rule in rules if rule.rejects(config))}
     keys = [found for found in keys if found.flag in rejecting]  # the others are orphans that are kept
-    is_clean = not keys and not counts.deletes and not any(rule.rejects(config) for rule in rules)
-    if is_clean:  # the ranking of no rows would take a second
-        nothing = {"_rejected": "false", "_order": "0", "_outcome": "''", "_reasons": "CAST(array() AS ARRAY<STRING>)"}
-        set_aside = received.rows.where("false").select("*", *named_columns(nothing))
-    else:
-        flagged = flag_rows(received.rows, keys, rules, config)
-        set_aside = run.cached(flagged.where(f"_rejected OR _duplicate_key OR NOT ({NOT_DELETED})"))
-        set_aside = with_outcome(set_aside, table, rules, config)
-        set_aside = run.cached(run.engine.coalesced(set_aside, 1 + counts.rows // ROWS_PER_FILE))
-    flags = ["_conflict", *(found.flag for found in keys if found.flag in orphans)]
-    metrics = outcome_counts(table, config, flags, "true")
-    if run.base:
-        arrived = outcome_counts(table, config, flags, f"_run_id = {spark_text(run.record.run_id)}")
-        metrics |= {f"arrived {name}": sql for name, sql in arrived.items()}
-    found = {} if is_clean else aggregate(set_aside, metrics)
-    columns = received.rows.columns
+    set_aside, arrived, earlier = set_rows_aside(run, received, keys, rules, config)
+    (found := arrived.copy()).update(earlier)  # `+` would drop negative counts
     passing = received.rows.where(f"{passes_rules(received.violated_rules, config)} AND {NOT_DELETED}")
     once = nullify_values(rows_without_keys(passing, keys), rules, config)
     versions = nullify_values(set_aside.where("NOT _rejected"), rules, config)
     kept = versions.where("_outcome = 'kept'").select(columns)
     rejected = set_aside.where("_outcome = 'rejected'").select(*columns, "_reasons")
     return Separated(
-        once if is_clean else once.unionByName(kept),
+        once.unionByName(kept) if found else once,
         once,
         versions.select(*columns, "_order"),
-        run.engine.coalesced(rejected, 1 + found.get("rejected", 0) // ROWS_PER_FILE),
-        quality_of(table, counts, {**found, **orphans}),
-        quality_of(table, received.arrived, {name: found.get(f"arrived {name}", 0) for name in metrics}),
+        run.engine.coalesced(rejected, 1 + found["rejected"] // ROWS_PER_FILE),
+        quality_of(table, received.counts, Counter({**found, **orphans})),
+        quality_of(table, received.arrived, arrived),
     )
 
 
@@ -3334,7 +3323,7 @@ def changed_rows(run: Run, table: Table, before: DataFrame, now: DataFrame) -> B
     return BronzeChange(added, before.join(now, by, how="left_semi").select(*columns))
 
 
-def write_bronze(run: Run, table: Table, change: BronzeChange) -> Mapping[str, int]:
+def write_bronze(run: Run, table: Table, change: BronzeChange) -> Counter[str]:
     """Writes the rows that a change adds to a bronze table, and returns the counts of `row_counts` over them.
 
     The published rows that stay are linked, or written again if rows are removed.
@@ -3346,8 +3335,8 @@ def write_bronze(run: Run, table: Table, change: BronzeChange) -> Mapping[str, i
         run.snapshot.link(run.base.snapshot.files(BRONZE, table.name), BRONZE, table.name)
         run.add_linked(BRONZE, table, run.base.record.rows[f"{BRONZE}.{table.name}"])
     if change.added is None:
-        return dict.fromkeys(metrics, 0)
-    return run.write(BRONZE, table, change.added, metrics)
+        return Counter()
+    return Counter(run.write(BRONZE, table, change.added, metrics))
 
 
 class Affected(NamedTuple):
@@ -3408,15 +3397,15 @@ def affected_rows(run: Run, base: Base, bronze: Mapping[str, Received]) -> dict[
 def account_before(run: Run, base: Base, bronze: Mapping[str, Received], rows: DataFrame) -> Quality:
     """Returns the counts of these orders in the base, with its customers and products, as of its date."""
     table = bronze["transactions"].table
-    counts, nothing = count_rows(rows, table, base.config), no_rows(table)
-    if not counts.rows:
-        return quality_of(table, nothing, {})
+    counts = count_rows(rows, table, base.config)
+    if not counts["rows"]:
+        return quality_of(table, counts, Counter())
     parents = {}
     for name in table.foreign_keys.values():
-        parent, violations = bronze[name].table, base.record.quality[name].violations
-        found = Counts(0, violations, {}, deletes=base.record.quality[name].deleted)
-        parents[name] = Received(parent, base.read(run.engine, BRONZE, parent), found, nothing)
-    orders = {table.name: Received(table, rows, counts, nothing)}
+        parent, quality = bronze[name].table, base.record.quality[name]
+        found = Counter({**quality.violations, "deletes": quality.deleted})
+        parents[name] = Received(parent, base.read(run.engine, BRONZE, parent), found, Counter())
+    orders = {table.name: Received(table, rows, counts, Counter())}
     failing_keys = find_failing_keys(run, orders, parents, base.config)
     return separate_rows(run, orders[table.name], failing_keys[table.name], base.config).quality
 
@@ -3427,10 +3416,10 @@ def changed_parents(run: Run, base: Base, received: Received) -> DataFrame | Non
     None if there is no such key.
     """
     table = received.table
-    if not received.arrived.rows and received.removed is None and not depends_on_date(table):
+    if not received.arrived["rows"] and received.removed is None and not depends_on_date(table):
         return None
 
-    is_ranked = table.inherited or received.counts.deletes or base.record.quality[table.name].deleted
+    is_ranked = table.inherited or received.counts["deletes"] or base.record.quality[table.name].deleted
 
     def valid(rows: DataFrame, config: DataPipelineConfig) -> DataFrame:
         passing = rows.where(passes_rules(table.rules, config))
@@ -3506,7 +3495,7 @@ def verify(run: Run, source: Source) -> None:
         full.record.rows = {name: rows for name, rows in run.record.rows.items() if name.startswith(BRONZE)}
         with full.layer(SILVER, "Full refresh, to compare with"):
             bronze = {
-                table.name: Received(table, rows, count_rows(rows, table, run.config), no_rows(table))
+                table.name: Received(table, rows, count_rows(rows, table, run.config), Counter())
                 for table in source.tables.values()
                 for rows in [run.read(BRONZE, table)]
             }
