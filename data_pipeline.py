@@ -2850,7 +2850,7 @@ def is_rejected(rules: Iterable[Rule], config: DataPipelineConfig) -> str:
 
 
 def passes_rules(rules: Iterable[Rule], config: DataPipelineConfig) -> str:
-    """Returns Spark SQL for whether none of the rules rejects a row; never null."""
+    """Returns Spark SQL that is true for a row that no rule rejects, and otherwise false; never null."""
     return f"NOT ({is_rejected(rules, config)})"
 
 
@@ -2899,7 +2899,7 @@ def flag_rows(
 
 
 def rows_without_keys(rows: DataFrame, keys: Iterable[FailingKeys]) -> DataFrame:
-    """Returns the rows that have none of the keys, by anti joins, which are faster than the joins of `flag_rows`."""
+    """Returns the rows that have none of the keys. Anti joins are faster here than the left joins of `flag_rows`."""
     for found in keys:
         if isinstance(found.hashes, str):
             rows = rows.where(f"{key_hash(found.columns)} NOT IN {found.hashes}")
@@ -3032,7 +3032,7 @@ class Quality:
 
     @property
     def deletes(self) -> str:
-        """The number of deleted keys as a part of a sum; empty if there are none."""
+        """The deleted keys as a term of a sum in the log; empty if there are none."""
         return f" + {self.deleted:,} deleted" if self.deleted else ""
 
     def violation_list(self) -> str:
