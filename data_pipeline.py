@@ -1100,48 +1100,27 @@ def _rescued(name: str) -> str:
     return f"get_json_object(_rescued_data, '$.{name}') IS NOT NULL"
 
 
-def _required(*columns: str, **options: Any) -> tuple[Rule, ...]:
-    return tuple(
-        Rule(
-            f"{name}_missing", name, f"{name} IS NULL AND NOT ({_rescued(name)} OR {MALFORMED})", advice=FILL, **options
-        )
-        for name in columns
-    )
-
-
-def _required_text(*columns: str, **options: Any) -> tuple[Rule, ...]:
-    return tuple(
-        Rule(
-            f"{name}_missing",
-            name,
-            f"({name} IS NULL OR trim({name}) = '') AND NOT {MALFORMED}",
-            advice=FILL,
-            **options,
-        )
-        for name in columns
-    )
-
-
-def _well_formed(*columns: str, **options: Any) -> tuple[Rule, ...]:
-    return tuple(
-        Rule(f"{name}_malformed", name, f"{name} IS NULL AND {_rescued(name)}", advice=CONVERT, **options)
-        for name in columns
-    )
-
-
-def _not_scientific(key: str, **options: Any) -> Rule:
-    return Rule(
-        f"{key}_scientific",
-        key,
-        f"{key} RLIKE '^[0-9]([.,][0-9]+)?[eE][+][0-9]+$'",
-        advice="export the ids as text: Excel has replaced their digits",
-        **options,
-    )
-
-
 MALFORMED = _rescued("_record")  # a line of a file that could not be parsed: only its text is known
 FILL = "fill it in {table}.sql"
 CONVERT = "convert it in {table}.sql, or see --source-decimal and --source-time-zone"
+RESAVED = "export the ids as text: Excel has replaced their digits"
+
+
+def _column_rules(suffix: str, violation: str, advice: str, *columns: str, **options: Any) -> tuple[Rule, ...]:
+    """Returns a rule for each column, whose name replaces `{0}` in the violation."""
+    return tuple(Rule(f"{name}_{suffix}", name, violation.format(name), advice=advice, **options) for name in columns)
+
+
+_required = functools.partial(
+    _column_rules, "missing", f"{{0}} IS NULL AND NOT ({_rescued('{0}')} OR {MALFORMED})", FILL
+)
+_required_text = functools.partial(
+    _column_rules, "missing", f"({{0}} IS NULL OR trim({{0}}) = '') AND NOT {MALFORMED}", FILL
+)
+_well_formed = functools.partial(_column_rules, "malformed", f"{{0}} IS NULL AND {_rescued('{0}')}", CONVERT)
+_not_scientific = functools.partial(
+    _column_rules, "scientific", "{0} RLIKE '^[0-9]([.,][0-9]+)?[eE][+][0-9]+$'", RESAVED
+)
 
 # The columns of a record from a change log: whether it is a delete, its position in the log, and the time of the
 # change. Null in other records.
@@ -1230,7 +1209,7 @@ TABLES["products"] = Table(
         *_required_text("product_name", "category", "supplier", severity=WARN),
         *_required("price", "stock_quantity", "created_date", "is_active", severity=WARN),
         *_well_formed("price", "stock_quantity", "created_date", "is_active", "weight_kg", severity=WARN),
-        _not_scientific("product_id", checks_deletes=True),
+        *_not_scientific("product_id", checks_deletes=True),
         Rule("price_not_positive", "price", "price <= 0", WARN, nullify=True),
         Rule("stock_quantity_negative", "stock_quantity", "stock_quantity < 0", WARN),
         Rule("weight_kg_not_positive", "weight_kg", "weight_kg <= 0 OR isnan(weight_kg)", WARN, nullify=True),
@@ -1253,9 +1232,9 @@ TABLES["transactions"] = Table(
         *_required("customer_id", severity=ORPHAN),
         *_required("quantity", "amount", "timestamp"),
         *_well_formed("customer_id", "quantity", "amount", "timestamp"),
-        _not_scientific("transaction_id", checks_deletes=True),
-        _not_scientific("order_id"),
-        _not_scientific("product_id", severity=WARN),
+        *_not_scientific("transaction_id", checks_deletes=True),
+        *_not_scientific("order_id"),
+        *_not_scientific("product_id", severity=WARN),
         # A negative quantity with a negative amount is a return.
         Rule("quantity_not_positive", "quantity", "quantity = 0 OR (quantity < 0 AND amount >= 0)"),
         Rule("amount_not_positive", "amount", "amount = 0 OR (amount < 0 AND quantity >= 0)"),
