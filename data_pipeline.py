@@ -664,7 +664,7 @@ def check_gate(run: Run, source: Source, cleaned: Mapping[str, Separated]) -> No
                         run, table, rule.name, rows, message, f"array_contains(_reasons, '{rule.name}')"
                     )
             check_quarantine_rate(run, table)
-        check_currency(run, cleaned["transactions"].valid)
+        check_currency(run, cleaned["transactions"])
         if failures := run.record.gate_failures:
             rules = ", ".join("{table}.{rule} ({message})".format(**failure) for failure in failures)
             raise NotPublishedError(
@@ -714,16 +714,18 @@ def describe_example(table: Table, rule: Rule, row: Mapping[str, Any]) -> str:
     return f"{example}: {rule.advice.format(table=table.name)}"
 
 
-def check_currency(run: Run, transactions: DataFrame) -> None:
+def check_currency(run: Run, cleaned: Separated) -> None:
     """Records the currency of orders and returns. Fails the gate if there are several, since amounts are added up."""
     profile = run.record.profile.get("transactions", {}).get("currency", {})
     bounds = {profile.get("min"), profile.get("max")} - {None}
-    is_refresh = run.base is not None and run.base.refresh != ""  # rows that were rejected may be valid now
-    published = {run.base.record.currency} if run.base and run.base.record.currency and not is_refresh else set()
+    carries_over = run.record.quality["transactions"].accepted > cleaned.quality.accepted
+    before = run.base.record.currency if run.base and carries_over else None
+    published = {before} if before else set()
     currencies = {str(bound).strip().upper() for bound in bounds} | published
-    # If min and max are equal, there is only one currency, and no query is needed.
-    if len(bounds) > 1 or len(currencies) > 1 or is_refresh:
-        named = transactions.where(f"({COMPLETED} OR {RETURNED}) AND {CURRENCY} IS NOT NULL")
+    # If min and max are equal, there is only one currency, and no query is needed. After a refresh, orders that had
+    # been rejected may be valid.
+    if len(bounds) > 1 or len(currencies) > 1 or (run.base and run.base.refresh):
+        named = cleaned.valid.where(f"({COMPLETED} OR {RETURNED}) AND {CURRENCY} IS NOT NULL")
         counted = named.groupBy(F.expr(CURRENCY).alias("currency")).count().collect()
         orders = {row["currency"]: row["count"] for row in counted}
         currencies = {*orders} | published
@@ -734,8 +736,7 @@ def check_currency(run: Run, transactions: DataFrame) -> None:
                 "or choose one with --currency: orders in other currencies are then rejected"
             )
             record_gate_failure(run, TABLES["transactions"], "currency", sum(orders.values()), message, "false")
-    only_one = min(currencies) if len(currencies) == 1 else None
-    run.record.currency = run.config.currency or only_one or None
+    run.record.currency = run.config.currency or (min(currencies) if len(currencies) == 1 else None)
 
 
 def record_gate_failure(run: Run, table: Table, rule: str, rows: int, message: str, where: str = "true") -> None:

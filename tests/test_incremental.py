@@ -730,6 +730,20 @@ def test_rejected_currency_that_becomes_valid(shop: Shop) -> None:
 
 
 @THOROUGH
+def test_the_only_file_of_orders_is_read_again_in_another_currency(shop: Shop) -> None:
+    first_night(shop)
+    path = shop.land("transactions", "1")
+    line = "T1,1,P1,1,8.00,2026-02-01 10:00:00,paypal,completed"
+    for currency in ("EUR", "USD"):
+        path.write_text(f"{HEADERS['transactions']},currency\n{line},{currency}\n")
+        assert shop.run(reread="transactions/1.csv", verify_incremental=True).currency == currency
+    second = shop.land("transactions", "2")
+    second.write_text(f"{HEADERS['transactions']},currency\n{line.replace('T1', 'T2')},EUR\n")
+    with pytest.raises(NotPublishedError, match="in several currencies, EUR 1, USD published"):
+        shop.run()
+
+
+@THOROUGH
 def test_reload_does_not_lose_the_rows_of_a_file_that_has_become_bad(shop: Shop) -> None:
     first_night(shop)
     (shop.source / "transactions/1.csv").write_text("x\n1\n")
