@@ -755,6 +755,7 @@ def build_silver(run: Run, cleaned: Mapping[str, Separated], affected: Affected 
     With affected keys, the orders and returns of the other keys are carried over.
     """
     customers, products, transactions = (cleaned[name].valid for name in names(BRONZE))
+    products = not_broadcast(products, run.record.quality["products"].received)
     once, versions = cleaned["customers"].once, cleaned["customers"].versions
     # The counts already show whether there are returns. If there are none, skip the scan for them.
     has_returns = affected or run.record.quality["transactions"].silver["transactions_returned"] > 0
@@ -2784,10 +2785,19 @@ def orphan_keys(rows: DataFrame, parents: DataFrame, key: str) -> DataFrame:
     return orphans.select(F.xxhash64(key).alias("key_hash"), "rows")
 
 
+def not_broadcast(parents: DataFrame, rows: int) -> DataFrame:
+    """Keeps Spark from sending many parents to each task of a join, which may take more memory than there is.
+
+    Spark estimates their size from the size of the files, which is far too small for ids in sequence.
+    """
+    return parents.hint("merge") if rows > MILLION else parents
+
+
 def valid_parents(parents: Received, config: DataPipelineConfig) -> DataFrame:
     """Returns the rows of a table that no rule rejects, without those of deleted keys. A key may have several."""
     passing = parents.rows.where(passes_rules(parents.violated_rules, config))
-    return latest_versions(passing, parents.table) if parents.counts["deletes"] else passing
+    valid = latest_versions(passing, parents.table) if parents.counts["deletes"] else passing
+    return not_broadcast(valid, parents.counts["rows"])
 
 
 def find_failing_keys(
@@ -3383,7 +3393,7 @@ def account_before(run: Run, base: Base, bronze: Mapping[str, Received], rows: D
     parents = {}
     for name in table.foreign_keys.values():
         parent, quality = bronze[name].table, base.record.quality[name]
-        found = Counter({**quality.violations, "deletes": quality.deleted})
+        found = Counter({**quality.violations, "deletes": quality.deleted, "rows": quality.received})
         parents[name] = Received(parent, base.read(run.engine, BRONZE, parent), found, Counter())
     orders = {table.name: Received(table, rows, counts, Counter())}
     failing_keys = find_failing_keys(run, orders, parents, base.config)
@@ -3407,7 +3417,9 @@ def changed_parents(run: Run, base: Base, received: Received) -> DataFrame | Non
         return latest.select(*table.key, *table.inherited).distinct()
 
     now, before = valid(received.rows, run.config), valid(base.read(run.engine, BRONZE, table), base.config)
-    changed = run.cached(now.subtract(before).unionAll(before.subtract(now)).select(*table.key).distinct())
+    both = now.withColumn("_change", F.lit(1)).unionAll(before.withColumn("_change", F.lit(-1)))
+    changes = both.groupBy(*table.key, *table.inherited).agg(F.sum("_change").alias("_change")).where("_change <> 0")
+    changed = run.cached(changes.select(*table.key).distinct())
     return changed if changed.limit(1).collect() else None
 
 

@@ -506,7 +506,9 @@ FLATTENED = [
 ]  # fmt: skip
 FULL_LOAD = "id,first_name,last_name,city,signup_date\n17,Ada,B,Ulm,2026-01-01\n18,Bo,K,Kiel,2026-01-01\n"
 DMS = """Op,dms_time,id,first_name,last_name,city,signup_date
-U,2026-01-02 00:00:00.000000,17,Ada,B,Bonn,2026-01-01
+U,2026-01-02 00:00:00.000000,17,Ada,B,Rome,2026-01-01
+D,2026-01-02 00:00:00.000000,17,Ada,B,Rome,2026-01-01
+I,2026-01-02 00:00:00.000000,17,Ada,B,Bonn,2026-01-01
 D,2026-01-02 00:00:00.000001,18,Bo,K,Kiel,2026-01-01
 """
 
