@@ -520,7 +520,7 @@ def run_pipeline(
                 build_gold(run, silver)
             audit(run)
             write_changes_of(run)
-            verify(run, source)
+            verify(run, bronze)
             check_controls(run, source.controls)
             summarize(run)
             warn_of_anomalies(record, store, config.anomaly_factor)
@@ -3469,7 +3469,7 @@ def carry_months_over(run: Run, affected: Affected | None, rows: DataFrame) -> D
     return rows
 
 
-def verify(run: Run, source: Source) -> None:
+def verify(run: Run, bronze: Mapping[str, Received]) -> None:
     """With `verify_incremental`, computes the full refresh of the same bronze beside the snapshot, and compares both.
 
     Raises:
@@ -3486,12 +3486,11 @@ def verify(run: Run, source: Source) -> None:
         full = Run(run.config, run.engine, beside, copy.deepcopy(run.record), run.base)
         full.record.rows = {name: rows for name, rows in run.record.rows.items() if name.startswith(BRONZE)}
         with full.layer(SILVER, "Full refresh, to compare with"):
-            bronze = {
-                table.name: Received(table, rows, count_rows(rows, table, run.config), Counter())
-                for table in source.tables.values()
-                for rows in [run.read(BRONZE, table)]
+            whole = {
+                name: received._replace(counts=count_rows(received.rows, received.table, run.config))
+                for name, received in bronze.items()
             }
-            silver = build_silver(full, clean(full, bronze, None), None)
+            silver = build_silver(full, clean(full, whole, None), None)
         with full.layer(GOLD, "Full refresh, to compare with"):
             build_gold(full, silver)
         if problems := list(differences(run, full)):
@@ -3513,9 +3512,10 @@ def differences(run: Run, full: Run) -> Iterator[str]:
             if examples := rows.limit(3).collect():
                 shown = json.dumps(examples[0].asDict(), default=str, ensure_ascii=False)
                 yield f"{layer}.{table.name} has rows that only the {which} gives, for example {shown}"
-    for name, quality in run.record.quality.items():
-        if quality != full.record.quality[name]:
-            yield f"the counts of {name} are {quality} and {full.record.quality[name]}"
+    for counts, others in ((run.record.quality, full.record.quality), (run.record.arrived, full.record.arrived)):
+        for name, quality in counts.items():
+            if quality != others[name]:
+                yield f"the counts of {name} are {quality} and {others[name]}"
 
 
 # ═════════════════════════════════ Below this line is machinery. ═════════════════════════════════════════════════
