@@ -4781,7 +4781,9 @@ def roll_back(store: Store, run_id: str, timeout: float, config: DataPipelineCon
         for chosen in [name for name in known if name == run_id] if run_id else reversed(before):
             try:
                 audit_again(store, chosen)
-                write_changes_back(store, chosen)
+                if os.path.isdir(store.path("current", CHANGES)):
+                    with best_effort("The changes of the rollback are not written"):
+                        write_changes(Snapshot(store, chosen))
                 store.switch_to(chosen)
                 if config and (record := store.runs.get(chosen)):
                     run_hooks("after_publish", record, store, config)
@@ -5959,63 +5961,56 @@ SUMMARIES: Mapping[str, str] = {
     },
 }
 
-# `silver.transactions_clean`, or `silver.transactions_clean@written` for the files that the run has written.
-TABLE_NAME = re.compile(rf"\b({'|'.join(LAYERS)})\.(\w+)(@written)?")
+TABLE_NAME = re.compile(rf"\b({'|'.join(LAYERS)})\.(\w+)")
 Key = TypeVar("Key")
 Answer: TypeAlias = list[dict[str, Any]]  # rows
 
 
-def answer_queries(run: Run, queries: Mapping[Key, str]) -> dict[Key, Answer]:
-    """Answers queries of finished tables by DuckDB if it can read the files, or else by the engine."""
-    here = {
-        key: sql
-        for key, sql in queries.items()
-        if all(answered_by_duckdb(run, layer, name) for layer, name, _ in tables_in(sql))
-    }
-    elsewhere = run.parallel(lambda key: answer_by_engine(run, queries[key]), queries.keys() - here.keys())
-    return {**(answer_by_duckdb(run.snapshot, here) if here else {}), **elsewhere}
+def answer_queries(run: Run, queries: Mapping[Key, str], *, written: bool = False) -> dict[Key, Answer]:
+    """Answers queries of finished tables by DuckDB if it can read them, or else by the engine.
+
+    With `written`, the tables only have the rows of the files that this run has written, not those of linked files.
+    """
+    if is_read_by_duckdb(run):
+        return answer_by_duckdb(run.snapshot, queries, written=written)
+    return run.parallel(lambda key: answer_by_engine(run, queries[key], written=written), queries)
 
 
-def tables_in(sql: str) -> list[tuple[str, str, str]]:
-    """Returns layer, name and `@written`, or nothing, of the tables in a query."""
-    return sorted(set(TABLE_NAME.findall(sql)))
-
-
-def answered_by_duckdb(run: Run, layer: str, name: str) -> bool:
-    """Returns whether a table is on this machine and has at most DUCKDB_ROWS rows."""
-    local = run.snapshot.folder is not None and not run.engine.shares_storage
-    return local and run.record.rows[f"{layer}.{name}"] <= DUCKDB_ROWS
+def is_read_by_duckdb(run: Run) -> bool:
+    """Returns whether the tables are on this machine and none of them has more than DUCKDB_ROWS rows."""
+    is_local = run.snapshot.folder is not None and not run.engine.shares_storage
+    return is_local and max(run.record.rows.values(), default=0) <= DUCKDB_ROWS
 
 
 def columns_in_utc(layer: str, name: str, zoneless: str) -> list[str]:
-    """Returns the columns of a table as SQL, with timestamps cast to the engine's type without a time zone."""
+    """Returns the columns of a table as SQL, with timestamps cast to the reader's type without a time zone."""
     columns = TABLES[name].columns(layer)
     return [f"CAST({column} AS {zoneless}) AS {column}" if kind == "timestamp" else column for column, kind in columns]
 
 
-def answer_by_duckdb(snapshot: Snapshot, queries: Mapping[Key, str]) -> dict[Key, Answer]:
+def answer_by_duckdb(snapshot: Snapshot, queries: Mapping[Key, str], *, written: bool = False) -> dict[Key, Answer]:
     """Answers queries by DuckDB, which reads the files independently of the engine that wrote them.
 
     Raises:
         RuntimeError: files are missing or cannot be read.
     """
     answers = {}
-    views: set[tuple[str, str, str]] = set()
+    views: set[tuple[str, str]] = set()
     with duckdb_connection(snapshot.path()) as connection:
         for key, sql in queries.items():
+            tables = set(TABLE_NAME.findall(sql))
             try:
-                for view in set(tables_in(sql)) - views:
-                    layer, name, written = view
+                for layer, name in tables - views:
                     files = snapshot.written_files(layer, name) if written else snapshot.files(layer, name)
-                    if not files:
+                    if not files and not written:
                         raise FileNotFoundError(f"there are no files in {snapshot.path(layer, name)}")
-                    rows = connection.sql(duckdb_rows(files, TABLES[name].columns(layer)))
-                    rows.project(", ".join(columns_in_utc(layer, name, "TIMESTAMP"))).create_view("_".join(view))
-                    views.add(view)
-                answers[key] = ask_duckdb(connection, TABLE_NAME.sub(r'"\1_\2_\3"', sql))
+                    rows = duckdb_rows(files, TABLES[name].columns(layer))
+                    view = f"SELECT {', '.join(columns_in_utc(layer, name, 'TIMESTAMP'))} FROM ({rows})"
+                    connection.execute(f"CREATE SCHEMA IF NOT EXISTS {layer}; CREATE VIEW {layer}.{name} AS {view}")
+                views |= tables
+                answers[key] = ask_duckdb(connection, sql)
             except Exception as error:
-                tables = ", ".join(f"{layer}.{name}" for layer, name, _ in tables_in(sql))
-                raise RuntimeError(f"{tables}: {error}") from error
+                raise RuntimeError(f"{', '.join(map('.'.join, tables))}: {error}") from error
     return answers
 
 
@@ -6024,56 +6019,52 @@ def sql_text(text: str) -> str:
     return "'{}'".format(text.replace("'", "''"))
 
 
-def duckdb_rows(files: Sequence[str], columns: Sequence[tuple[str, str]]) -> str:
+def duckdb_rows(files: Iterable[str], columns: Sequence[tuple[str, str]]) -> str:
     """Returns DuckDB's SQL for the rows of Parquet files. A column that no file has is null."""
     kinds = {"timestamp": "TIMESTAMPTZ", "array<string>": "VARCHAR[]"}
     nulls = ", ".join(f"CAST(NULL AS {kinds.get(kind, kind)}) AS {name}" for name, kind in columns)
-    rows = f" UNION ALL BY NAME FROM read_parquet([{', '.join(map(sql_text, files))}], union_by_name = true)"
-    return f"SELECT {', '.join(dict(columns))} FROM (SELECT {nulls} WHERE false{rows if files else ''})"
+    paths = ", ".join(map(sql_text, files))
+    rows = f" UNION ALL BY NAME FROM read_parquet([{paths}], union_by_name = true)" if paths else ""
+    return f"SELECT {', '.join(dict(columns))} FROM (SELECT {nulls} WHERE false{rows})"
 
 
-@contextlib.contextmanager
-def duckdb_connection(folder: str) -> Iterator[duckdb.DuckDBPyConnection]:
-    """Opens a DuckDB database in memory, which spills to the folder."""
+def duckdb_connection(folder: str) -> duckdb.DuckDBPyConnection:
+    """Opens a DuckDB database in memory, which spills to the folder. Close it by `with`."""
     import duckdb
 
-    settings: dict[str, Any] = {
-        "threads": os.cpu_count() or 1,
-        "memory_limit": "1GB",  # the default is most of the machine's memory, which Java needs too
-        "temp_directory": os.path.join(folder, ".duckdb"),  # the default is the working directory
-    }
-    with duckdb.connect(config=settings) as connection:
-        connection.execute("SET TimeZone = 'UTC'")
-        yield connection
+    connection = duckdb.connect(
+        config={
+            "memory_limit": "1GB",  # the default is most of the machine's memory, which Java needs too
+            "temp_directory": os.path.join(folder, ".duckdb"),  # the default is the working directory
+        }
+    )
+    connection.execute("SET TimeZone = 'UTC'")
+    return connection
 
 
 def ask_duckdb(connection: duckdb.DuckDBPyConnection, sql: str) -> Answer:
     """Returns the answer to a query. An interrupt stops the query."""
-
-    def ask() -> Answer:
-        answer = connection.execute(sql)
-        columns = [column for column, *_ in answer.description or ()]
-        return [dict(zip(columns, row, strict=True)) for row in answer.fetchall()]
-
-    # In a thread, because DuckDB turns an interrupt of its own thread into another error.
-    asking = call_in_thread(ask)
+    # In a thread, because DuckDB notices an interrupt of its own thread late, and turns it into another error.
+    asking = call_in_thread(lambda: connection.execute(sql).fetchall())
     try:
-        return asking.result()
+        rows = asking.result()
     except KeyboardInterrupt:
         connection.interrupt()
         concurrent.futures.wait([asking], STOP_WITHIN)
         raise
+    columns = [column for column, *_ in connection.description or ()]
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
-def answer_by_engine(run: Run, sql: str) -> Answer:
+def answer_by_engine(run: Run, sql: str, *, written: bool = False) -> Answer:
     """Answers a query by the engine."""
     with contextlib.ExitStack() as stack:
         views = {}
-        for layer, name, written in tables_in(sql):
+        for layer, name in set(TABLE_NAME.findall(sql)):
             rows = run.read(layer, TABLES[name], run.snapshot.written_files(layer, name) if written else ())
-            rows = rows.selectExpr(*columns_in_utc(layer, name, "TIMESTAMP_NTZ"))
-            views[layer, name, written] = stack.enter_context(run.engine.view(rows))
-        with_views = TABLE_NAME.sub(lambda found: views[found[1], found[2], found[3] or ""], sql)
+            in_utc = rows.selectExpr(*columns_in_utc(layer, name, "TIMESTAMP_NTZ"))
+            views[f"{layer}.{name}"] = stack.enter_context(run.engine.view(in_utc))
+        with_views = TABLE_NAME.sub(lambda found: views[found[0]], sql)
         return [row.asDict() for row in run.engine.spark.sql(with_views).collect()]
 
 
@@ -6082,23 +6073,21 @@ def profile(run: Run, profiled: Sequence[Table]) -> None:
 
     DuckDB counts distinct values exactly. The engine estimates them to about 5 %, which takes little memory.
     """
+    is_exact = is_read_by_duckdb(run)
 
     def query(table: str, column: str, kind: str) -> str:
         distinct = f"count(DISTINCT {column})"
-        if not exact[table]:
+        if not is_exact:
             # Cast to text, because Sail does not count the distinct values of a DOUBLE.
             distinct = f"approx_count_distinct({f'CAST({column} AS STRING)' if kind == 'double' else column})"
         figures = f"count(*) AS row_count, count({column}) AS filled, {distinct} AS different"
-        arrived = f"{BRONZE}.{table}"
-        if run.base:
-            arrived += f"@written WHERE _run_id = '{run.record.run_id}'"
+        arrived = f"{BRONZE}.{table} WHERE _run_id = '{run.record.run_id}'"
         return f"SELECT {figures}, min({column}) AS minimum, max({column}) AS maximum FROM {arrived}"
 
-    exact = {table.name: answered_by_duckdb(run, BRONZE, table.name) for table in profiled}
-    columns = [(table.name, name, kind) for table in profiled for name, kind in table.columns()]
+    columns = {(table.name, name): kind for table in profiled for name, kind in table.columns()}
     with run.step("profile"):
-        answers = answer_queries(run, {(table, name): query(table, name, kind) for table, name, kind in columns})
-    for table, name, _ in columns:
+        answers = answer_queries(run, {key: query(*key, kind) for key, kind in columns.items()}, written=True)
+    for table, name in columns:
         [found] = answers[table, name]
         rows, filled = found["row_count"], found["filled"]
         run.record.profile.setdefault(table, {})[name] = {
@@ -6106,7 +6095,7 @@ def profile(run: Run, profiled: Sequence[Table]) -> None:
             "nulls": rows - filled,
             "completeness": 100.0 * filled / rows if rows else 100.0,
             "distinct": found["different"],
-            "distinct_is_exact": exact[table],
+            "distinct_is_exact": is_exact,
             "min": None if found["minimum"] is None else str(found["minimum"]),
             "max": None if found["maximum"] is None else str(found["maximum"]),
         }
@@ -6127,58 +6116,49 @@ def example_rows(run: Run, table: Table, where: str) -> Answer:
     """Returns the first three quarantined rows that meet a condition, without their nulls."""
     order = ", ".join(f"{name} NULLS FIRST" for name, _ in table.columns(QUARANTINE))
     query = f"SELECT * FROM {QUARANTINE}.{table.name} WHERE {where} ORDER BY {order} LIMIT 3"
-    return [
-        {name: value for name, value in row.items() if value is not None} for row in answer_queries(run, {0: query})[0]
-    ]
+    [rows] = answer_queries(run, {0: query}).values()
+    return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
 
 def find_rejects_by_file(run: Run) -> None:
     """Counts quarantined rows by landed file: the ten files with the most."""
-    queries = {
-        name: f"SELECT coalesce(_source_file, 'unknown') AS file, count(*) AS rejected "
-        f"FROM {QUARANTINE}.{name} GROUP BY 1 ORDER BY rejected DESC, file LIMIT {PREVIEW_ROWS}"
-        for name in names(BRONZE)
-    }
-    run.record.rejects = answer_queries(run, queries if run.record.delivery else {})
+    if not run.record.delivery:
+        return
+    run.record.rejects = answer_queries(
+        run,
+        {
+            name: f"SELECT coalesce(_source_file, 'unknown') AS file, count(*) AS rejected "
+            f"FROM {QUARANTINE}.{name} GROUP BY 1 ORDER BY rejected DESC, file LIMIT {PREVIEW_ROWS}"
+            for name in names(BRONZE)
+        },
+    )
     for name, rows in run.record.rejects.items():
         if rows:
             files = ", ".join(f"{row['file']} {row['rejected']:,}" for row in rows)
             logger.info("%s: quarantined rows by file: %s", name, files)
 
 
-def read_back(layer: str, table: Table) -> str:
-    """Returns SQL for max() of each column, which reads every value. A count may come from file statistics."""
-    return ", ".join(f"max({column})" for column, _ in table.columns(layer))
+def audit_query(layer: str, table: Table) -> str:
+    """Returns SQL that counts rows, distinct keys, rows that meet `one_to_one` and overlapping periods.
 
-
-def audit_queries(linked: Collection[tuple[str, Table]] = ()) -> dict[tuple[str, Table], str]:
-    """Returns a query for each table of a snapshot.
-
-    It counts rows, distinct keys, rows that meet `one_to_one` and overlapping periods, and adds up the revenue, if the
-    table declares them. Each query also reads every value, except those of tables with linked files.
+    It adds up the revenue. A table only has the figures that it declares.
     """
-    queries = {}
-    for layer, table in SNAPSHOT_TABLES:
-        name = f"{layer}.{table.name}"
-        figures = [] if (layer, table) in linked else [read_back(layer, table)]
-        figures.append("count(*) AS row_count")
-        if table.layer != BRONZE:
-            keys = f"SELECT DISTINCT {', '.join(table.key)} FROM {name}"
-            figures.append(f"(SELECT count(*) FROM ({keys})) AS key_count")
-        if table.revenue:
-            figures.append(f"sum({table.revenue}) AS revenue")
-        if table.one_to_one != "true":
-            figures.append(f"count(CASE WHEN {table.one_to_one} THEN 1 END) AS one_to_one")
-        if "valid_to" in dict(table.columns()):
-            period = f"SELECT valid_to, lead(valid_from) OVER (PARTITION BY {table.key[0]} ORDER BY valid_from) AS next"
-            is_overlap = "next < valid_to OR (next IS NOT NULL AND valid_to IS NULL)"
-            figures.append(f"(SELECT count(*) FROM ({period} FROM {name}) WHERE {is_overlap}) AS overlaps")
-        queries[layer, table] = f"SELECT {', '.join(figures)} FROM {name}"
-    return queries
+    name, figures = f"{layer}.{table.name}", ["count(*) AS row_count"]
+    if table.layer != BRONZE:
+        figures.append(f"(SELECT count(*) FROM (SELECT DISTINCT {', '.join(table.key)} FROM {name})) AS key_count")
+    if table.revenue:
+        figures.append(f"sum({table.revenue}) AS revenue")
+    if table.one_to_one != "true":
+        figures.append(f"count(CASE WHEN {table.one_to_one} THEN 1 END) AS one_to_one")
+    if "valid_to" in dict(table.columns()):
+        period = f"SELECT valid_to, lead(valid_from) OVER (PARTITION BY {table.key[0]} ORDER BY valid_from) AS next"
+        is_overlap = "next < valid_to OR (next IS NOT NULL AND valid_to IS NULL)"
+        figures.append(f"(SELECT count(*) FROM ({period} FROM {name}) WHERE {is_overlap}) AS overlaps")
+    return f"SELECT {', '.join(figures)} FROM {name}"
 
 
 def audit_problems(record: RunRecord, found: Mapping[tuple[str, Table], Answer]) -> Iterator[str]:
-    """Returns a line for each problem in the answers to `audit_queries`."""
+    """Returns a line for each problem in the answers to the queries of the audit."""
     for (layer, table), [row] in found.items():
         name, rows = f"{layer}.{table.name}", row["row_count"]
         written, quality = record.rows[name], record.quality.get(table.from_table)
@@ -6208,19 +6188,16 @@ def audit(run: Run) -> None:
         NotPublishedError: a table cannot be read, rows are missing, keys repeat, or revenues differ.
     """
     failed = "AUDIT FAILED, nothing is published: "
+    # max() of each column reads every value. A count may come from the statistics of the files.
+    every_value = {
+        (layer, table): f"SELECT {', '.join(f'max({name})' for name, _ in table.columns(layer))} "
+        f"FROM {layer}.{table.name}"
+        for layer, table in SNAPSHOT_TABLES
+    }
     with run.step("audit"):
-        snapshot = run.snapshot
-        written = {part: snapshot.written_files(part[0], part[1].name) for part in SNAPSHOT_TABLES}
-        linked = [part for part in SNAPSHOT_TABLES if len(written[part]) < len(snapshot.files(part[0], part[1].name))]
         try:
-            if linked:
-                queries = {
-                    (layer, table): f"SELECT {read_back(layer, table)} FROM {layer}.{table.name}@written"
-                    for layer, table in linked
-                    if written[layer, table]
-                }
-                answer_queries(run, queries)
-            found = answer_queries(run, audit_queries(linked))
+            answer_queries(run, every_value, written=True)
+            found = answer_queries(run, {(layer, table): audit_query(layer, table) for layer, table in SNAPSHOT_TABLES})
         except Exception as error:
             if run.engine.is_infrastructure_failure(error):
                 raise
@@ -6228,43 +6205,46 @@ def audit(run: Run) -> None:
         if problems := list(audit_problems(run.record, found)):
             raise NotPublishedError(failed + "; ".join(problems))
         run.record.revenue = found[SILVER, TABLES["transactions_clean"]][0]["revenue"] or Decimal(0)
-        run.record.sha256 = snapshot.checksums(known=run.base.record.sha256 if run.base else {})
-        snapshot.make_read_only()
+        run.record.sha256 = run.snapshot.checksums(known=run.base.record.sha256 if run.base else {})
+        run.snapshot.make_read_only()
     logger.info("AUDIT: rows, keys and revenue add up (%.1f s)", run.record.seconds["audit"])
 
 
+def audit_again(store: Store, run_id: str) -> None:
+    """Checks without Spark that the files of a snapshot are those that were audited. Raises PipelineError."""
+    record = store.runs.get(run_id)
+    if record is None or not record.sha256:  # early records have no checksums
+        raise PipelineError(
+            f"snapshot {run_id} cannot be checked: its run record is missing, unreadable or of the first version"
+        )
+    try:
+        changed = sorted(dict(record.sha256.items() ^ Snapshot(store, run_id).checksums().items()))
+        problem = "; ".join(f"{file} is not as it was written" for file in changed[:3])
+    except OSError as error:
+        problem = str(error)
+    if problem:
+        raise PipelineError(f"snapshot {run_id} is damaged: {problem}")
+
+
 def write_changes_of(run: Run) -> None:
-    """With `changes`, writes what the run changes in the published tables. Raises NotPublishedError."""
+    """With `changes`, writes what the run changes in the published tables."""
     if run.config.changes:
         with run.step(CHANGES):
-            store = run.snapshot.store
-            published = store.published()
-            write_changes(Snapshot(store, published) if published else None, run.snapshot)
+            write_changes(run.snapshot)
 
 
-def write_changes_back(store: Store, run_id: str) -> None:
-    """Writes the changes of a rollback, if the published snapshot has changes. A failure is only a warning."""
-    published = store.published()
-    if published and os.path.isdir(store.path("snapshots", published, CHANGES)):
-        with best_effort("The changes of the rollback are not written"):
-            write_changes(Snapshot(store, published), Snapshot(store, run_id))
-
-
-def write_changes(before: Snapshot | None, after: Snapshot) -> None:
-    """Writes the net changes of tables between two snapshots, into the second.
-
-    Raises:
-        NotPublishedError: the rows before and the changes do not give the rows after.
-    """
+def write_changes(after: Snapshot) -> None:
+    """Writes the net changes from the published snapshot to another one, into the latter."""
+    published = after.store.published()
+    before = Snapshot(after.store, published) if published else None
     shutil.rmtree(after.path(CHANGES), ignore_errors=True)
     with duckdb_connection(after.path()) as connection:
         rows = {
             table.name: write_table_changes(connection, before, after, layer, table) for layer, table in CHANGED_TABLES
         }
-    from_run = before.run_id if before else None
-    text = json.dumps({"from_run": from_run, "to_run": after.run_id, "rows": rows}, indent=1)
+    text = json.dumps({"from_run": published, "to_run": after.run_id, "rows": rows}, indent=1)
     write_atomic(after.path(CHANGES, "_changes.json"), text)
-    logger.info("CHANGES since %s: %s", from_run or "nothing", json.dumps(rows))
+    logger.info("CHANGES since %s: %s", published or "nothing", json.dumps(rows))
 
 
 def write_table_changes(
@@ -6272,53 +6252,49 @@ def write_table_changes(
 ) -> dict[str, int]:
     """Writes a row per inserted or deleted row, and two per updated one. Returns their numbers by `_change_type`.
 
-    The types are those of Delta Lake's change data feed. Files that both snapshots share are not read.
+    The types are those of Delta Lake's change data feed. Files that both snapshots link are not read.
     """
-    os.makedirs(after.path(CHANGES, table.name))
-    file, columns = after.path(CHANGES, table.name, f"{after.run_id}-1.parquet"), table.columns()
-    views = {"old": files_not_in(after, before, layer, table), "new": files_not_in(before, after, layer, table)}
-    for name, files in views.items():
-        connection.execute(f"CREATE OR REPLACE VIEW {name} AS {duckdb_rows(files, columns)}")
-    same_key = " AND ".join(f"gone.{name} IS NOT DISTINCT FROM came.{name}" for name in table.key)
-    changes = f"""
-        WITH gone AS (FROM old EXCEPT FROM new), came AS (FROM new EXCEPT FROM old)
-        SELECT CASE WHEN EXISTS (FROM came WHERE {same_key}) THEN 'update_preimage' ELSE 'delete' END AS _change_type, *
-        FROM gone
-        UNION ALL
-        SELECT CASE WHEN EXISTS (FROM gone WHERE {same_key}) THEN 'update_postimage' ELSE 'insert' END, *
-        FROM came
-        ORDER BY {", ".join(table.key)}, _change_type DESC"""
-    ask_duckdb(connection, f"COPY ({changes}) TO {sql_text(file)} (FORMAT parquet)")
-    written = duckdb_rows([file], [("_change_type", "string"), *columns])
-    connection.execute(f"CREATE OR REPLACE VIEW changes AS {written}")
-    removed, added = (
-        f"(SELECT * EXCLUDE _change_type FROM changes WHERE _change_type IN {types})"
-        for types in (("delete", "update_preimage"), ("insert", "update_postimage"))
+    old, new = (
+        {os.stat(file).st_ino: file for file in snapshot.files(layer, table.name)} if snapshot else {}
+        for snapshot in (before, after)
     )
-    applied = f"((FROM old EXCEPT ALL {removed}) UNION ALL {added})"
-    differ = f"((FROM {applied} EXCEPT ALL FROM new) UNION ALL (FROM new EXCEPT ALL FROM {applied}))"
-    if ask_duckdb(connection, f"SELECT 1 FROM {differ} LIMIT 1"):
-        raise NotPublishedError(f"AUDIT FAILED, nothing is published: the changes of {table.name} do not give its rows")
+    key = ", ".join(table.key)
+    ask_duckdb(
+        connection,
+        f"""
+        CREATE OR REPLACE VIEW old AS {duckdb_rows([old[file] for file in old.keys() - new.keys()], table.columns())};
+        CREATE OR REPLACE VIEW new AS {duckdb_rows([new[file] for file in new.keys() - old.keys()], table.columns())};
+        CREATE OR REPLACE TABLE changes AS
+        SELECT
+            CASE count(*) OVER (PARTITION BY {key}) WHEN 1 THEN single ELSE paired END AS _change_type,
+            * EXCLUDE (single, paired)
+        FROM (
+            SELECT 'delete' AS single, 'update_preimage' AS paired, * FROM (FROM old EXCEPT FROM new)
+            UNION ALL
+            SELECT 'insert', 'update_postimage', * FROM (FROM new EXCEPT FROM old)
+        )""",
+    )
+    os.makedirs(after.path(CHANGES, table.name))
+    file = sql_text(after.path(CHANGES, table.name, f"{after.run_id}-1.parquet"))
+    ask_duckdb(connection, f"COPY (FROM changes ORDER BY {key}, _change_type DESC) TO {file} (FORMAT parquet)")
     counts = ask_duckdb(connection, "SELECT _change_type, count(*) AS rows FROM changes GROUP BY 1 ORDER BY 1")
     return {row["_change_type"]: row["rows"] for row in counts}
 
 
-def files_not_in(other: Snapshot | None, snapshot: Snapshot | None, layer: str, table: Table) -> list[str]:
-    """Returns the data files of a table in a snapshot that the other one does not link."""
-    known = {os.stat(file).st_ino for file in other.files(layer, table.name)} if other else set()
-    files = snapshot.files(layer, table.name) if snapshot else []
-    return [file for file in files if os.stat(file).st_ino not in known]
-
-
 CONTROLS = "controls.csv"  # in the source folder
-CONTROL_FIGURES = ("orders", "revenue", "returns")
+CONTROL_FIGURES: Mapping[str, tuple[str, str]] = {  # by name, the table and the aggregate
+    "orders": ("transactions_clean", ORDER_COUNT),
+    "revenue": ("transactions_clean", "sum(amount)"),
+    "returns": ("transactions_returned", "0 - sum(amount)"),
+}
 
 
 class Control(NamedTuple):
-    """Figures of the shop's own report for a month (2026-01) or a day (2026-01-31). `returns` is an amount."""
+    """A figure of the shop's own report for a month (2026-01) or a day (2026-01-31). `returns` is an amount."""
 
     period: str
-    figures: Mapping[str, Decimal]
+    name: str
+    amount: Decimal
 
 
 def read_controls(path: str, config: DataPipelineConfig) -> list[Control]:
@@ -6329,8 +6305,9 @@ def read_controls(path: str, config: DataPipelineConfig) -> list[Control]:
         with open(path, "rb", buffering=0) as content:
             text = open_text(content, config.source_encoding)
             delimiter, header = read_header(text, ".csv", config)
-            rows = [row for row in csv.reader(text, delimiter=delimiter, quotechar=config.source_quote) if any(row)]
-        columns = [name.lower() for name in column_names(header)]
+            columns = [name.lower() for name in column_names(header)]
+            read = csv.DictReader(text, columns, delimiter=delimiter, quotechar=config.source_quote)
+            rows = [row for row in read if any(row.values())]
     except (BadFileError, OSError, UnicodeError, csv.Error) as error:
         raise ConfigurationError(f"{path} cannot be read: {error}; save it as CSV in UTF-8") from None
     if "period" not in columns or len(columns) < 2 or {*columns} - {"period", *CONTROL_FIGURES} or not rows:
@@ -6338,45 +6315,23 @@ def read_controls(path: str, config: DataPipelineConfig) -> list[Control]:
             f"{path} has the columns {', '.join(header) or 'none'} and {len(rows)} rows: it needs period, one or "
             f"more of {', '.join(CONTROL_FIGURES)}, and a row for each period"
         )
-    return [read_control(f"{path} row {number}", columns, row, config) for number, row in enumerate(rows, start=1)]
-
-
-def read_control(place: str, columns: Sequence[str], row: Sequence[str], config: DataPipelineConfig) -> Control:
-    """Reads the figures of one period. Raises ConfigurationError."""
-    given = dict(itertools.zip_longest(columns, map(str.strip, row[: len(columns)]), fillvalue=""))
-    figure = rf"(-?\d+([{config.source_decimal}]\d+)?)?"
-    patterns = {"period": r"\d{4}(-\d\d){1,2}", **dict.fromkeys(CONTROL_FIGURES, figure)}
-    wrong = [f"{name} {text!r}" for name, text in given.items() if not re.fullmatch(patterns[name], text)]
-    if len(row) > len(columns):
-        wrong.append(f"{len(row)} fields under {len(columns)} columns")
-    texts = {name: given[name].replace(config.source_decimal, ".") for name in CONTROL_FIGURES if given.get(name)}
-    if wrong or not texts:
-        raise ConfigurationError(
-            f"{place}: {', '.join(wrong) or 'no figure'}: give a period such as 2026-01 or 2026-01-31, "
-            f"and any of {', '.join(CONTROL_FIGURES)} as plain numbers"
-        )
-    figures = {name: Decimal(text) for name, text in texts.items()}
-    if "returns" in figures:  # reports show returns as negative or as positive amounts
-        figures["returns"] = abs(figures["returns"])
-    return Control(given["period"], figures)
-
-
-def figures_by_period(run: Run) -> dict[tuple[str, str], Decimal]:
-    """Returns the orders, the revenue and the refunds of each month and day, by period and name."""
-    figures = {
-        "transactions_clean": f"{ORDER_COUNT} AS orders, sum(amount) AS revenue",
-        "transactions_returned": "0 - sum(amount) AS returns",
-    }
-    queries = {
-        (table, period): f"SELECT {period}, {figures[table]} FROM {SILVER}.{table} GROUP BY {period} ORDER BY {period}"
-        for table in figures
-        for period in ("transaction_year, transaction_month", "transaction_date")
-    }
-    found: dict[tuple[str, str], Decimal] = {}
-    for row in itertools.chain.from_iterable(answer_queries(run, queries).values()):
-        period = row.get("transaction_date") or "{transaction_year:04}-{transaction_month:02}".format(**row)
-        found |= {(str(period), name): Decimal(row[name]) for name in CONTROL_FIGURES if name in row}
-    return found
+    controls = []
+    for number, row in enumerate(rows, start=1):
+        given = {name: str(text or "").strip() for name, text in row.items()}
+        period = given.pop("period")
+        amounts = {name: text.replace(config.source_decimal, ".") for name, text in given.items() if text}
+        is_plain = all(re.fullmatch(rf"-?\d+([{config.source_decimal}]\d+)?", given[name]) for name in amounts)
+        if not re.fullmatch(r"\d{4}(-\d\d){1,2}", period) or not amounts or not is_plain:
+            raise ConfigurationError(
+                f"{path} row {number} is {', '.join([period, *given.values()])}: give a period such as 2026-01 or "
+                f"2026-01-31, and any of {', '.join(CONTROL_FIGURES)} as plain numbers"
+            )
+        # Reports show returns as negative or as positive amounts.
+        controls += [
+            Control(period, name, abs(Decimal(text)) if name == "returns" else Decimal(text))
+            for name, text in amounts.items()
+        ]
+    return controls
 
 
 def check_controls(run: Run, controls: Sequence[Control]) -> None:
@@ -6387,14 +6342,14 @@ def check_controls(run: Run, controls: Sequence[Control]) -> None:
     """
     if not controls:
         return
+    names = [name for name in CONTROL_FIGURES if any(control.name == name for control in controls)]
     with run.step("controls"):
+        tolerance = Decimal(str(run.config.control_tolerance))
         found = figures_by_period(run)
         problems = [
             f"{period} {name}: {expected:,} in {CONTROLS}, {ours:,} in the tables"
-            for period, figures in controls
-            for name, expected in figures.items()
-            if abs((ours := found.get((period, name), Decimal(0))) - expected)
-            > Decimal(str(run.config.control_tolerance)) * abs(expected)
+            for period, name, expected in controls
+            if abs((ours := found.get((period, name), Decimal(0))) - expected) > tolerance * abs(expected)
         ]
         if problems:
             more = f"; and {len(problems) - 10} more" if problems[10:] else ""
@@ -6402,37 +6357,27 @@ def check_controls(run: Run, controls: Sequence[Control]) -> None:
                 f"CONTROL TOTALS DIFFER, nothing is published: {'; '.join(problems[:10])}{more}; correct the models or "
                 f"{CONTROLS}, or allow a difference with --control-tolerance"
             )
-    store, periods = run.snapshot.store, sorted(control.period for control in controls)
+    store = run.snapshot.store
     before = store.runs.get(store.published())
-    run.record.controls = {
-        "figures": [name for name in CONTROL_FIGURES if any(name in control.figures for control in controls)],
-        "first": periods[0],
-        "last": periods[-1],
-        "since": before.controls["since"] if before and before.controls else run.record.started_at,
+    since = before.controls["since"] if before and before.controls else run.record.started_at
+    first, *_, last = sorted([control.period for control in controls] * 2)
+    run.record.controls = {"figures": names, "first": first, "last": last, "since": since}
+    logger.info("CONTROL TOTALS: %s agree with %s, %s to %s", ", ".join(names), CONTROLS, first, last)
+
+
+def figures_by_period(run: Run) -> dict[tuple[str, str], Decimal]:
+    """Returns the orders, the revenue and the refunds of each month and day, by period and name."""
+    queries = {
+        (
+            name,
+            length,
+        ): f"SELECT substring(CAST(transaction_date AS STRING), 1, {length}) AS period, {figure} AS figure "
+        f"FROM {SILVER}.{table} GROUP BY 1"
+        for name, (table, figure) in CONTROL_FIGURES.items()
+        for length in (7, 10)
     }
-    logger.info(
-        "CONTROL TOTALS: {} agree with {}, {first} to {last}".format(
-            ", ".join(run.record.controls["figures"]), CONTROLS, **run.record.controls
-        )
-    )
-
-
-def audit_again(store: Store, run_id: str) -> None:
-    """Checks without Spark that a snapshot has not changed since its audit. Raises PipelineError."""
-    record, problems = store.runs.get(run_id), []
-    if record is None:
-        raise PipelineError(f"snapshot {run_id} cannot be checked: its run record is missing or unreadable")
-    snapshot = Snapshot(store, run_id)
-    try:
-        if record.sha256:  # records of early versions have none
-            changed = sorted(dict(record.sha256.items() ^ snapshot.checksums().items()))
-            problems = [f"{file} is not as it was written" for file in changed]
-        else:
-            problems = list(audit_problems(record, answer_by_duckdb(snapshot, audit_queries())))
-    except (OSError, RuntimeError) as error:
-        problems = [str(error)]
-    if problems:
-        raise PipelineError(f"snapshot {run_id} is damaged: {'; '.join(problems[:3])}")
+    answers = answer_queries(run, queries)
+    return {(row["period"], name): Decimal(row["figure"]) for (name, _), rows in answers.items() for row in rows}
 
 
 def summarize(run: Run) -> None:
