@@ -6367,14 +6367,11 @@ def check_controls(run: Run, controls: Sequence[Control]) -> None:
 
 def figures_by_period(run: Run) -> dict[tuple[str, str], Decimal]:
     """Returns the orders, the revenue and the refunds of each month and day, by period and name."""
+    day = "CAST(transaction_date AS STRING)"
     queries = {
-        (
-            name,
-            length,
-        ): f"SELECT substring(CAST(transaction_date AS STRING), 1, {length}) AS period, {figure} AS figure "
-        f"FROM {SILVER}.{table} GROUP BY 1"
+        (name, period): f"SELECT {period} AS period, {figure} AS figure FROM {SILVER}.{table} GROUP BY 1"
         for name, (table, figure) in CONTROL_FIGURES.items()
-        for length in (7, 10)
+        for period in (day, f"substring({day}, 1, 7)")
     }
     answers = answer_queries(run, queries)
     return {(row["period"], name): Decimal(row["figure"]) for (name, _), rows in answers.items() for row in rows}
@@ -6407,9 +6404,6 @@ RENAMED_FIELDS: Mapping[str, str] = {
     "at": "current_step", "offsets": "started_after", "highlights": "previews", "missed": "gate_failures",
     "kept": "accepted", "failed": "violations",
 }  # fmt: skip
-
-
-Figure: TypeAlias = tuple[int | float | Decimal | None, str]  # a value, and its key in FORMATS
 
 
 @dataclass(slots=True, repr=False)
@@ -6470,12 +6464,8 @@ class RunRecord:
         def renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
             return {RENAMED_FIELDS.get(name, name): value for name, value in fields.items()}
 
-        fields = renamed(json.loads(text))
-        required = {"result": str, "started_at": str, "config": dict, "rows": dict}
-        if not all(isinstance(fields[name], kind) for name, kind in required.items()):
-            raise TypeError("a field is of another type than it should be")
         known = {known.name for known in dataclasses.fields(cls)} - {"schema_version"}
-        read = {name: value for name, value in fields.items() if name in known}
+        read = {name: value for name, value in renamed(json.loads(text)).items() if name in known}
         read |= {name: Decimal(read[name]) for name in ("revenue", "refunds") if read.get(name) is not None}
         for name in ("quality", "arrived"):
             read[name] = {table: Quality(**renamed(found)) for table, found in read.get(name, {}).items()}
@@ -6521,26 +6511,23 @@ class RunRecord:
     def sort(self) -> None:
         """Sorts tables by their declaration, since threads finish them in any order."""
         order = [name for layer, table in SNAPSHOT_TABLES for name in (f"{layer}.{table.name}", table.name)]
-        parts: tuple[dict[str, Any], ...] = (self.rows, self.bytes, self.quality, self.profile, self.previews)
-        for part in parts:
-            ordered = {name: part[name] for name in order if name in part}
-            part.clear()
-            part.update(ordered)
+        for part in ("rows", "bytes", "quality"):
+            found = getattr(self, part)
+            setattr(self, part, {name: found[name] for name in order if name in found})
 
     def violated(self, *, warnings: bool) -> list[dict[str, Any]]:
         """Returns the violated rules that warn, or those that reject, with their number of rows, largest first."""
-        orphans, source_dir = self.config.get("orphans"), self.config.get("source_dir")
-        kept = DataPipelineConfig(orphans=orphans, source_dir=source_dir).keeps_orphans
-        warning = {WARN, ORPHAN} if kept else {WARN}
+        config = DataPipelineConfig(orphans=self.config.get("orphans"), source_dir=self.config.get("source_dir"))
         rules = [(table.name, rule) for table in tables(BRONZE) for rule in (*table.rules, *key_rules(table))]
-        severities = {(name, rule.name): rule.severity for name, rule in rules}
-        severities |= {(name, rule): severity for name, own in self.rules.items() for rule, severity in own.items()}
-        warn = {rule for rule, severity in severities.items() if severity in warning}
+        rejects = {(name, rule.name): rule.rejects(config) for name, rule in rules}
+        rejects |= {
+            (name, rule): severity != WARN for name, own in self.rules.items() for rule, severity in own.items()
+        }
         found = [
             {"rule": f"{name}: {rule}", "rows": rows}
             for name, quality in self.quality.items()
             for rule, rows in quality.violations.items()
-            if rows and ((name, rule) in warn) == warnings
+            if rows and rejects.get((name, rule), True) != warnings
         ]
         return sorted(found, key=lambda row: -row["rows"])
 
@@ -6560,39 +6547,38 @@ class RunRecord:
         return weeks[:over], weeks[-1] if over < len(weeks) else None
 
     @property
-    def figures(self) -> dict[str, Figure]:
-        """The business figures by name, each with its key in FORMATS; empty before the audit."""
+    def figures(self) -> dict[str, str]:
+        """The business figures by name, as text; empty before the audit."""
         if self.revenue is None:
             return {}
-        figures: dict[str, Figure] = {"Revenue": (self.revenue, "money")}
+        amounts: dict[str, Decimal | None] = {"Revenue": self.revenue}
+        counts = {"Completed orders": self.orders or self.rows.get("silver.transactions_clean")}
         if self.returns:
-            figures |= {"Refunds": (self.refunds, "money"), "Net revenue": (self.net_revenue, "money")}
-            figures["Returns"] = (self.returns, "count")
-        figures["Completed orders"] = (self.orders or self.rows.get("silver.transactions_clean"), "count")
-        return figures | {"Customers": (self.rows.get("silver.customers_enriched"), "count")}
+            amounts |= {"Refunds": self.refunds, "Net revenue": self.net_revenue}
+            counts = {"Returns": self.returns, **counts}
+        counts["Customers"] = self.rows.get("silver.customers_enriched")
+        shown = {name: _shown(amount, "money", self.currency) for name, amount in amounts.items()}
+        return shown | {name: _shown(count, "count") for name, count in counts.items()}
 
     def __repr__(self) -> str:
-        figures: dict[str, Figure] = {
-            "rows received": (self.received, "count"),
-            "quarantined": (self.quarantine_rate, "percent"),
-            "duration": (self.duration, "seconds"),
+        figures = {
+            "rows received": _shown(self.received, "count"),
+            "quarantined": _shown(self.quarantine_rate, "percent"),
+            "duration": _shown(self.duration, "seconds"),
             **self.figures,
         }
-        shown = (f"{name.lower()}: {_shown(*figure, self.currency)}" for name, figure in figures.items())
+        shown = ", ".join(f"{name.lower()}: {figure}" for name, figure in figures.items())
         as_of = self.config.get("as_of_date")
-        return f"RunRecord({self.run_id} {self.result}, as of: {as_of}, {', '.join(shown)}, data: {self.data_dir})"
+        return f"RunRecord({self.run_id} {self.result}, as of: {as_of}, {shown}, data: {self.data_dir})"
 
     def summary(self) -> Iterator[str]:
         """Returns the lines that close the log."""
-        total = self.seconds["total"]
+        total, figures = self.seconds["total"], self.figures
         layers = ", ".join(f"{layer} {self.seconds[layer]:.1f} s" for layer in LAYERS if layer in self.seconds)
         for table, rows in self.rows.items():
             yield f"  {table:<28} {rows:>14,} rows"
         if self.returns:
-            gross, refunds, net = (
-                _shown(amount, "money", self.currency) for amount in (self.revenue, self.refunds, self.net_revenue)
-            )
-            yield f"  revenue {gross} - {refunds} of {self.returns:,} returns = {net} net"
+            yield "  revenue {Revenue} - {Refunds} of {Returns} returns = {Net revenue} net".format_map(figures)
         yield f"  {total:.1f} s in all: {layers or 'nothing to compute'}"
         if self.received:
             yield f"  {self.received / total:,.0f} rows per second, start-up included"
@@ -6806,18 +6792,13 @@ def warn_of_anomalies(record: RunRecord, store: Store, factor: float) -> None:
 
 def compared_figures(record: RunRecord) -> dict[tuple[str, str, float], float]:
     """Returns the rows and quarantine rates of a run, by table, format and tolerance. Bronze has what arrived."""
+    rows, rate = "{:,.0f} rows", "{:.2%} of the rows quarantined"
     # The arrivals of a full refresh on a base depend on when somebody starts it, so they are not compared.
     compared = {} if record.kind == "full" and record.arrived else record.delivered
-    arrived = {f"{BRONZE}.{name}": quality.received for name, quality in compared.items()}
-    figures = {
-        (name, "{:,.0f} rows", 1.0): float(rows)
-        for name, rows in {**record.rows, **arrived}.items()
-        if name in arrived or not name.startswith(BRONZE)
-    }
-    rates = {
-        (name, "{:.2%} of the rows quarantined", 0.001): quality.quarantine_rate for name, quality in compared.items()
-    }
-    return {figure: value for figure, value in (figures | rates).items() if not figure[0].startswith(QUARANTINE)}
+    figures = {(f"{BRONZE}.{name}", rows, 1.0): float(quality.received) for name, quality in compared.items()}
+    figures |= {(name, rate, 0.001): quality.quarantine_rate for name, quality in compared.items()}
+    derived = {name: count for name, count in record.rows.items() if not name.startswith((BRONZE, QUARANTINE))}
+    return figures | {(name, rows, 1.0): float(count) for name, count in derived.items()}
 
 
 def anomalies(record: RunRecord, history: Sequence[RunRecord], factor: float) -> list[str]:
@@ -6910,15 +6891,6 @@ def _shown(value: Any, kind: str, currency: str | None = None) -> str:
     return re.sub(r"(?=\d)", CURRENCY_SIGNS.get(currency, f"{currency} "), text, count=1)
 
 
-def _timestamp(time_text: str) -> float:
-    return datetime.fromisoformat(time_text).timestamp()
-
-
-def _in_words(name: str) -> str:
-    """Returns a value of the data as a label: credit_card becomes Credit card."""
-    return (name[:1].upper() + name[1:]).replace("_", " ")
-
-
 def _markdown(value: Any) -> str:
     """Returns a value as text in which all characters that have a meaning in Markdown are escaped."""
     text = f"{value:,}" if isinstance(value, int | Decimal) else f"{value:,.2f}" if isinstance(value, float) else value
@@ -6936,8 +6908,12 @@ def render(template: str, currency: str | None, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    shown = functools.partial(_shown, currency=currency)
-    environment.filters |= {"shown": shown, "markdown": _markdown, "in_words": _in_words, "timestamp": _timestamp}
+    environment.filters |= {
+        "shown": functools.partial(_shown, currency=currency),
+        "markdown": _markdown,
+        "in_words": lambda name: (name[:1].upper() + name[1:]).replace("_", " "),  # credit_card: Credit card
+        "timestamp": lambda text: datetime.fromisoformat(text).timestamp(),
+    }
     return environment.get_template(template).render(**values)
 
 

@@ -170,7 +170,7 @@ def test_run_killed_after_publishing_has_succeeded(store: Store) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", '{"result": "succeeded"}', '{"result": "", "started_at": "", "config": {}, "rows": 5}', "[]", "\x00\xff"],
+    ["", "{", '{"result": "succeeded"}', "[]", "\x00\xff"],
 )
 def test_unreadable_record_is_named_and_passed_over(text: str, store: Store) -> None:
     add(store, IDS[0])
