@@ -59,13 +59,7 @@ is machinery: engines, storage, landed files, inspection, run record and reporti
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # Until main() takes over, Ctrl-C would print the stack trace of an import.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 if sys.version_info < (3, 11):  # before the imports, which an older Python may lack
     sys.stderr.write(f"Python 3.11 or newer is needed, not {sys.version.split()[0]}; run this with a newer one\n")
@@ -96,10 +90,12 @@ import itertools
 import json
 import logging
 import math
+import os
 import re
 import secrets
 import shlex
 import shutil
+import signal
 import socket
 import stat
 import statistics
@@ -201,17 +197,9 @@ def _now() -> datetime:
     return datetime.now(timezone.utc)
 
 
-def _today() -> date:
-    return _now().date()
-
-
 def _nearest(name: str, known: Iterable[str]) -> str:
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {matches[0]}?" if matches else ""
-
-
-def _character(text: str) -> str:
-    return "\t" if text in ("tab", "\\t") else text
 
 
 def _encoding(text: str) -> str:
@@ -225,10 +213,8 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _commands(text: str) -> tuple[str, ...]:
-    commands = tuple(line.strip() for line in text.splitlines() if line.strip())
-    for command in commands:
-        shlex.split(command)  # raises ValueError for a quote that is not closed
-    return commands
+    # shlex.split raises ValueError for a quote that is not closed.
+    return tuple(line.strip() for line in text.splitlines() if shlex.split(line))
 
 
 class FieldType(NamedTuple):
@@ -262,7 +248,11 @@ FIELD_TYPES: Mapping[str, FieldType] = {
     "str": FieldType("a text without line breaks", str.strip, r"(?=.*\S)[^\x00-\x1f]+"),
     "Words": FieldType("names separated by commas, such as credit_card,paypal", _words, f"{_WORD}(,{_WORD})*"),
     "Commands": FieldType("commands, one a line, in which each quote is closed", _commands, r"(?s).*\S.*"),
-    "Character": FieldType("one ASCII character, or tab", _character, r"[\x01-\x09\x0e-\x7f]|tab|\\t"),
+    "Character": FieldType(
+        "one ASCII character, or tab",
+        lambda text: "\t" if text in ("tab", "\\t") else text,
+        r"[\x01-\x09\x0e-\x7f]|tab|\\t",
+    ),
     "Encoding": FieldType("an encoding such as utf-8 or latin-1", _encoding),
     "TimeZone": FieldType("a time zone such as Europe/Berlin", lambda text: zoneinfo.ZoneInfo(text).key),
     "Url": FieldType("a URL that begins with https:// or http://", pattern=_URL),
@@ -329,7 +319,9 @@ class DataPipelineConfig:
     num_transactions: int = _option(50_000, "transaction records to generate", min=0, max=MILLION**2)
     num_products: int = _option(200, "product records to generate", min=0, max=MILLION**2)
     seed: int = _option(42, "the same seed and as-of date give the same rows", min=-(2**63), max=2**63 - 1)
-    as_of_date: date = _option(_today, "last day of the data, in UTC (default: today)", min=date(2000, 1, 1))
+    as_of_date: date = _option(
+        lambda: _now().date(), "last day of the data, in UTC (default: today)", min=date(2000, 1, 1)
+    )
     source_dir: str | None = _option(None, "folder of landed files to read, instead of generating records")
     models: str | None = _option(None, "folder of models, or the name of a ready set (default: source_dir)")
     rules: str | None = _option(None, "folder of own rules, <table>.rules.yml (default: the folder of the models)")
@@ -392,17 +384,13 @@ class DataPipelineConfig:
 
         def __setattr__(self, name: str, value: Any) -> None:
             if name not in self.__dataclass_fields__:
-                self.__getattr__(name)
+                nearest = _nearest(name, self.__dataclass_fields__)
+                raise AttributeError(f"DataPipelineConfig has no attribute {name}{nearest}")
             object.__setattr__(self, name, parse_setting(name, value))
-
-        def __getattr__(self, name: str) -> NoReturn:
-            nearest = _nearest(name, self.__dataclass_fields__)
-            raise AttributeError(f"DataPipelineConfig has no attribute {name}{nearest}")
 
     def redacted(self) -> dict[str, Any]:
         """Returns the values by field, with *** in place of a secret."""
-        secret = [option.name for option in dataclasses.fields(self) if "secret" in option.metadata]
-        return dataclasses.asdict(self) | {name: "***" for name in secret if getattr(self, name)}
+        return dataclasses.asdict(self) | ({"alert_webhook": "***"} if self.alert_webhook else {})
 
     @property
     def root(self) -> str:
@@ -463,11 +451,9 @@ def check_config(config: DataPipelineConfig) -> None:
             "the thresholds must rise: silver_above < gold_above < premium_above, not "
             f"{config.silver_above}, {config.gold_above}, {config.premium_above}"
         )
-    if config.source_delimiter == config.source_quote:
-        raise ConfigurationError(f"source_delimiter and source_quote are both {config.source_quote!r}: change one")
     if config.changes and is_uri(config.root):
         raise ConfigurationError(f"changes needs a folder as data_dir, not the URI {config.root}: leave changes out")
-    if config.as_of_date > (today := _today()):
+    if config.as_of_date > (today := _now().date()):
         raise ConfigurationError(f"as_of_date {config.as_of_date} lies in the future: today is {today} in UTC")
     config.root  # noqa: B018 - raises when the folder cannot be named
 
@@ -5929,9 +5915,9 @@ DUCKDB_ROWS = 50 * MILLION  # the largest table that DuckDB reads; a profile of 
 # Queries for the report. Each returns few rows at any size of the data.
 WEEK = "CAST(date_trunc('week', transaction_date) AS DATE)"
 SUMMARIES: Mapping[str, str] = {
-    "orders": f"SELECT {ORDER_COUNT} AS orders FROM silver.transactions_clean",
-    "returns": """
-        SELECT count(*) AS returns, CAST(coalesce(0 - sum(amount), 0) AS DECIMAL(20,2)) AS refunds
+    "totals": f"""
+        SELECT (SELECT {ORDER_COUNT} FROM silver.transactions_clean) AS orders, count(*) AS returns,
+            CAST(coalesce(0 - sum(amount), 0) AS DECIMAL(20,2)) AS refunds
         FROM silver.transactions_returned""",
     "revenue_by_week": f"""
         SELECT week, sum(orders) AS orders, CAST(sum(revenue) AS DECIMAL(20,2)) AS revenue,
@@ -6002,8 +5988,6 @@ def answer_by_duckdb(snapshot: Snapshot, queries: Mapping[Key, str], *, written:
             try:
                 for layer, name in tables - views:
                     files = snapshot.written_files(layer, name) if written else snapshot.files(layer, name)
-                    if not files and not written:
-                        raise FileNotFoundError(f"there are no files in {snapshot.path(layer, name)}")
                     rows = duckdb_rows(files, TABLES[name].columns(layer))
                     view = f"SELECT {', '.join(columns_in_utc(layer, name, 'TIMESTAMP'))} FROM ({rows})"
                     connection.execute(f"CREATE SCHEMA IF NOT EXISTS {layer}; CREATE VIEW {layer}.{name} AS {view}")
@@ -6087,17 +6071,17 @@ def profile(run: Run, profiled: Sequence[Table]) -> None:
     columns = {(table.name, name): kind for table in profiled for name, kind in table.columns()}
     with run.step("profile"):
         answers = answer_queries(run, {key: query(*key, kind) for key, kind in columns.items()}, written=True)
-    for table, name in columns:
-        [found] = answers[table, name]
-        rows, filled = found["row_count"], found["filled"]
+    for (table, name), [found] in answers.items():
+        rows, filled, distinct, *bounds = found.values()
+        minimum, maximum = (None if bound is None else str(bound) for bound in bounds)
         run.record.profile.setdefault(table, {})[name] = {
             "rows": rows,
             "nulls": rows - filled,
             "completeness": 100.0 * filled / rows if rows else 100.0,
-            "distinct": found["different"],
+            "distinct": distinct,
             "distinct_is_exact": is_exact,
-            "min": None if found["minimum"] is None else str(found["minimum"]),
-            "max": None if found["maximum"] is None else str(found["maximum"]),
+            "min": minimum,
+            "max": maximum,
         }
 
 
@@ -6122,16 +6106,12 @@ def example_rows(run: Run, table: Table, where: str) -> Answer:
 
 def find_rejects_by_file(run: Run) -> None:
     """Counts quarantined rows by landed file: the ten files with the most."""
-    if not run.record.delivery:
-        return
-    run.record.rejects = answer_queries(
-        run,
-        {
-            name: f"SELECT coalesce(_source_file, 'unknown') AS file, count(*) AS rejected "
-            f"FROM {QUARANTINE}.{name} GROUP BY 1 ORDER BY rejected DESC, file LIMIT {PREVIEW_ROWS}"
-            for name in names(BRONZE)
-        },
+    query = (
+        f"SELECT coalesce(_source_file, 'unknown') AS file, count(*) AS rejected FROM {QUARANTINE}.{{name}} "
+        f"GROUP BY 1 ORDER BY rejected DESC, file LIMIT {PREVIEW_ROWS}"
     )
+    if run.record.delivery:
+        run.record.rejects = answer_queries(run, {name: query.format(name=name) for name in names(BRONZE)})
     for name, rows in run.record.rejects.items():
         if rows:
             files = ", ".join(f"{row['file']} {row['rejected']:,}" for row in rows)
@@ -6217,13 +6197,8 @@ def audit_again(store: Store, run_id: str) -> None:
         raise PipelineError(
             f"snapshot {run_id} cannot be checked: its run record is missing, unreadable or of the first version"
         )
-    try:
-        changed = sorted(dict(record.sha256.items() ^ Snapshot(store, run_id).checksums().items()))
-        problem = "; ".join(f"{file} is not as it was written" for file in changed[:3])
-    except OSError as error:
-        problem = str(error)
-    if problem:
-        raise PipelineError(f"snapshot {run_id} is damaged: {problem}")
+    if changed := sorted(dict(record.sha256.items() ^ Snapshot(store, run_id).checksums().items())):
+        raise PipelineError(f"snapshot {run_id} is damaged: not as they were written: {', '.join(changed[:3])}")
 
 
 def write_changes_of(run: Run) -> None:
@@ -6289,12 +6264,8 @@ CONTROL_FIGURES: Mapping[str, tuple[str, str]] = {  # by name, the table and the
 }
 
 
-class Control(NamedTuple):
-    """A figure of the shop's own report for a month (2026-01) or a day (2026-01-31). `returns` is an amount."""
-
-    period: str
-    name: str
-    amount: Decimal
+# A figure of the shop's own report for a month (2026-01) or a day (2026-01-31): period, name, amount.
+Control: TypeAlias = tuple[str, str, Decimal]
 
 
 def read_controls(path: str, config: DataPipelineConfig) -> list[Control]:
@@ -6328,8 +6299,7 @@ def read_controls(path: str, config: DataPipelineConfig) -> list[Control]:
             )
         # Reports show returns as negative or as positive amounts.
         controls += [
-            Control(period, name, abs(Decimal(text)) if name == "returns" else Decimal(text))
-            for name, text in amounts.items()
+            (period, name, abs(Decimal(text)) if name == "returns" else Decimal(text)) for name, text in amounts.items()
         ]
     return controls
 
@@ -6342,7 +6312,7 @@ def check_controls(run: Run, controls: Sequence[Control]) -> None:
     """
     if not controls:
         return
-    names = [name for name in CONTROL_FIGURES if any(control.name == name for control in controls)]
+    figures = [figure for figure in CONTROL_FIGURES if any(figure == name for _, name, _ in controls)]
     with run.step("controls"):
         tolerance = Decimal(str(run.config.control_tolerance))
         found = figures_by_period(run)
@@ -6360,9 +6330,9 @@ def check_controls(run: Run, controls: Sequence[Control]) -> None:
     store = run.snapshot.store
     before = store.runs.get(store.published())
     since = before.controls["since"] if before and before.controls else run.record.started_at
-    first, *_, last = sorted([control.period for control in controls] * 2)
-    run.record.controls = {"figures": names, "first": first, "last": last, "since": since}
-    logger.info("CONTROL TOTALS: %s agree with %s, %s to %s", ", ".join(names), CONTROLS, first, last)
+    first, last = min(controls)[0], max(controls)[0]
+    run.record.controls = {"figures": figures, "first": first, "last": last, "since": since}
+    logger.info("CONTROL TOTALS: %s agree with %s, %s to %s", ", ".join(figures), CONTROLS, first, last)
 
 
 def figures_by_period(run: Run) -> dict[tuple[str, str], Decimal]:
@@ -6386,10 +6356,10 @@ def summarize(run: Run) -> None:
 
     with run.step("summary"):
         found = answer_queries(run, {**{table.name: preview(table) for table in tables(GOLD)}, **SUMMARIES})
-    run.record.previews = {name: found[name] for name in names(GOLD)}
-    run.record.summaries = {name: found[name] for name in SUMMARIES}
-    [orders], [returns] = run.record.summaries.pop("orders"), run.record.summaries.pop("returns")
-    run.record.orders, run.record.returns, run.record.refunds = orders["orders"], returns["returns"], returns["refunds"]
+    [totals] = found.pop("totals")
+    run.record.orders, run.record.returns, run.record.refunds = totals.values()
+    run.record.previews = {name: found.pop(name) for name in names(GOLD)}
+    run.record.summaries = found
 
 
 # ── Run record and reporting ─────────────────────────────────────────────────────────────────────────────────────
@@ -6561,15 +6531,11 @@ class RunRecord:
         return shown | {name: _shown(count, "count") for name, count in counts.items()}
 
     def __repr__(self) -> str:
-        figures = {
-            "rows received": _shown(self.received, "count"),
-            "quarantined": _shown(self.quarantine_rate, "percent"),
-            "duration": _shown(self.duration, "seconds"),
-            **self.figures,
-        }
-        shown = ", ".join(f"{name.lower()}: {figure}" for name, figure in figures.items())
-        as_of = self.config.get("as_of_date")
-        return f"RunRecord({self.run_id} {self.result}, as of: {as_of}, {shown}, data: {self.data_dir})"
+        figures = "".join(f", {name.lower()}: {figure}" for name, figure in self.figures.items())
+        return (
+            f"RunRecord({self.run_id} {self.result}, as of: {self.config.get('as_of_date')}, rows received: "
+            f"{self.received:,}, quarantined: {self.quarantine_rate:.1%}{figures}, data: {self.data_dir})"
+        )
 
     def summary(self) -> Iterator[str]:
         """Returns the lines that close the log."""
@@ -6836,10 +6802,11 @@ def alert(record: RunRecord, history: Sequence[RunRecord]) -> str | None:
     return None
 
 
-def send_alert(webhook: str, text: str, timeout: float = 10.0) -> bool:
-    """Posts a text to a webhook and returns whether it arrived. Otherwise a warning says why, without the secret URL.
+def send_alert(webhook: str, text: str, timeout: float = 10.0) -> None:
+    """Posts a text to a webhook, with the three characters escaped that Slack reads as markup.
 
-    The three characters that Slack reads as markup are escaped.
+    Raises:
+        PipelineError: the text did not arrive. The message does not contain the URL, which is secret.
     """
     import urllib.request
 
@@ -6851,17 +6818,12 @@ def send_alert(webhook: str, text: str, timeout: float = 10.0) -> bool:
 
     try:
         # In a thread, because urllib restarts its timeout with every byte that arrives.
-        call_in_thread(post).result(timeout)
-        return True
+        return call_in_thread(post).result(timeout)
     except TimeoutError:
         reason = f"no answer within {timeout:g} seconds"
-    except Exception as error:  # without its text, which may contain the URL
-        inner = getattr(error, "reason", None)
-        cause = inner if isinstance(inner, OSError) else error
-        detail = getattr(error, "code", None) or getattr(cause, "strerror", None) or ""
-        reason = f"{type(cause).__name__} {detail}".strip()
-    logger.warning("The alert was not delivered: %s", reason)
-    return False
+    except Exception as error:
+        reason = str(error) if isinstance(error, OSError) else type(error).__name__  # whose text may contain the URL
+    raise PipelineError(f"the alert was not delivered: {reason}; correct alert_webhook, or its receiver")
 
 
 def metrics(history: Sequence[RunRecord], published: RunRecord | None) -> str:
@@ -6871,10 +6833,8 @@ def metrics(history: Sequence[RunRecord], published: RunRecord | None) -> str:
     Rows, revenue and anomalies are of the published run. Each metric has the label `data_dir`, since a machine may run
     several pipelines.
     """
-    good = [run for run in (published, *history) if run and run.result == "succeeded"]
-    finished = max((run.finished_at for run in good if run.finished_at), default=None)
-    runs = {"last": history[-1], "published": published, "finished": finished, "results": RESULTS, "kinds": KINDS}
-    return render("metrics.prom.jinja", None, **runs)
+    known = {"results": RESULTS, "kinds": KINDS}
+    return render("metrics.prom.jinja", None, history=history, last=history[-1], published=published, **known)
 
 
 # Formats for people.
@@ -7099,8 +7059,7 @@ def execute(flags: argparse.Namespace, config: DataPipelineConfig) -> None:
         if flags.test_alert:
             if not config.alert_webhook:
                 raise ConfigurationError(f"there is no webhook to test: set {_variable('alert_webhook')}")
-            if not send_alert(config.alert_webhook, f"{config.app_name}: a test alert from {socket.gethostname()}"):
-                raise PipelineError("the test alert did not arrive: correct alert_webhook, or its receiver")
+            send_alert(config.alert_webhook, f"{config.app_name}: a test alert from {socket.gethostname()}")
             logger.info("The test alert was delivered")
         elif flags.inspect_source is not None:
             config.source_dir = flags.inspect_source or config.source_dir
@@ -7114,8 +7073,6 @@ def execute(flags: argparse.Namespace, config: DataPipelineConfig) -> None:
             logger.info("Published again: %s", roll_back(store, flags.rollback, config.lock_timeout, config))
             save_report(store, store.runs.history())
     except OSError as error:
-        if error.filename is None:  # standard output is full or closed, and Python would flush it again at exit
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         raise PipelineError(
             f"cannot read or write {error.filename or 'standard output'}: {error.strerror}; "
             "check the permissions and the free space of the disk"
@@ -7142,7 +7099,8 @@ def report_failure(error: BaseException, flags: argparse.Namespace | None, *, ha
     webhook = (flags and flags.alert_webhook) or os.environ.get(_variable("alert_webhook"))
     with contextlib.suppress(ConfigurationError):
         if webhook := parse_setting("alert_webhook", webhook):
-            send_alert(webhook, f"❌ No run of the data pipeline on {socket.gethostname()}: {error}")
+            with best_effort("No alert could be sent"):
+                send_alert(webhook, f"❌ No run of the data pipeline on {socket.gethostname()}: {error}")
     return exit_code
 
 

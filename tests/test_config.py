@@ -54,8 +54,6 @@ def test_mistyped_attribute_names_the_nearest() -> None:
     config = DataPipelineConfig()
     with pytest.raises(AttributeError, match="num_customer; did you mean num_customers"):
         config.num_customer = 5  # type: ignore[attr-defined]
-    with pytest.raises(AttributeError, match="did you mean shuffle_partitions"):
-        config.shufle_partitions  # type: ignore[attr-defined]  # noqa: B018
 
 
 @pytest.mark.parametrize(

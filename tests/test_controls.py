@@ -17,7 +17,6 @@ from test_gate import started_run
 
 from data_pipeline import (
     ConfigurationError,
-    Control,
     DataPipelineConfig,
     NotPublishedError,
     RunRecord,
@@ -119,7 +118,7 @@ def test_each_figure_that_differs_is_named(shop: Callable[..., DataPipelineConfi
     [(_, record)] = store.runs.all()
     assert isinstance(record, RunRecord) and store.published() is None
     refused = started_run(config, spark, record)
-    controls = [Control("2026-01", "revenue", Decimal("61.00"))]
+    controls = [("2026-01", "revenue", Decimal("61.00"))]
     config.control_tolerance = 0.008
     with pytest.raises(NotPublishedError, match="CONTROL TOTALS DIFFER"):
         check_controls(refused, controls)
@@ -154,11 +153,11 @@ def test_controls_that_cannot_be_read_are_one_line(text: str, message: str, tmp_
 def test_controls_of_a_spreadsheet(tmp_path: Path) -> None:
     commas = DataPipelineConfig(source_decimal=",")
     (tmp_path / "controls.csv").write_text("\ufeffPeriod;Revenue\r\n2026-01;1000,50\r\n", newline="")
-    assert read_controls(str(tmp_path / "controls.csv"), commas) == [Control("2026-01", "revenue", Decimal("1000.50"))]
+    assert read_controls(str(tmp_path / "controls.csv"), commas) == [("2026-01", "revenue", Decimal("1000.50"))]
     assert read_controls(str(tmp_path / "none.csv"), commas) == []
     (tmp_path / "controls.csv").write_text("period;revenue\n'2026-01';'1,5'\n")
     quoted = read_controls(str(tmp_path / "controls.csv"), DataPipelineConfig(source_decimal=",", source_quote="'"))
-    assert quoted == [Control("2026-01", "revenue", Decimal("1.5"))]
+    assert quoted == [("2026-01", "revenue", Decimal("1.5"))]
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(ConfigurationError, match=r"folder\.csv cannot be read: .*Is a directory"):
         read_controls(str(tmp_path / "folder.csv"), commas)
@@ -166,9 +165,7 @@ def test_controls_of_a_spreadsheet(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"row 1 is 2026-01, 1000\.50: "):
         read_controls(str(tmp_path / "controls.csv"), commas)
     (tmp_path / "controls.csv").write_text("period\trevenue\r\n2026-01\t5\r\n", encoding="utf-16", newline="")
-    assert read_controls(str(tmp_path / "controls.csv"), DataPipelineConfig()) == [
-        Control("2026-01", "revenue", Decimal(5))
-    ]
+    assert read_controls(str(tmp_path / "controls.csv"), DataPipelineConfig()) == [("2026-01", "revenue", Decimal(5))]
     (tmp_path / "controls.csv").write_bytes(b"period,revenue\n\xff\n")
     with pytest.raises(ConfigurationError, match=r"controls\.csv cannot be read: .*; save it as CSV in UTF-8"):
         read_controls(str(tmp_path / "controls.csv"), DataPipelineConfig())
