@@ -6628,10 +6628,8 @@ def best_effort(problem: str) -> Iterator[None]:
     """Logs an error of the block as a warning that begins with `problem`, so that it does not fail the run."""
     try:
         yield
-    except (OSError, PipelineError) as error:
-        logger.warning("%s: %s", problem, error)
-    except Exception:
-        logger.warning("%s", problem, exc_info=True)
+    except Exception as error:
+        logger.warning("%s: %s", problem, error, exc_info=not isinstance(error, OSError | PipelineError))
 
 
 def check_hooks(config: DataPipelineConfig) -> None:
@@ -6826,17 +6824,6 @@ def send_alert(webhook: str, text: str, timeout: float = 10.0) -> None:
     raise PipelineError(f"the alert was not delivered: {reason}; correct alert_webhook, or its receiver")
 
 
-def metrics(history: Sequence[RunRecord], published: RunRecord | None) -> str:
-    """Returns the metrics of the last run for Prometheus, as text for node_exporter's textfile collector.
-
-    Rules, delivery and quarantine are of the last run, or of the published run if the last one has not counted them.
-    Rows, revenue and anomalies are of the published run. Each metric has the label `data_dir`, since a machine may run
-    several pipelines.
-    """
-    known = {"results": RESULTS, "kinds": KINDS}
-    return render("metrics.prom.jinja", None, history=history, last=history[-1], published=published, **known)
-
-
 # Formats for people.
 CURRENCY_SIGNS: Mapping[str, str] = {"USD": "$", "EUR": "€", "GBP": "£"}  # of others, the letters are shown
 FORMATS: Mapping[str, str] = {"count": "{:,.0f}", "money": "{:,.2f}", "percent": "{:.1%}", "seconds": "{:,.1f} s"}
@@ -6857,9 +6844,18 @@ def _markdown(value: Any) -> str:
     return re.sub(r"([\\`*_\[\]<>|#~$@])", r"\\\1", " ".join(str(text).split()))
 
 
-def render(template: str, currency: str | None, **values: Any) -> str:
-    """Renders a template of the folder `monitoring`. Missing values are empty."""
+def render(template: str, history: Sequence[RunRecord], published: RunRecord | None) -> str:
+    """Renders a template of the folder `monitoring` from the records of the last runs and of the published one.
+
+    Missing values are empty.
+    """
     import jinja2
+
+    def derived(name: str) -> Iterator[str]:
+        for table in TABLES.values():
+            if table.from_table == name:
+                yield f"{table.layer}.{table.name}"
+                yield from derived(table.name)
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).resolve().parent / "monitoring"),
@@ -6869,32 +6865,22 @@ def render(template: str, currency: str | None, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "shown": functools.partial(_shown, currency=currency),
+        "shown": functools.partial(_shown, currency=published.currency if published else None),
         "markdown": _markdown,
         "in_words": lambda name: (name[:1].upper() + name[1:]).replace("_", " "),  # credit_card: Credit card
         "timestamp": lambda text: datetime.fromisoformat(text).timestamp(),
     }
-    return environment.get_template(template).render(**values)
+    environment.globals |= {"derived": derived, "results": RESULTS, "kinds": KINDS}
+    return environment.get_template(template).render(history=history, latest=history[-1], published=published)
 
 
-def html_report(history: Sequence[RunRecord], published: RunRecord | None) -> str:
-    """Returns the page on the last run and the published data. It loads no other files."""
-
-    def derived(name: str) -> Iterator[str]:
-        for table in TABLES.values():
-            if table.from_table == name:
-                yield f"{table.layer}.{table.name}"
-                yield from derived(table.name)
-
-    currency = published.currency if published else None
-    return render(
-        "report.html.jinja", currency, history=history, latest=history[-1], published=published, derived=derived
-    )
+html_report = functools.partial(render, "report.html.jinja")  # loads no other files
+metrics = functools.partial(render, "metrics.prom.jinja")  # for node_exporter's textfile collector
 
 
 def job_summary(record: RunRecord) -> str:
     """Returns a page of Markdown on a run."""
-    return render("job_summary.md.jinja", record.currency, run=record)
+    return render("job_summary.md.jinja", [record], record)
 
 
 class Annotations(logging.Handler):
