@@ -34,16 +34,11 @@ The words of this module:
     source       where records come from: the generator, or landed files
     delivery     the records that a run receives
     model        a SELECT that makes a bronze table from landed files
-    bronze       records as received
-    silver       records that are valid, deduplicated and enriched
-    gold         aggregates
-    rule         a check on a row; a row that does not pass violates it
     quarantine   rejected rows, with the names of the rules that they violate
     orphan       a row whose foreign key has no parent
     gate         decides whether the data may be published
     audit        checks that the tables were written completely
-    snapshot     the tables that one run has written
-    publish      make a snapshot the one that readers see
+    snapshot     the tables that one run has written; to publish it makes it the one that readers see
     hook         a command of the user's that runs before or after publishing
 
 A run writes its own snapshot, audits it, and publishes it by one rename. Until then, and when a run fails or is
@@ -202,6 +197,10 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
+def _character(text: str) -> str:
+    return "\t" if text in ("tab", "\\t") else text
+
+
 def _encoding(text: str) -> str:
     "".encode(text)  # raises LookupError for codecs that do not encode text, such as base64
     return codecs.lookup(text).name
@@ -248,11 +247,7 @@ FIELD_TYPES: Mapping[str, FieldType] = {
     "str": FieldType("a text without line breaks", str.strip, r"(?=.*\S)[^\x00-\x1f]+"),
     "Words": FieldType("names separated by commas, such as credit_card,paypal", _words, f"{_WORD}(,{_WORD})*"),
     "Commands": FieldType("commands, one a line, in which each quote is closed", _commands, r"(?s).*\S.*"),
-    "Character": FieldType(
-        "one ASCII character, or tab",
-        lambda text: "\t" if text in ("tab", "\\t") else text,
-        r"[\x01-\x09\x0e-\x7f]|tab|\\t",
-    ),
+    "Character": FieldType("one ASCII character, or tab", _character, r"[\x01-\x09\x0e-\x7f]|tab|\\t"),
     "Encoding": FieldType("an encoding such as utf-8 or latin-1", _encoding),
     "TimeZone": FieldType("a time zone such as Europe/Berlin", lambda text: zoneinfo.ZoneInfo(text).key),
     "Url": FieldType("a URL that begins with https:// or http://", pattern=_URL),
@@ -6281,7 +6276,7 @@ def read_controls(path: str, config: DataPipelineConfig) -> list[Control]:
             rows = [row for row in read if any(row.values())]
     except (BadFileError, OSError, UnicodeError, csv.Error) as error:
         raise ConfigurationError(f"{path} cannot be read: {error}; save it as CSV in UTF-8") from None
-    if "period" not in columns or len(columns) < 2 or {*columns} - {"period", *CONTROL_FIGURES} or not rows:
+    if "period" not in columns or {*columns} - {"period", *CONTROL_FIGURES} or not rows:
         raise ConfigurationError(
             f"{path} has the columns {', '.join(header) or 'none'} and {len(rows)} rows: it needs period, one or "
             f"more of {', '.join(CONTROL_FIGURES)}, and a row for each period"
@@ -6322,9 +6317,8 @@ def check_controls(run: Run, controls: Sequence[Control]) -> None:
             if abs((ours := found.get((period, name), Decimal(0))) - expected) > tolerance * abs(expected)
         ]
         if problems:
-            more = f"; and {len(problems) - 10} more" if problems[10:] else ""
             raise NotPublishedError(
-                f"CONTROL TOTALS DIFFER, nothing is published: {'; '.join(problems[:10])}{more}; correct the models or "
+                f"CONTROL TOTALS DIFFER, nothing is published: {'; '.join(problems[:10])}; correct the models or "
                 f"{CONTROLS}, or allow a difference with --control-tolerance"
             )
     store = run.snapshot.store
@@ -6681,7 +6675,7 @@ def run_command(hook: str, command: str, variables: Mapping[str, str], timeout: 
 
     A command that takes too long or is interrupted is ended, with the processes that it has started.
     """
-    last_line = collections.deque[str](maxlen=1)
+    lines: list[str] = []
     process = subprocess.Popen(
         shlex.split(command),
         env=os.environ | variables,
@@ -6695,7 +6689,7 @@ def run_command(hook: str, command: str, variables: Mapping[str, str], timeout: 
 
     def log_output() -> None:
         for line in filter(None, map(str.rstrip, process.stdout or ())):
-            last_line.append(line)
+            lines.append(line)
             logger.info("%s: %s", hook, line)
 
     output = call_in_thread(log_output)
@@ -6708,7 +6702,7 @@ def run_command(hook: str, command: str, variables: Mapping[str, str], timeout: 
         raise
     with contextlib.suppress(TimeoutError):  # a process that the command has left running keeps the output open
         output.result(STOP_WITHIN)
-    return f"{''.join(last_line) or 'no output'} (exit code {code})" if code else ""
+    return f"{lines[-1] if lines else 'no output'} (exit code {code})" if code else ""
 
 
 def end_group(process: subprocess.Popen[str]) -> None:
@@ -6774,11 +6768,12 @@ def anomalies(record: RunRecord, history: Sequence[RunRecord], factor: float) ->
     kind = (record.kind, bool(record.arrived))
     alike = (run for run in history if run.result == "succeeded" and (run.kind, bool(run.arrived)) == kind)
     earlier = [compared_figures(run) for run in alike]
+    if len(earlier) < 3:
+        return []
     found = []
-    for figure, value in compared_figures(record).items() if len(earlier) >= 3 else ():
-        name, text, noise = figure
-        values = [figures[figure] for figures in earlier if figure in figures]
-        median = statistics.median(values) if values else value
+    for (name, text, noise), value in compared_figures(record).items():
+        values = [figures[name, text, noise] for figures in earlier if (name, text, noise) in figures]
+        median = statistics.median(values or [value])
         if not 1 / factor <= (value + noise) / (median + noise) <= factor:
             found.append(f"{name}: {text.format(value)}, against {text.format(median)} in the last {len(values)} runs")
     return found
@@ -6890,8 +6885,8 @@ class Annotations(logging.Handler):
         """Writes one command, with the first line of an error instead of its stack trace."""
         kind = "error" if record.levelno >= logging.ERROR else "warning"
         text = record.getMessage()
-        if record.exc_info and record.exc_info[1]:
-            text += ": " + "".join(traceback.format_exception_only(record.exc_info[1])).partition("\n")[0]
+        if record.exc_info and (error := record.exc_info[1]):
+            text += f": {type(error).__name__}: {error}".partition("\n")[0]
         # The runner reads each line as a command, and % as the start of an escape.
         for character in "%\r\n":
             text = text.replace(character, f"%{ord(character):02X}")
@@ -7009,25 +7004,23 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return flags
 
 
-def load_config(
-    flags: argparse.Namespace, environment: Mapping[str, str], config: DataPipelineConfig | None = None
-) -> DataPipelineConfig:
+def load_config(flags: argparse.Namespace, environment: Mapping[str, str]) -> DataPipelineConfig:
     """Returns the configuration with the values of the environment and of the flags, which override it.
 
     Raises:
         ConfigurationError: an unknown variable, or a value that cannot be used.
     """
-    config = config or DataPipelineConfig()
+    config = DataPipelineConfig()
     known = {_variable(option.name): option.name for option in dataclasses.fields(config)}
-    given = [(name, known.get(name), value) for name, value in environment.items()]
     of_hook = HOOK_VARIABLES if {*HOOK_VARIABLES} <= environment.keys() else ()  # this process belongs to a hook
-    given = [setting for setting in given if setting[0].startswith(ENVIRONMENT_PREFIX) and setting[0] not in of_hook]
-    given += [(_flag(name), name, getattr(flags, name)) for name in known.values() if getattr(flags, name) is not None]
-    for origin, name, value in given:
-        if name is None:
-            raise ConfigurationError(f"unknown variable {origin}{_nearest(origin, known)} (--help lists them)")
+    for variable in environment:
+        if variable.startswith(ENVIRONMENT_PREFIX) and variable not in (*known, *of_hook):
+            raise ConfigurationError(f"unknown variable {variable}{_nearest(variable, known)} (--help lists them)")
+    given = [(variable, name, environment.get(variable)) for variable, name in known.items()]
+    for origin, name, value in given + [(_flag(name), name, getattr(flags, name)) for name in known.values()]:
         try:
-            setattr(config, name, value)
+            if value is not None:
+                setattr(config, name, value)
         except ConfigurationError as error:
             raise ConfigurationError(f"{origin}: {error}") from None
     return config
@@ -7041,7 +7034,7 @@ def is_instead_of_run(flags: argparse.Namespace) -> bool:
 def execute(flags: argparse.Namespace, config: DataPipelineConfig) -> None:
     """Does what the flags ask for instead of a run. Raises PipelineError if that cannot be done."""
     store = Store(config.root)
-    try:
+    with writing(store.root, "cannot read or write data_dir"):
         if flags.test_alert:
             if not config.alert_webhook:
                 raise ConfigurationError(f"there is no webhook to test: set {_variable('alert_webhook')}")
@@ -7058,11 +7051,6 @@ def execute(flags: argparse.Namespace, config: DataPipelineConfig) -> None:
         else:
             logger.info("Published again: %s", roll_back(store, flags.rollback, config.lock_timeout, config))
             save_report(store, store.runs.history())
-    except OSError as error:
-        raise PipelineError(
-            f"cannot read or write {error.filename or 'standard output'}: {error.strerror}; "
-            "check the permissions and the free space of the disk"
-        ) from None
 
 
 def report_failure(error: BaseException, flags: argparse.Namespace | None, *, has_record: bool) -> int:
