@@ -325,9 +325,7 @@ class DataPipelineConfig:
     source_encoding: Encoding = _option("utf-8", "encoding of landed text without a byte order mark")
     source_decimal: str = _option(".", "decimal separator of landed text", choices=(".", ","))
     source_time_zone: TimeZone = _option("UTC", "time zone of landed timestamps without one")
-    settle_seconds: float = _option(
-        5.0, "seconds for which landed files must be unchanged before they are read", min=0.0, max=86_400.0
-    )
+    settle_seconds: float = _option(5.0, "seconds for which landed files must be unchanged", min=0.0, max=86_400.0)
     on_bad_file: str = _option("refuse", "treatment of unreadable landed files", choices=("refuse", "quarantine"))
     incremental: bool = _option(False, "generated data: add the days since the published as-of date")
     full_refresh: bool = _option(False, "receive what has arrived, and compute every key")
@@ -343,9 +341,7 @@ class DataPipelineConfig:
     premium_above: Decimal = _option(Decimal(3000), "customers who spent more than this are Premium", min=Decimal(0))
     shuffle_partitions: int | None = _option(None, "partitions of a shuffle (default: automatic)", min=1, max=100_000)
     engine: str = _option("spark", "Spark, or Sail, which needs no Java", choices=("spark", "sail"))
-    spark_master: Master | None = _option(
-        None, "Spark master (default: SPARK_MASTER, else spark-submit's or spark-defaults', else local[*])"
-    )
+    spark_master: Master | None = _option(None, "Spark master (default: SPARK_MASTER, that of Spark, or local[*])")
     executor_memory: Memory | None = _option(None, "memory of an executor, such as 4g", spark="spark.executor.memory")
     executor_cores: int | None = _option(None, "cores per executor (default: all)", min=1, spark="spark.executor.cores")
     driver_host: str | None = _option(None, "address at which executors reach this machine", spark="spark.driver.host")
@@ -353,9 +349,7 @@ class DataPipelineConfig:
     max_quarantine_rate: float = _option(0.05, "share of a table's rows that may be rejected", min=0.0, max=1.0)
     payment_methods: Words | None = _option(None, "payment methods to accept (default: any that is landed)")
     orphans: str | None = _option(
-        None,
-        "how to treat orders of an unknown customer or product (default: keep landed ones, reject generated ones)",
-        choices=("keep", "reject"),
+        None, "orders of unknown customers or products (default: keep landed ones)", choices=("keep", "reject")
     )
     currency: Currency | None = _option(None, "currency of all amounts, such as EUR; orders in others are rejected")
     control_tolerance: float = _option(0.0, "share by which a figure may differ from controls.csv", min=0.0, max=1.0)
@@ -367,13 +361,9 @@ class DataPipelineConfig:
     lock_timeout: float = _option(0.0, "seconds to wait for another run on the same data folder", min=0.0, max=1e9)
     fast_start: bool = _option(True, "start Spark from an archive of its classes in ~/.cache, made by the first run")
     alert_webhook: Url | None = _option(None, "webhook for alerts about runs that fail or look odd", secret=True)
-    anomaly_factor: float = _option(
-        3.0, "warn when rows or quarantine rate differ by this factor from the median of the last runs", min=1.0
-    )
+    anomaly_factor: float = _option(3.0, "factor by which rows or rates must differ to be an anomaly", min=1.0)
     report_title: str | None = _option(None, "title of report.html (default: the application's name)")
-    log_level: str = _option(
-        "INFO", "messages to log; DEBUG adds Spark's own log", choices=("DEBUG", "INFO", "WARNING", "ERROR")
-    )
+    log_level: str = _option("INFO", "log level; DEBUG adds Spark's log", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
 
     if not TYPE_CHECKING:  # a type checker finds misspelled attributes itself
 
@@ -6361,7 +6351,6 @@ def summarize(run: Run) -> None:
 
 RESULTS = ("succeeded", "refused", "failed", "interrupted", "killed")  # of a run that has ended
 KINDS = ("full", "incremental", "unchanged")  # of a run
-VERSIONS = ("pipeline", "python", "spark", "java", "sail")  # in a run record
 
 # Fields of a record and of its `quality` that were renamed after schema version 1: old name, new name.
 RENAMED_FIELDS: Mapping[str, str] = {
@@ -6464,14 +6453,6 @@ class RunRecord:
         """Seconds of the whole run; None if it has not ended or was killed."""
         return self.seconds.get("total")
 
-    def fail(self, error: BaseException) -> None:
-        """Sets result, exit code and error."""
-        refused, interrupted = isinstance(error, NotPublishedError), interruption(error) is not None
-        self.result = "refused" if refused else "interrupted" if interrupted else "failed"
-        self.exit_code = getattr(error, "exit_code", 130 if interrupted else 1)
-        trace = "".join(traceback.format_exception(error))
-        self.error = {"type": type(error).__name__, "message": str(error), "traceback": trace}
-
     def sort(self) -> None:
         """Sorts tables by their declaration, since threads finish them in any order."""
         order = [name for layer, table in SNAPSHOT_TABLES for name in (f"{layer}.{table.name}", table.name)]
@@ -6549,8 +6530,8 @@ def new_record(
     config: DataPipelineConfig, store: Store, engine: Engine, base: Base | None = None, *, has_arrivals: bool = True
 ) -> RunRecord:
     """Returns the record of a new run, with a new id."""
-    versions: dict[str, str | None] = dict.fromkeys(VERSIONS) | engine.versions()
-    versions["python"] = sys.version.split()[0]
+    versions: dict[str, str | None] = dict.fromkeys(("pipeline", "python", "spark", "java", "sail"))
+    versions |= engine.versions() | {"python": sys.version.split()[0]}
     command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
     with contextlib.suppress(OSError):  # no git here
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
@@ -6581,7 +6562,11 @@ def recording(record: RunRecord, store: Store, engine: Engine) -> Iterator[None]
         stopped = interruption(raised)
         if stopped is None or store.published() != record.run_id:
             error = explain_error(raised, record, engine, store)
-            record.fail(error)
+            refused = isinstance(error, NotPublishedError)
+            record.result = "interrupted" if stopped else "refused" if refused else "failed"
+            record.exit_code = getattr(error, "exit_code", 130 if stopped else 1)
+            trace = "".join(traceback.format_exception(error))
+            record.error = {"type": type(error).__name__, "message": str(error), "traceback": trace}
             raise error from error.__cause__  # keeps the cause that explain_error has set
         logger.warning("The data was published already: %s", stopped)
         record.result, record.exit_code = "succeeded", 0
@@ -6696,22 +6681,14 @@ def run_command(hook: str, command: str, variables: Mapping[str, str], timeout: 
     try:
         code = process.wait(timeout)
     except BaseException as error:
-        end_group(process)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         if isinstance(error, subprocess.TimeoutExpired):
             return f"it took longer than {timeout:g} seconds (--hook-timeout)"
         raise
     with contextlib.suppress(TimeoutError):  # a process that the command has left running keeps the output open
         output.result(STOP_WITHIN)
     return f"{lines[-1] if lines else 'no output'} (exit code {code})" if code else ""
-
-
-def end_group(process: subprocess.Popen[str]) -> None:
-    """Ends a process and those that it has started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_WITHIN)
-        os.killpg(process.pid, signal.SIGKILL)
 
 
 def notify(record: RunRecord, store: Store, config: DataPipelineConfig) -> None:
@@ -7001,6 +6978,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     if unknown:
         name, known = unknown[0].partition("=")[0], map(_flag, vars(flags))
         raise ConfigurationError(f"unknown argument {name}{_nearest(name, known)} (--help lists them)")
+    is_other = flags.list_runs or flags.test_alert or flags.rollback is not None or flags.inspect_source is not None
+    flags.is_run = not is_other
     return flags
 
 
@@ -7024,11 +7003,6 @@ def load_config(flags: argparse.Namespace, environment: Mapping[str, str]) -> Da
         except ConfigurationError as error:
             raise ConfigurationError(f"{origin}: {error}") from None
     return config
-
-
-def is_instead_of_run(flags: argparse.Namespace) -> bool:
-    """Returns whether the flags ask for something other than a run."""
-    return flags.list_runs or flags.test_alert or flags.rollback is not None or flags.inspect_source is not None
 
 
 def execute(flags: argparse.Namespace, config: DataPipelineConfig) -> None:
@@ -7067,7 +7041,7 @@ def report_failure(error: BaseException, flags: argparse.Namespace | None, *, ha
         logger.error("INTERRUPTED before the run began: %s", error)
     exit_code = getattr(error, "exit_code", 130 if interrupted else 1)
     # Nobody needs an alert about their own Ctrl-C.
-    if has_record or exit_code == 130 or (flags and is_instead_of_run(flags)):
+    if has_record or exit_code == 130 or (flags and not flags.is_run):
         return exit_code
     add_to_step_summary(lambda: f"## ❌ Nothing was run\n\n{_markdown(error)}\n")
     webhook = (flags and flags.alert_webhook) or os.environ.get(_variable("alert_webhook"))
@@ -7123,10 +7097,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config = load_config(flags, os.environ)
             # Only a terminal shows the progress.
             logger.setLevel(PROGRESS if config.log_level == "INFO" and sys.stderr.isatty() else config.log_level)
-            if is_instead_of_run(flags):
-                execute(flags, config)
-            else:
+            if flags.is_run:
                 run_pipeline(config, on_start=started.append)
+            else:
+                execute(flags, config)
         except (KeyboardInterrupt, Exception) as error:
             return report_failure(error, flags, has_record=bool(started))
     return 0
