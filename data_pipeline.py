@@ -301,11 +301,8 @@ def _option(default: Any, help: str, **limits: Any) -> Any:
 class DataPipelineConfig:
     """The settings of a run. Each field is also a flag (`--num-customers`) and a variable (`PIPELINE_NUM_CUSTOMERS`).
 
-    Values are checked when they are assigned; `check_config` checks them against each other.
-
-    Raises:
-        ConfigurationError: a value of the wrong type or out of range.
-        AttributeError: an attribute that does not exist; the message names the nearest one that does.
+    Values are checked when they are assigned: one of the wrong type or out of range raises ConfigurationError. An
+    AttributeError names the nearest attribute that exists. `check_config` checks the values against each other.
     """
 
     app_name: str = _option("EcommerceDataPipeline", "name of the Spark application")
@@ -379,11 +376,7 @@ class DataPipelineConfig:
 
     @property
     def root(self) -> str:
-        """The data folder: an absolute path, or the URI as given.
-
-        Raises:
-            ConfigurationError: an unknown user or variable, or a character that Spark reads as a pattern.
-        """
+        """The data folder: an absolute path, or the URI as given. Raises ConfigurationError."""
         if is_uri(self.data_dir):
             return self.data_dir.rstrip("/")
         path = expand_path("data_dir", self.data_dir)
@@ -428,8 +421,7 @@ def expand_path(name: str, folder: str) -> str:
 def check_config(config: DataPipelineConfig) -> None:
     """Checks values against each other. Source and engine check the settings that only they use.
 
-    Raises:
-        ConfigurationError: values that contradict each other, or a data folder that cannot be named.
+    Raises ConfigurationError, also for a data folder that cannot be named.
     """
     if not config.silver_above < config.gold_above < config.premium_above:
         raise ConfigurationError(
@@ -5960,11 +5952,7 @@ def columns_in_utc(layer: str, name: str, zoneless: str) -> list[str]:
 
 
 def answer_by_duckdb(snapshot: Snapshot, queries: Mapping[Key, str], *, written: bool = False) -> dict[Key, Answer]:
-    """Answers queries by DuckDB, which reads the files independently of the engine that wrote them.
-
-    Raises:
-        RuntimeError: files are missing or cannot be read.
-    """
+    """Answers queries by DuckDB, which reads the files independently of the engine that wrote them."""
     answers = {}
     views: set[tuple[str, str]] = set()
     with duckdb_connection(snapshot.path()) as connection:
@@ -6271,21 +6259,21 @@ def read_controls(path: str, config: DataPipelineConfig) -> list[Control]:
             f"{path} has the columns {', '.join(header) or 'none'} and {len(rows)} rows: it needs period, one or "
             f"more of {', '.join(CONTROL_FIGURES)}, and a row for each period"
         )
-    controls = []
-    for number, row in enumerate(rows, start=1):
-        given = {name: str(text or "").strip() for name, text in row.items()}
+    number, controls = rf"-?\d+([{config.source_decimal}]\d+)?", []
+    for index, row in enumerate(rows, start=1):
+        given = {name: str(value or "").strip() for name, value in row.items()}
         period = given.pop("period")
-        amounts = {name: text.replace(config.source_decimal, ".") for name, text in given.items() if text}
-        is_plain = all(re.fullmatch(rf"-?\d+([{config.source_decimal}]\d+)?", given[name]) for name in amounts)
-        if not re.fullmatch(r"\d{4}(-\d\d){1,2}", period) or not amounts or not is_plain:
+        figures = {name: value for name, value in given.items() if value}
+        are_numbers = figures and all(re.fullmatch(number, value) for value in figures.values())
+        if not re.fullmatch(r"\d{4}(-\d\d){1,2}", period) or not are_numbers:
             raise ConfigurationError(
-                f"{path} row {number} is {', '.join([period, *given.values()])}: give a period such as 2026-01 or "
+                f"{path} row {index} is {', '.join([period, *given.values()])}: give a period such as 2026-01 or "
                 f"2026-01-31, and any of {', '.join(CONTROL_FIGURES)} as plain numbers"
             )
-        # Reports show returns as negative or as positive amounts.
-        controls += [
-            (period, name, abs(Decimal(text)) if name == "returns" else Decimal(text)) for name, text in amounts.items()
-        ]
+        for name, value in figures.items():
+            amount = Decimal(value.replace(config.source_decimal, "."))
+            # Reports show returns as negative or as positive amounts.
+            controls.append((period, name, abs(amount) if name == "returns" else amount))
     return controls
 
 
@@ -6583,10 +6571,7 @@ def recording(record: RunRecord, store: Store, engine: Engine) -> Iterator[None]
 
 
 def explain_error(error: BaseException, record: RunRecord, engine: Engine, store: Store) -> BaseException:
-    """Returns the error to report: the interrupt, if there was one, or the best explanation, or the error itself.
-
-    Logs the step that was interrupted or that failed without an explanation.
-    """
+    """Returns the interrupt that led to an error, or the best explanation, or the error. Logs the step if needed."""
     if stopped := interruption(error):
         logger.error("INTERRUPTED in %s: %s; nothing is published", record.current_step, stopped)
         return stopped
@@ -6719,9 +6704,8 @@ def save_report(store: Store, history: Sequence[RunRecord]) -> None:
 def warn_of_anomalies(record: RunRecord, store: Store, factor: float) -> None:
     """Logs and records the anomalies of a run. They do not block publishing."""
     with best_effort("The run is not compared with the last ones"):
-        found = anomalies(record, store.runs.history(), factor)
-        record.anomalies += found
-        for line in found:
+        for line in anomalies(record, store.runs.history(), factor):
+            record.anomalies.append(line)
             logger.warning("%s", line)
 
 
@@ -6780,20 +6764,15 @@ def send_alert(webhook: str, text: str, timeout: float = 10.0) -> None:
     """
     import urllib.request
 
-    def post() -> None:
-        plain = text.translate({ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;"})
-        body, headers = json.dumps({"text": plain}).encode(), {"Content-Type": "application/json"}
+    plain = text.translate({ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;"})
+    body, headers = json.dumps({"text": plain}).encode(), {"Content-Type": "application/json"}
+    try:
         request = urllib.request.Request(webhook, body, headers, method="POST")  # noqa: S310 - http or https
         urllib.request.urlopen(request, timeout=timeout).close()  # noqa: S310
-
-    try:
-        # In a thread, because urllib restarts its timeout with every byte that arrives.
-        return call_in_thread(post).result(timeout)
-    except TimeoutError:
-        reason = f"no answer within {timeout:g} seconds"
     except Exception as error:
         reason = str(error) if isinstance(error, OSError) else type(error).__name__  # whose text may contain the URL
-    raise PipelineError(f"the alert was not delivered: {reason}; correct alert_webhook, or its receiver")
+        message = f"the alert was not delivered: {reason}; correct alert_webhook, or its receiver"
+        raise PipelineError(message) from None
 
 
 # Formats for people.
@@ -6878,11 +6857,7 @@ def add_to_step_summary(markdown: Callable[[], str]) -> None:
 
 
 def list_runs(store: Store) -> Iterator[str]:
-    """Returns a line per run: a sign if it is published or kept for a rollback, then id, dates, rows and result.
-
-    Raises:
-        PipelineError: the storage is named by a URI, so it has no run records.
-    """
+    """Returns a line per run: a sign if it is published or kept for a rollback, then id, dates, rows and result."""
     if not store.is_local:
         raise PipelineError(f"{store.root} has no run records: the last line of a run's log names its snapshot")
     published, kept = store.published(), store.snapshots(AUDITED)
@@ -6940,11 +6915,7 @@ def _flag(name: str) -> str:
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Reads the command line. Settings are returned as text, or None if they are not given.
-
-    Raises:
-        ConfigurationError: an unknown flag, or a flag without its value.
-    """
+    """Reads the command line. Settings that are not given are None, the others text. Raises ConfigurationError."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").partition("\n")[0],
         epilog="A flag overrides its environment variable, and that overrides the default.",
@@ -6984,11 +6955,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def load_config(flags: argparse.Namespace, environment: Mapping[str, str]) -> DataPipelineConfig:
-    """Returns the configuration with the values of the environment and of the flags, which override it.
-
-    Raises:
-        ConfigurationError: an unknown variable, or a value that cannot be used.
-    """
+    """Returns the configuration that the environment and the flags give; a flag wins. Raises ConfigurationError."""
     config = DataPipelineConfig()
     known = {_variable(option.name): option.name for option in dataclasses.fields(config)}
     of_hook = HOOK_VARIABLES if {*HOOK_VARIABLES} <= environment.keys() else ()  # this process belongs to a hook
