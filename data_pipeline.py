@@ -34,16 +34,11 @@ The words of this module:
     source       where records come from: the generator, or landed files
     delivery     the records that a run receives
     model        a SELECT that makes a bronze table from landed files
-    bronze       records as received
-    silver       records that are valid, deduplicated and enriched
-    gold         aggregates
-    rule         a check on a row; a row that does not pass violates it
     quarantine   rejected rows, with the names of the rules that they violate
     orphan       a row whose foreign key has no parent
     gate         decides whether the data may be published
     audit        checks that the tables were written completely
-    snapshot     the tables that one run has written
-    publish      make a snapshot the one that readers see
+    snapshot     the tables that one run has written; to publish it makes it the one that readers see
     hook         a command of the user's that runs before or after publishing
 
 A run writes its own snapshot, audits it, and publishes it by one rename. Until then, and when a run fails or is
@@ -59,13 +54,7 @@ is machinery: engines, storage, landed files, inspection, run record and reporti
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # Until main() takes over, Ctrl-C would print the stack trace of an import.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 if sys.version_info < (3, 11):  # before the imports, which an older Python may lack
     sys.stderr.write(f"Python 3.11 or newer is needed, not {sys.version.split()[0]}; run this with a newer one\n")
@@ -96,10 +85,12 @@ import itertools
 import json
 import logging
 import math
+import os
 import re
 import secrets
 import shlex
 import shutil
+import signal
 import socket
 import stat
 import statistics
@@ -201,10 +192,6 @@ def _now() -> datetime:
     return datetime.now(timezone.utc)
 
 
-def _today() -> date:
-    return _now().date()
-
-
 def _nearest(name: str, known: Iterable[str]) -> str:
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {matches[0]}?" if matches else ""
@@ -225,10 +212,8 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _commands(text: str) -> tuple[str, ...]:
-    commands = tuple(line.strip() for line in text.splitlines() if line.strip())
-    for command in commands:
-        shlex.split(command)  # raises ValueError for a quote that is not closed
-    return commands
+    # shlex.split raises ValueError for a quote that is not closed.
+    return tuple(line.strip() for line in text.splitlines() if shlex.split(line))
 
 
 class FieldType(NamedTuple):
@@ -316,11 +301,8 @@ def _option(default: Any, help: str, **limits: Any) -> Any:
 class DataPipelineConfig:
     """The settings of a run. Each field is also a flag (`--num-customers`) and a variable (`PIPELINE_NUM_CUSTOMERS`).
 
-    Values are checked when they are assigned; `check_config` checks them against each other.
-
-    Raises:
-        ConfigurationError: a value of the wrong type or out of range.
-        AttributeError: an attribute that does not exist; the message names the nearest one that does.
+    Values are checked when they are assigned: one of the wrong type or out of range raises ConfigurationError. An
+    AttributeError names the nearest attribute that exists. `check_config` checks the values against each other.
     """
 
     app_name: str = _option("EcommerceDataPipeline", "name of the Spark application")
@@ -329,7 +311,9 @@ class DataPipelineConfig:
     num_transactions: int = _option(50_000, "transaction records to generate", min=0, max=MILLION**2)
     num_products: int = _option(200, "product records to generate", min=0, max=MILLION**2)
     seed: int = _option(42, "the same seed and as-of date give the same rows", min=-(2**63), max=2**63 - 1)
-    as_of_date: date = _option(_today, "last day of the data, in UTC (default: today)", min=date(2000, 1, 1))
+    as_of_date: date = _option(
+        lambda: _now().date(), "last day of the data, in UTC (default: today)", min=date(2000, 1, 1)
+    )
     source_dir: str | None = _option(None, "folder of landed files to read, instead of generating records")
     models: str | None = _option(None, "folder of models, or the name of a ready set (default: source_dir)")
     rules: str | None = _option(None, "folder of own rules, <table>.rules.yml (default: the folder of the models)")
@@ -338,9 +322,7 @@ class DataPipelineConfig:
     source_encoding: Encoding = _option("utf-8", "encoding of landed text without a byte order mark")
     source_decimal: str = _option(".", "decimal separator of landed text", choices=(".", ","))
     source_time_zone: TimeZone = _option("UTC", "time zone of landed timestamps without one")
-    settle_seconds: float = _option(
-        5.0, "seconds for which landed files must be unchanged before they are read", min=0.0, max=86_400.0
-    )
+    settle_seconds: float = _option(5.0, "seconds for which landed files must be unchanged", min=0.0, max=86_400.0)
     on_bad_file: str = _option("refuse", "treatment of unreadable landed files", choices=("refuse", "quarantine"))
     incremental: bool = _option(False, "generated data: add the days since the published as-of date")
     full_refresh: bool = _option(False, "receive what has arrived, and compute every key")
@@ -356,9 +338,7 @@ class DataPipelineConfig:
     premium_above: Decimal = _option(Decimal(3000), "customers who spent more than this are Premium", min=Decimal(0))
     shuffle_partitions: int | None = _option(None, "partitions of a shuffle (default: automatic)", min=1, max=100_000)
     engine: str = _option("spark", "Spark, or Sail, which needs no Java", choices=("spark", "sail"))
-    spark_master: Master | None = _option(
-        None, "Spark master (default: SPARK_MASTER, else spark-submit's or spark-defaults', else local[*])"
-    )
+    spark_master: Master | None = _option(None, "Spark master (default: SPARK_MASTER, that of Spark, or local[*])")
     executor_memory: Memory | None = _option(None, "memory of an executor, such as 4g", spark="spark.executor.memory")
     executor_cores: int | None = _option(None, "cores per executor (default: all)", min=1, spark="spark.executor.cores")
     driver_host: str | None = _option(None, "address at which executors reach this machine", spark="spark.driver.host")
@@ -366,9 +346,7 @@ class DataPipelineConfig:
     max_quarantine_rate: float = _option(0.05, "share of a table's rows that may be rejected", min=0.0, max=1.0)
     payment_methods: Words | None = _option(None, "payment methods to accept (default: any that is landed)")
     orphans: str | None = _option(
-        None,
-        "how to treat orders of an unknown customer or product (default: keep landed ones, reject generated ones)",
-        choices=("keep", "reject"),
+        None, "orders of unknown customers or products (default: keep landed ones)", choices=("keep", "reject")
     )
     currency: Currency | None = _option(None, "currency of all amounts, such as EUR; orders in others are rejected")
     control_tolerance: float = _option(0.0, "share by which a figure may differ from controls.csv", min=0.0, max=1.0)
@@ -380,37 +358,25 @@ class DataPipelineConfig:
     lock_timeout: float = _option(0.0, "seconds to wait for another run on the same data folder", min=0.0, max=1e9)
     fast_start: bool = _option(True, "start Spark from an archive of its classes in ~/.cache, made by the first run")
     alert_webhook: Url | None = _option(None, "webhook for alerts about runs that fail or look odd", secret=True)
-    anomaly_factor: float = _option(
-        3.0, "warn when rows or quarantine rate differ by this factor from the median of the last runs", min=1.0
-    )
+    anomaly_factor: float = _option(3.0, "factor by which rows or rates must differ to be an anomaly", min=1.0)
     report_title: str | None = _option(None, "title of report.html (default: the application's name)")
-    log_level: str = _option(
-        "INFO", "messages to log; DEBUG adds Spark's own log", choices=("DEBUG", "INFO", "WARNING", "ERROR")
-    )
+    log_level: str = _option("INFO", "log level; DEBUG adds Spark's log", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
 
     if not TYPE_CHECKING:  # a type checker finds misspelled attributes itself
 
         def __setattr__(self, name: str, value: Any) -> None:
             if name not in self.__dataclass_fields__:
-                self.__getattr__(name)
+                nearest = _nearest(name, self.__dataclass_fields__)
+                raise AttributeError(f"DataPipelineConfig has no attribute {name}{nearest}")
             object.__setattr__(self, name, parse_setting(name, value))
-
-        def __getattr__(self, name: str) -> NoReturn:
-            nearest = _nearest(name, self.__dataclass_fields__)
-            raise AttributeError(f"DataPipelineConfig has no attribute {name}{nearest}")
 
     def redacted(self) -> dict[str, Any]:
         """Returns the values by field, with *** in place of a secret."""
-        secret = [option.name for option in dataclasses.fields(self) if "secret" in option.metadata]
-        return dataclasses.asdict(self) | {name: "***" for name in secret if getattr(self, name)}
+        return dataclasses.asdict(self) | ({"alert_webhook": "***"} if self.alert_webhook else {})
 
     @property
     def root(self) -> str:
-        """The data folder: an absolute path, or the URI as given.
-
-        Raises:
-            ConfigurationError: an unknown user or variable, or a character that Spark reads as a pattern.
-        """
+        """The data folder: an absolute path, or the URI as given. Raises ConfigurationError."""
         if is_uri(self.data_dir):
             return self.data_dir.rstrip("/")
         path = expand_path("data_dir", self.data_dir)
@@ -455,19 +421,16 @@ def expand_path(name: str, folder: str) -> str:
 def check_config(config: DataPipelineConfig) -> None:
     """Checks values against each other. Source and engine check the settings that only they use.
 
-    Raises:
-        ConfigurationError: values that contradict each other, or a data folder that cannot be named.
+    Raises ConfigurationError, also for a data folder that cannot be named.
     """
     if not config.silver_above < config.gold_above < config.premium_above:
         raise ConfigurationError(
             "the thresholds must rise: silver_above < gold_above < premium_above, not "
             f"{config.silver_above}, {config.gold_above}, {config.premium_above}"
         )
-    if config.source_delimiter == config.source_quote:
-        raise ConfigurationError(f"source_delimiter and source_quote are both {config.source_quote!r}: change one")
     if config.changes and is_uri(config.root):
         raise ConfigurationError(f"changes needs a folder as data_dir, not the URI {config.root}: leave changes out")
-    if config.as_of_date > (today := _today()):
+    if config.as_of_date > (today := _now().date()):
         raise ConfigurationError(f"as_of_date {config.as_of_date} lies in the future: today is {today} in UTC")
     config.root  # noqa: B018 - raises when the folder cannot be named
 
@@ -4781,7 +4744,9 @@ def roll_back(store: Store, run_id: str, timeout: float, config: DataPipelineCon
         for chosen in [name for name in known if name == run_id] if run_id else reversed(before):
             try:
                 audit_again(store, chosen)
-                write_changes_back(store, chosen)
+                if os.path.isdir(store.path("current", CHANGES)):
+                    with best_effort("The changes of the rollback are not written"):
+                        write_changes(Snapshot(store, chosen))
                 store.switch_to(chosen)
                 if config and (record := store.runs.get(chosen)):
                     run_hooks("after_publish", record, store, config)
@@ -5927,9 +5892,9 @@ DUCKDB_ROWS = 50 * MILLION  # the largest table that DuckDB reads; a profile of 
 # Queries for the report. Each returns few rows at any size of the data.
 WEEK = "CAST(date_trunc('week', transaction_date) AS DATE)"
 SUMMARIES: Mapping[str, str] = {
-    "orders": f"SELECT {ORDER_COUNT} AS orders FROM silver.transactions_clean",
-    "returns": """
-        SELECT count(*) AS returns, CAST(coalesce(0 - sum(amount), 0) AS DECIMAL(20,2)) AS refunds
+    "totals": f"""
+        SELECT (SELECT {ORDER_COUNT} FROM silver.transactions_clean) AS orders, count(*) AS returns,
+            CAST(coalesce(0 - sum(amount), 0) AS DECIMAL(20,2)) AS refunds
         FROM silver.transactions_returned""",
     "revenue_by_week": f"""
         SELECT week, sum(orders) AS orders, CAST(sum(revenue) AS DECIMAL(20,2)) AS revenue,
@@ -5959,63 +5924,50 @@ SUMMARIES: Mapping[str, str] = {
     },
 }
 
-# `silver.transactions_clean`, or `silver.transactions_clean@written` for the files that the run has written.
-TABLE_NAME = re.compile(rf"\b({'|'.join(LAYERS)})\.(\w+)(@written)?")
+TABLE_NAME = re.compile(rf"\b({'|'.join(LAYERS)})\.(\w+)")
 Key = TypeVar("Key")
 Answer: TypeAlias = list[dict[str, Any]]  # rows
 
 
-def answer_queries(run: Run, queries: Mapping[Key, str]) -> dict[Key, Answer]:
-    """Answers queries of finished tables by DuckDB if it can read the files, or else by the engine."""
-    here = {
-        key: sql
-        for key, sql in queries.items()
-        if all(answered_by_duckdb(run, layer, name) for layer, name, _ in tables_in(sql))
-    }
-    elsewhere = run.parallel(lambda key: answer_by_engine(run, queries[key]), queries.keys() - here.keys())
-    return {**(answer_by_duckdb(run.snapshot, here) if here else {}), **elsewhere}
+def answer_queries(run: Run, queries: Mapping[Key, str], *, written: bool = False) -> dict[Key, Answer]:
+    """Answers queries of finished tables by DuckDB if it can read them, or else by the engine.
+
+    With `written`, the tables only have the rows of the files that this run has written, not those of linked files.
+    """
+    if is_read_by_duckdb(run):
+        return answer_by_duckdb(run.snapshot, queries, written=written)
+    return run.parallel(lambda key: answer_by_engine(run, queries[key], written=written), queries)
 
 
-def tables_in(sql: str) -> list[tuple[str, str, str]]:
-    """Returns layer, name and `@written`, or nothing, of the tables in a query."""
-    return sorted(set(TABLE_NAME.findall(sql)))
-
-
-def answered_by_duckdb(run: Run, layer: str, name: str) -> bool:
-    """Returns whether a table is on this machine and has at most DUCKDB_ROWS rows."""
-    local = run.snapshot.folder is not None and not run.engine.shares_storage
-    return local and run.record.rows[f"{layer}.{name}"] <= DUCKDB_ROWS
+def is_read_by_duckdb(run: Run) -> bool:
+    """Returns whether the tables are on this machine and none of them has more than DUCKDB_ROWS rows."""
+    is_local = run.snapshot.folder is not None and not run.engine.shares_storage
+    return is_local and max(run.record.rows.values(), default=0) <= DUCKDB_ROWS
 
 
 def columns_in_utc(layer: str, name: str, zoneless: str) -> list[str]:
-    """Returns the columns of a table as SQL, with timestamps cast to the engine's type without a time zone."""
+    """Returns the columns of a table as SQL, with timestamps cast to the reader's type without a time zone."""
     columns = TABLES[name].columns(layer)
     return [f"CAST({column} AS {zoneless}) AS {column}" if kind == "timestamp" else column for column, kind in columns]
 
 
-def answer_by_duckdb(snapshot: Snapshot, queries: Mapping[Key, str]) -> dict[Key, Answer]:
-    """Answers queries by DuckDB, which reads the files independently of the engine that wrote them.
-
-    Raises:
-        RuntimeError: files are missing or cannot be read.
-    """
+def answer_by_duckdb(snapshot: Snapshot, queries: Mapping[Key, str], *, written: bool = False) -> dict[Key, Answer]:
+    """Answers queries by DuckDB, which reads the files independently of the engine that wrote them."""
     answers = {}
-    views: set[tuple[str, str, str]] = set()
+    views: set[tuple[str, str]] = set()
     with duckdb_connection(snapshot.path()) as connection:
         for key, sql in queries.items():
+            tables = set(TABLE_NAME.findall(sql))
             try:
-                for view in set(tables_in(sql)) - views:
-                    layer, name, written = view
+                for layer, name in tables - views:
                     files = snapshot.written_files(layer, name) if written else snapshot.files(layer, name)
-                    if not files:
-                        raise FileNotFoundError(f"there are no files in {snapshot.path(layer, name)}")
-                    rows = connection.sql(duckdb_rows(files, TABLES[name].columns(layer)))
-                    rows.project(", ".join(columns_in_utc(layer, name, "TIMESTAMP"))).create_view("_".join(view))
-                    views.add(view)
-                answers[key] = ask_duckdb(connection, TABLE_NAME.sub(r'"\1_\2_\3"', sql))
+                    rows = duckdb_rows(files, TABLES[name].columns(layer))
+                    view = f"SELECT {', '.join(columns_in_utc(layer, name, 'TIMESTAMP'))} FROM ({rows})"
+                    connection.execute(f"CREATE SCHEMA IF NOT EXISTS {layer}; CREATE VIEW {layer}.{name} AS {view}")
+                views |= tables
+                answers[key] = ask_duckdb(connection, sql)
             except Exception as error:
-                tables = ", ".join(f"{layer}.{name}" for layer, name, _ in tables_in(sql))
-                raise RuntimeError(f"{tables}: {error}") from error
+                raise RuntimeError(f"{', '.join(map('.'.join, tables))}: {error}") from error
     return answers
 
 
@@ -6024,56 +5976,52 @@ def sql_text(text: str) -> str:
     return "'{}'".format(text.replace("'", "''"))
 
 
-def duckdb_rows(files: Sequence[str], columns: Sequence[tuple[str, str]]) -> str:
+def duckdb_rows(files: Iterable[str], columns: Sequence[tuple[str, str]]) -> str:
     """Returns DuckDB's SQL for the rows of Parquet files. A column that no file has is null."""
     kinds = {"timestamp": "TIMESTAMPTZ", "array<string>": "VARCHAR[]"}
     nulls = ", ".join(f"CAST(NULL AS {kinds.get(kind, kind)}) AS {name}" for name, kind in columns)
-    rows = f" UNION ALL BY NAME FROM read_parquet([{', '.join(map(sql_text, files))}], union_by_name = true)"
-    return f"SELECT {', '.join(dict(columns))} FROM (SELECT {nulls} WHERE false{rows if files else ''})"
+    paths = ", ".join(map(sql_text, files))
+    rows = f" UNION ALL BY NAME FROM read_parquet([{paths}], union_by_name = true)" if paths else ""
+    return f"SELECT {', '.join(dict(columns))} FROM (SELECT {nulls} WHERE false{rows})"
 
 
-@contextlib.contextmanager
-def duckdb_connection(folder: str) -> Iterator[duckdb.DuckDBPyConnection]:
-    """Opens a DuckDB database in memory, which spills to the folder."""
+def duckdb_connection(folder: str) -> duckdb.DuckDBPyConnection:
+    """Opens a DuckDB database in memory, which spills to the folder. Close it by `with`."""
     import duckdb
 
-    settings: dict[str, Any] = {
-        "threads": os.cpu_count() or 1,
-        "memory_limit": "1GB",  # the default is most of the machine's memory, which Java needs too
-        "temp_directory": os.path.join(folder, ".duckdb"),  # the default is the working directory
-    }
-    with duckdb.connect(config=settings) as connection:
-        connection.execute("SET TimeZone = 'UTC'")
-        yield connection
+    connection = duckdb.connect(
+        config={
+            "memory_limit": "1GB",  # the default is most of the machine's memory, which Java needs too
+            "temp_directory": os.path.join(folder, ".duckdb"),  # the default is the working directory
+        }
+    )
+    connection.execute("SET TimeZone = 'UTC'")
+    return connection
 
 
 def ask_duckdb(connection: duckdb.DuckDBPyConnection, sql: str) -> Answer:
     """Returns the answer to a query. An interrupt stops the query."""
-
-    def ask() -> Answer:
-        answer = connection.execute(sql)
-        columns = [column for column, *_ in answer.description or ()]
-        return [dict(zip(columns, row, strict=True)) for row in answer.fetchall()]
-
-    # In a thread, because DuckDB turns an interrupt of its own thread into another error.
-    asking = call_in_thread(ask)
+    # In a thread, because DuckDB notices an interrupt of its own thread late, and turns it into another error.
+    asking = call_in_thread(lambda: connection.execute(sql).fetchall())
     try:
-        return asking.result()
+        rows = asking.result()
     except KeyboardInterrupt:
         connection.interrupt()
         concurrent.futures.wait([asking], STOP_WITHIN)
         raise
+    columns = [column for column, *_ in connection.description or ()]
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
-def answer_by_engine(run: Run, sql: str) -> Answer:
+def answer_by_engine(run: Run, sql: str, *, written: bool = False) -> Answer:
     """Answers a query by the engine."""
     with contextlib.ExitStack() as stack:
         views = {}
-        for layer, name, written in tables_in(sql):
+        for layer, name in set(TABLE_NAME.findall(sql)):
             rows = run.read(layer, TABLES[name], run.snapshot.written_files(layer, name) if written else ())
-            rows = rows.selectExpr(*columns_in_utc(layer, name, "TIMESTAMP_NTZ"))
-            views[layer, name, written] = stack.enter_context(run.engine.view(rows))
-        with_views = TABLE_NAME.sub(lambda found: views[found[1], found[2], found[3] or ""], sql)
+            in_utc = rows.selectExpr(*columns_in_utc(layer, name, "TIMESTAMP_NTZ"))
+            views[f"{layer}.{name}"] = stack.enter_context(run.engine.view(in_utc))
+        with_views = TABLE_NAME.sub(lambda found: views[found[0]], sql)
         return [row.asDict() for row in run.engine.spark.sql(with_views).collect()]
 
 
@@ -6082,33 +6030,31 @@ def profile(run: Run, profiled: Sequence[Table]) -> None:
 
     DuckDB counts distinct values exactly. The engine estimates them to about 5 %, which takes little memory.
     """
+    is_exact = is_read_by_duckdb(run)
 
     def query(table: str, column: str, kind: str) -> str:
         distinct = f"count(DISTINCT {column})"
-        if not exact[table]:
+        if not is_exact:
             # Cast to text, because Sail does not count the distinct values of a DOUBLE.
             distinct = f"approx_count_distinct({f'CAST({column} AS STRING)' if kind == 'double' else column})"
         figures = f"count(*) AS row_count, count({column}) AS filled, {distinct} AS different"
-        arrived = f"{BRONZE}.{table}"
-        if run.base:
-            arrived += f"@written WHERE _run_id = '{run.record.run_id}'"
+        arrived = f"{BRONZE}.{table} WHERE _run_id = '{run.record.run_id}'"
         return f"SELECT {figures}, min({column}) AS minimum, max({column}) AS maximum FROM {arrived}"
 
-    exact = {table.name: answered_by_duckdb(run, BRONZE, table.name) for table in profiled}
-    columns = [(table.name, name, kind) for table in profiled for name, kind in table.columns()]
+    columns = {(table.name, name): kind for table in profiled for name, kind in table.columns()}
     with run.step("profile"):
-        answers = answer_queries(run, {(table, name): query(table, name, kind) for table, name, kind in columns})
-    for table, name, _ in columns:
-        [found] = answers[table, name]
-        rows, filled = found["row_count"], found["filled"]
+        answers = answer_queries(run, {key: query(*key, kind) for key, kind in columns.items()}, written=True)
+    for (table, name), [found] in answers.items():
+        rows, filled, distinct, *bounds = found.values()
+        minimum, maximum = (None if bound is None else str(bound) for bound in bounds)
         run.record.profile.setdefault(table, {})[name] = {
             "rows": rows,
             "nulls": rows - filled,
             "completeness": 100.0 * filled / rows if rows else 100.0,
-            "distinct": found["different"],
-            "distinct_is_exact": exact[table],
-            "min": None if found["minimum"] is None else str(found["minimum"]),
-            "max": None if found["maximum"] is None else str(found["maximum"]),
+            "distinct": distinct,
+            "distinct_is_exact": is_exact,
+            "min": minimum,
+            "max": maximum,
         }
 
 
@@ -6127,58 +6073,45 @@ def example_rows(run: Run, table: Table, where: str) -> Answer:
     """Returns the first three quarantined rows that meet a condition, without their nulls."""
     order = ", ".join(f"{name} NULLS FIRST" for name, _ in table.columns(QUARANTINE))
     query = f"SELECT * FROM {QUARANTINE}.{table.name} WHERE {where} ORDER BY {order} LIMIT 3"
-    return [
-        {name: value for name, value in row.items() if value is not None} for row in answer_queries(run, {0: query})[0]
-    ]
+    [rows] = answer_queries(run, {0: query}).values()
+    return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
 
 def find_rejects_by_file(run: Run) -> None:
     """Counts quarantined rows by landed file: the ten files with the most."""
-    queries = {
-        name: f"SELECT coalesce(_source_file, 'unknown') AS file, count(*) AS rejected "
-        f"FROM {QUARANTINE}.{name} GROUP BY 1 ORDER BY rejected DESC, file LIMIT {PREVIEW_ROWS}"
-        for name in names(BRONZE)
-    }
-    run.record.rejects = answer_queries(run, queries if run.record.delivery else {})
+    query = (
+        f"SELECT coalesce(_source_file, 'unknown') AS file, count(*) AS rejected FROM {QUARANTINE}.{{name}} "
+        f"GROUP BY 1 ORDER BY rejected DESC, file LIMIT {PREVIEW_ROWS}"
+    )
+    if run.record.delivery:
+        run.record.rejects = answer_queries(run, {name: query.format(name=name) for name in names(BRONZE)})
     for name, rows in run.record.rejects.items():
         if rows:
             files = ", ".join(f"{row['file']} {row['rejected']:,}" for row in rows)
             logger.info("%s: quarantined rows by file: %s", name, files)
 
 
-def read_back(layer: str, table: Table) -> str:
-    """Returns SQL for max() of each column, which reads every value. A count may come from file statistics."""
-    return ", ".join(f"max({column})" for column, _ in table.columns(layer))
+def audit_query(layer: str, table: Table) -> str:
+    """Returns SQL that counts rows, distinct keys, rows that meet `one_to_one` and overlapping periods.
 
-
-def audit_queries(linked: Collection[tuple[str, Table]] = ()) -> dict[tuple[str, Table], str]:
-    """Returns a query for each table of a snapshot.
-
-    It counts rows, distinct keys, rows that meet `one_to_one` and overlapping periods, and adds up the revenue, if the
-    table declares them. Each query also reads every value, except those of tables with linked files.
+    It adds up the revenue. A table only has the figures that it declares.
     """
-    queries = {}
-    for layer, table in SNAPSHOT_TABLES:
-        name = f"{layer}.{table.name}"
-        figures = [] if (layer, table) in linked else [read_back(layer, table)]
-        figures.append("count(*) AS row_count")
-        if table.layer != BRONZE:
-            keys = f"SELECT DISTINCT {', '.join(table.key)} FROM {name}"
-            figures.append(f"(SELECT count(*) FROM ({keys})) AS key_count")
-        if table.revenue:
-            figures.append(f"sum({table.revenue}) AS revenue")
-        if table.one_to_one != "true":
-            figures.append(f"count(CASE WHEN {table.one_to_one} THEN 1 END) AS one_to_one")
-        if "valid_to" in dict(table.columns()):
-            period = f"SELECT valid_to, lead(valid_from) OVER (PARTITION BY {table.key[0]} ORDER BY valid_from) AS next"
-            is_overlap = "next < valid_to OR (next IS NOT NULL AND valid_to IS NULL)"
-            figures.append(f"(SELECT count(*) FROM ({period} FROM {name}) WHERE {is_overlap}) AS overlaps")
-        queries[layer, table] = f"SELECT {', '.join(figures)} FROM {name}"
-    return queries
+    name, figures = f"{layer}.{table.name}", ["count(*) AS row_count"]
+    if table.layer != BRONZE:
+        figures.append(f"(SELECT count(*) FROM (SELECT DISTINCT {', '.join(table.key)} FROM {name})) AS key_count")
+    if table.revenue:
+        figures.append(f"sum({table.revenue}) AS revenue")
+    if table.one_to_one != "true":
+        figures.append(f"count(CASE WHEN {table.one_to_one} THEN 1 END) AS one_to_one")
+    if "valid_to" in dict(table.columns()):
+        period = f"SELECT valid_to, lead(valid_from) OVER (PARTITION BY {table.key[0]} ORDER BY valid_from) AS next"
+        is_overlap = "next < valid_to OR (next IS NOT NULL AND valid_to IS NULL)"
+        figures.append(f"(SELECT count(*) FROM ({period} FROM {name}) WHERE {is_overlap}) AS overlaps")
+    return f"SELECT {', '.join(figures)} FROM {name}"
 
 
 def audit_problems(record: RunRecord, found: Mapping[tuple[str, Table], Answer]) -> Iterator[str]:
-    """Returns a line for each problem in the answers to `audit_queries`."""
+    """Returns a line for each problem in the answers to the queries of the audit."""
     for (layer, table), [row] in found.items():
         name, rows = f"{layer}.{table.name}", row["row_count"]
         written, quality = record.rows[name], record.quality.get(table.from_table)
@@ -6208,19 +6141,16 @@ def audit(run: Run) -> None:
         NotPublishedError: a table cannot be read, rows are missing, keys repeat, or revenues differ.
     """
     failed = "AUDIT FAILED, nothing is published: "
+    # max() of each column reads every value. A count may come from the statistics of the files.
+    every_value = {
+        (layer, table): f"SELECT {', '.join(f'max({name})' for name, _ in table.columns(layer))} "
+        f"FROM {layer}.{table.name}"
+        for layer, table in SNAPSHOT_TABLES
+    }
     with run.step("audit"):
-        snapshot = run.snapshot
-        written = {part: snapshot.written_files(part[0], part[1].name) for part in SNAPSHOT_TABLES}
-        linked = [part for part in SNAPSHOT_TABLES if len(written[part]) < len(snapshot.files(part[0], part[1].name))]
         try:
-            if linked:
-                queries = {
-                    (layer, table): f"SELECT {read_back(layer, table)} FROM {layer}.{table.name}@written"
-                    for layer, table in linked
-                    if written[layer, table]
-                }
-                answer_queries(run, queries)
-            found = answer_queries(run, audit_queries(linked))
+            answer_queries(run, every_value, written=True)
+            found = answer_queries(run, {(layer, table): audit_query(layer, table) for layer, table in SNAPSHOT_TABLES})
         except Exception as error:
             if run.engine.is_infrastructure_failure(error):
                 raise
@@ -6228,43 +6158,41 @@ def audit(run: Run) -> None:
         if problems := list(audit_problems(run.record, found)):
             raise NotPublishedError(failed + "; ".join(problems))
         run.record.revenue = found[SILVER, TABLES["transactions_clean"]][0]["revenue"] or Decimal(0)
-        run.record.sha256 = snapshot.checksums(known=run.base.record.sha256 if run.base else {})
-        snapshot.make_read_only()
+        run.record.sha256 = run.snapshot.checksums(known=run.base.record.sha256 if run.base else {})
+        run.snapshot.make_read_only()
     logger.info("AUDIT: rows, keys and revenue add up (%.1f s)", run.record.seconds["audit"])
 
 
+def audit_again(store: Store, run_id: str) -> None:
+    """Checks without Spark that the files of a snapshot are those that were audited. Raises PipelineError."""
+    record = store.runs.get(run_id)
+    if record is None or not record.sha256:  # early records have no checksums
+        raise PipelineError(
+            f"snapshot {run_id} cannot be checked: its run record is missing, unreadable or of the first version"
+        )
+    if changed := sorted(dict(record.sha256.items() ^ Snapshot(store, run_id).checksums().items())):
+        raise PipelineError(f"snapshot {run_id} is damaged: not as they were written: {', '.join(changed[:3])}")
+
+
 def write_changes_of(run: Run) -> None:
-    """With `changes`, writes what the run changes in the published tables. Raises NotPublishedError."""
+    """With `changes`, writes what the run changes in the published tables."""
     if run.config.changes:
         with run.step(CHANGES):
-            store = run.snapshot.store
-            published = store.published()
-            write_changes(Snapshot(store, published) if published else None, run.snapshot)
+            write_changes(run.snapshot)
 
 
-def write_changes_back(store: Store, run_id: str) -> None:
-    """Writes the changes of a rollback, if the published snapshot has changes. A failure is only a warning."""
-    published = store.published()
-    if published and os.path.isdir(store.path("snapshots", published, CHANGES)):
-        with best_effort("The changes of the rollback are not written"):
-            write_changes(Snapshot(store, published), Snapshot(store, run_id))
-
-
-def write_changes(before: Snapshot | None, after: Snapshot) -> None:
-    """Writes the net changes of tables between two snapshots, into the second.
-
-    Raises:
-        NotPublishedError: the rows before and the changes do not give the rows after.
-    """
+def write_changes(after: Snapshot) -> None:
+    """Writes the net changes from the published snapshot to another one, into the latter."""
+    published = after.store.published()
+    before = Snapshot(after.store, published) if published else None
     shutil.rmtree(after.path(CHANGES), ignore_errors=True)
     with duckdb_connection(after.path()) as connection:
         rows = {
             table.name: write_table_changes(connection, before, after, layer, table) for layer, table in CHANGED_TABLES
         }
-    from_run = before.run_id if before else None
-    text = json.dumps({"from_run": from_run, "to_run": after.run_id, "rows": rows}, indent=1)
+    text = json.dumps({"from_run": published, "to_run": after.run_id, "rows": rows}, indent=1)
     write_atomic(after.path(CHANGES, "_changes.json"), text)
-    logger.info("CHANGES since %s: %s", from_run or "nothing", json.dumps(rows))
+    logger.info("CHANGES since %s: %s", published or "nothing", json.dumps(rows))
 
 
 def write_table_changes(
@@ -6272,53 +6200,45 @@ def write_table_changes(
 ) -> dict[str, int]:
     """Writes a row per inserted or deleted row, and two per updated one. Returns their numbers by `_change_type`.
 
-    The types are those of Delta Lake's change data feed. Files that both snapshots share are not read.
+    The types are those of Delta Lake's change data feed. Files that both snapshots link are not read.
     """
-    os.makedirs(after.path(CHANGES, table.name))
-    file, columns = after.path(CHANGES, table.name, f"{after.run_id}-1.parquet"), table.columns()
-    views = {"old": files_not_in(after, before, layer, table), "new": files_not_in(before, after, layer, table)}
-    for name, files in views.items():
-        connection.execute(f"CREATE OR REPLACE VIEW {name} AS {duckdb_rows(files, columns)}")
-    same_key = " AND ".join(f"gone.{name} IS NOT DISTINCT FROM came.{name}" for name in table.key)
-    changes = f"""
-        WITH gone AS (FROM old EXCEPT FROM new), came AS (FROM new EXCEPT FROM old)
-        SELECT CASE WHEN EXISTS (FROM came WHERE {same_key}) THEN 'update_preimage' ELSE 'delete' END AS _change_type, *
-        FROM gone
-        UNION ALL
-        SELECT CASE WHEN EXISTS (FROM gone WHERE {same_key}) THEN 'update_postimage' ELSE 'insert' END, *
-        FROM came
-        ORDER BY {", ".join(table.key)}, _change_type DESC"""
-    ask_duckdb(connection, f"COPY ({changes}) TO {sql_text(file)} (FORMAT parquet)")
-    written = duckdb_rows([file], [("_change_type", "string"), *columns])
-    connection.execute(f"CREATE OR REPLACE VIEW changes AS {written}")
-    removed, added = (
-        f"(SELECT * EXCLUDE _change_type FROM changes WHERE _change_type IN {types})"
-        for types in (("delete", "update_preimage"), ("insert", "update_postimage"))
+    old, new = (
+        {os.stat(file).st_ino: file for file in snapshot.files(layer, table.name)} if snapshot else {}
+        for snapshot in (before, after)
     )
-    applied = f"((FROM old EXCEPT ALL {removed}) UNION ALL {added})"
-    differ = f"((FROM {applied} EXCEPT ALL FROM new) UNION ALL (FROM new EXCEPT ALL FROM {applied}))"
-    if ask_duckdb(connection, f"SELECT 1 FROM {differ} LIMIT 1"):
-        raise NotPublishedError(f"AUDIT FAILED, nothing is published: the changes of {table.name} do not give its rows")
+    key = ", ".join(table.key)
+    ask_duckdb(
+        connection,
+        f"""
+        CREATE OR REPLACE VIEW old AS {duckdb_rows([old[file] for file in old.keys() - new.keys()], table.columns())};
+        CREATE OR REPLACE VIEW new AS {duckdb_rows([new[file] for file in new.keys() - old.keys()], table.columns())};
+        CREATE OR REPLACE TABLE changes AS
+        SELECT
+            CASE count(*) OVER (PARTITION BY {key}) WHEN 1 THEN single ELSE paired END AS _change_type,
+            * EXCLUDE (single, paired)
+        FROM (
+            SELECT 'delete' AS single, 'update_preimage' AS paired, * FROM (FROM old EXCEPT FROM new)
+            UNION ALL
+            SELECT 'insert', 'update_postimage', * FROM (FROM new EXCEPT FROM old)
+        )""",
+    )
+    os.makedirs(after.path(CHANGES, table.name))
+    file = sql_text(after.path(CHANGES, table.name, f"{after.run_id}-1.parquet"))
+    ask_duckdb(connection, f"COPY (FROM changes ORDER BY {key}, _change_type DESC) TO {file} (FORMAT parquet)")
     counts = ask_duckdb(connection, "SELECT _change_type, count(*) AS rows FROM changes GROUP BY 1 ORDER BY 1")
     return {row["_change_type"]: row["rows"] for row in counts}
 
 
-def files_not_in(other: Snapshot | None, snapshot: Snapshot | None, layer: str, table: Table) -> list[str]:
-    """Returns the data files of a table in a snapshot that the other one does not link."""
-    known = {os.stat(file).st_ino for file in other.files(layer, table.name)} if other else set()
-    files = snapshot.files(layer, table.name) if snapshot else []
-    return [file for file in files if os.stat(file).st_ino not in known]
-
-
 CONTROLS = "controls.csv"  # in the source folder
-CONTROL_FIGURES = ("orders", "revenue", "returns")
+CONTROL_FIGURES: Mapping[str, tuple[str, str]] = {  # by name, the table and the aggregate
+    "orders": ("transactions_clean", ORDER_COUNT),
+    "revenue": ("transactions_clean", "sum(amount)"),
+    "returns": ("transactions_returned", "0 - sum(amount)"),
+}
 
 
-class Control(NamedTuple):
-    """Figures of the shop's own report for a month (2026-01) or a day (2026-01-31). `returns` is an amount."""
-
-    period: str
-    figures: Mapping[str, Decimal]
+# A figure of the shop's own report for a month (2026-01) or a day (2026-01-31): period, name, amount.
+Control: TypeAlias = tuple[str, str, Decimal]
 
 
 def read_controls(path: str, config: DataPipelineConfig) -> list[Control]:
@@ -6329,54 +6249,32 @@ def read_controls(path: str, config: DataPipelineConfig) -> list[Control]:
         with open(path, "rb", buffering=0) as content:
             text = open_text(content, config.source_encoding)
             delimiter, header = read_header(text, ".csv", config)
-            rows = [row for row in csv.reader(text, delimiter=delimiter, quotechar=config.source_quote) if any(row)]
-        columns = [name.lower() for name in column_names(header)]
+            columns = [name.lower() for name in column_names(header)]
+            read = csv.DictReader(text, columns, delimiter=delimiter, quotechar=config.source_quote)
+            rows = [row for row in read if any(row.values())]
     except (BadFileError, OSError, UnicodeError, csv.Error) as error:
         raise ConfigurationError(f"{path} cannot be read: {error}; save it as CSV in UTF-8") from None
-    if "period" not in columns or len(columns) < 2 or {*columns} - {"period", *CONTROL_FIGURES} or not rows:
+    if "period" not in columns or {*columns} - {"period", *CONTROL_FIGURES} or not rows:
         raise ConfigurationError(
             f"{path} has the columns {', '.join(header) or 'none'} and {len(rows)} rows: it needs period, one or "
             f"more of {', '.join(CONTROL_FIGURES)}, and a row for each period"
         )
-    return [read_control(f"{path} row {number}", columns, row, config) for number, row in enumerate(rows, start=1)]
-
-
-def read_control(place: str, columns: Sequence[str], row: Sequence[str], config: DataPipelineConfig) -> Control:
-    """Reads the figures of one period. Raises ConfigurationError."""
-    given = dict(itertools.zip_longest(columns, map(str.strip, row[: len(columns)]), fillvalue=""))
-    figure = rf"(-?\d+([{config.source_decimal}]\d+)?)?"
-    patterns = {"period": r"\d{4}(-\d\d){1,2}", **dict.fromkeys(CONTROL_FIGURES, figure)}
-    wrong = [f"{name} {text!r}" for name, text in given.items() if not re.fullmatch(patterns[name], text)]
-    if len(row) > len(columns):
-        wrong.append(f"{len(row)} fields under {len(columns)} columns")
-    texts = {name: given[name].replace(config.source_decimal, ".") for name in CONTROL_FIGURES if given.get(name)}
-    if wrong or not texts:
-        raise ConfigurationError(
-            f"{place}: {', '.join(wrong) or 'no figure'}: give a period such as 2026-01 or 2026-01-31, "
-            f"and any of {', '.join(CONTROL_FIGURES)} as plain numbers"
-        )
-    figures = {name: Decimal(text) for name, text in texts.items()}
-    if "returns" in figures:  # reports show returns as negative or as positive amounts
-        figures["returns"] = abs(figures["returns"])
-    return Control(given["period"], figures)
-
-
-def figures_by_period(run: Run) -> dict[tuple[str, str], Decimal]:
-    """Returns the orders, the revenue and the refunds of each month and day, by period and name."""
-    figures = {
-        "transactions_clean": f"{ORDER_COUNT} AS orders, sum(amount) AS revenue",
-        "transactions_returned": "0 - sum(amount) AS returns",
-    }
-    queries = {
-        (table, period): f"SELECT {period}, {figures[table]} FROM {SILVER}.{table} GROUP BY {period} ORDER BY {period}"
-        for table in figures
-        for period in ("transaction_year, transaction_month", "transaction_date")
-    }
-    found: dict[tuple[str, str], Decimal] = {}
-    for row in itertools.chain.from_iterable(answer_queries(run, queries).values()):
-        period = row.get("transaction_date") or "{transaction_year:04}-{transaction_month:02}".format(**row)
-        found |= {(str(period), name): Decimal(row[name]) for name in CONTROL_FIGURES if name in row}
-    return found
+    number, controls = rf"-?\d+([{config.source_decimal}]\d+)?", []
+    for index, row in enumerate(rows, start=1):
+        given = {name: str(value or "").strip() for name, value in row.items()}
+        period = given.pop("period")
+        figures = {name: value for name, value in given.items() if value}
+        are_numbers = figures and all(re.fullmatch(number, value) for value in figures.values())
+        if not re.fullmatch(r"\d{4}(-\d\d){1,2}", period) or not are_numbers:
+            raise ConfigurationError(
+                f"{path} row {index} is {', '.join([period, *given.values()])}: give a period such as 2026-01 or "
+                f"2026-01-31, and any of {', '.join(CONTROL_FIGURES)} as plain numbers"
+            )
+        for name, value in figures.items():
+            amount = Decimal(value.replace(config.source_decimal, "."))
+            # Reports show returns as negative or as positive amounts.
+            controls.append((period, name, abs(amount) if name == "returns" else amount))
+    return controls
 
 
 def check_controls(run: Run, controls: Sequence[Control]) -> None:
@@ -6387,52 +6285,38 @@ def check_controls(run: Run, controls: Sequence[Control]) -> None:
     """
     if not controls:
         return
+    figures = [figure for figure in CONTROL_FIGURES if any(figure == name for _, name, _ in controls)]
     with run.step("controls"):
+        tolerance = Decimal(str(run.config.control_tolerance))
         found = figures_by_period(run)
         problems = [
             f"{period} {name}: {expected:,} in {CONTROLS}, {ours:,} in the tables"
-            for period, figures in controls
-            for name, expected in figures.items()
-            if abs((ours := found.get((period, name), Decimal(0))) - expected)
-            > Decimal(str(run.config.control_tolerance)) * abs(expected)
+            for period, name, expected in controls
+            if abs((ours := found.get((period, name), Decimal(0))) - expected) > tolerance * abs(expected)
         ]
         if problems:
-            more = f"; and {len(problems) - 10} more" if problems[10:] else ""
             raise NotPublishedError(
-                f"CONTROL TOTALS DIFFER, nothing is published: {'; '.join(problems[:10])}{more}; correct the models or "
+                f"CONTROL TOTALS DIFFER, nothing is published: {'; '.join(problems[:10])}; correct the models or "
                 f"{CONTROLS}, or allow a difference with --control-tolerance"
             )
-    store, periods = run.snapshot.store, sorted(control.period for control in controls)
+    store = run.snapshot.store
     before = store.runs.get(store.published())
-    run.record.controls = {
-        "figures": [name for name in CONTROL_FIGURES if any(name in control.figures for control in controls)],
-        "first": periods[0],
-        "last": periods[-1],
-        "since": before.controls["since"] if before and before.controls else run.record.started_at,
+    since = before.controls["since"] if before and before.controls else run.record.started_at
+    first, last = min(controls)[0], max(controls)[0]
+    run.record.controls = {"figures": figures, "first": first, "last": last, "since": since}
+    logger.info("CONTROL TOTALS: %s agree with %s, %s to %s", ", ".join(figures), CONTROLS, first, last)
+
+
+def figures_by_period(run: Run) -> dict[tuple[str, str], Decimal]:
+    """Returns the orders, the revenue and the refunds of each month and day, by period and name."""
+    day = "CAST(transaction_date AS STRING)"
+    queries = {
+        (name, period): f"SELECT {period} AS period, {figure} AS figure FROM {SILVER}.{table} GROUP BY 1"
+        for name, (table, figure) in CONTROL_FIGURES.items()
+        for period in (day, f"substring({day}, 1, 7)")
     }
-    logger.info(
-        "CONTROL TOTALS: {} agree with {}, {first} to {last}".format(
-            ", ".join(run.record.controls["figures"]), CONTROLS, **run.record.controls
-        )
-    )
-
-
-def audit_again(store: Store, run_id: str) -> None:
-    """Checks without Spark that a snapshot has not changed since its audit. Raises PipelineError."""
-    record, problems = store.runs.get(run_id), []
-    if record is None:
-        raise PipelineError(f"snapshot {run_id} cannot be checked: its run record is missing or unreadable")
-    snapshot = Snapshot(store, run_id)
-    try:
-        if record.sha256:  # records of early versions have none
-            changed = sorted(dict(record.sha256.items() ^ snapshot.checksums().items()))
-            problems = [f"{file} is not as it was written" for file in changed]
-        else:
-            problems = list(audit_problems(record, answer_by_duckdb(snapshot, audit_queries())))
-    except (OSError, RuntimeError) as error:
-        problems = [str(error)]
-    if problems:
-        raise PipelineError(f"snapshot {run_id} is damaged: {'; '.join(problems[:3])}")
+    answers = answer_queries(run, queries)
+    return {(row["period"], name): Decimal(row["figure"]) for (name, _), rows in answers.items() for row in rows}
 
 
 def summarize(run: Run) -> None:
@@ -6444,10 +6328,10 @@ def summarize(run: Run) -> None:
 
     with run.step("summary"):
         found = answer_queries(run, {**{table.name: preview(table) for table in tables(GOLD)}, **SUMMARIES})
-    run.record.previews = {name: found[name] for name in names(GOLD)}
-    run.record.summaries = {name: found[name] for name in SUMMARIES}
-    [orders], [returns] = run.record.summaries.pop("orders"), run.record.summaries.pop("returns")
-    run.record.orders, run.record.returns, run.record.refunds = orders["orders"], returns["returns"], returns["refunds"]
+    [totals] = found.pop("totals")
+    run.record.orders, run.record.returns, run.record.refunds = totals.values()
+    run.record.previews = {name: found.pop(name) for name in names(GOLD)}
+    run.record.summaries = found
 
 
 # ── Run record and reporting ─────────────────────────────────────────────────────────────────────────────────────
@@ -6455,16 +6339,12 @@ def summarize(run: Run) -> None:
 
 RESULTS = ("succeeded", "refused", "failed", "interrupted", "killed")  # of a run that has ended
 KINDS = ("full", "incremental", "unchanged")  # of a run
-VERSIONS = ("pipeline", "python", "spark", "java", "sail")  # in a run record
 
 # Fields of a record and of its `quality` that were renamed after schema version 1: old name, new name.
 RENAMED_FIELDS: Mapping[str, str] = {
     "at": "current_step", "offsets": "started_after", "highlights": "previews", "missed": "gate_failures",
     "kept": "accepted", "failed": "violations",
 }  # fmt: skip
-
-
-Figure: TypeAlias = tuple[int | float | Decimal | None, str]  # a value, and its key in FORMATS
 
 
 @dataclass(slots=True, repr=False)
@@ -6525,12 +6405,8 @@ class RunRecord:
         def renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
             return {RENAMED_FIELDS.get(name, name): value for name, value in fields.items()}
 
-        fields = renamed(json.loads(text))
-        required = {"result": str, "started_at": str, "config": dict, "rows": dict}
-        if not all(isinstance(fields[name], kind) for name, kind in required.items()):
-            raise TypeError("a field is of another type than it should be")
         known = {known.name for known in dataclasses.fields(cls)} - {"schema_version"}
-        read = {name: value for name, value in fields.items() if name in known}
+        read = {name: value for name, value in renamed(json.loads(text)).items() if name in known}
         read |= {name: Decimal(read[name]) for name in ("revenue", "refunds") if read.get(name) is not None}
         for name in ("quality", "arrived"):
             read[name] = {table: Quality(**renamed(found)) for table, found in read.get(name, {}).items()}
@@ -6565,37 +6441,26 @@ class RunRecord:
         """Seconds of the whole run; None if it has not ended or was killed."""
         return self.seconds.get("total")
 
-    def fail(self, error: BaseException) -> None:
-        """Sets result, exit code and error."""
-        refused, interrupted = isinstance(error, NotPublishedError), interruption(error) is not None
-        self.result = "refused" if refused else "interrupted" if interrupted else "failed"
-        self.exit_code = getattr(error, "exit_code", 130 if interrupted else 1)
-        trace = "".join(traceback.format_exception(error))
-        self.error = {"type": type(error).__name__, "message": str(error), "traceback": trace}
-
     def sort(self) -> None:
         """Sorts tables by their declaration, since threads finish them in any order."""
         order = [name for layer, table in SNAPSHOT_TABLES for name in (f"{layer}.{table.name}", table.name)]
-        parts: tuple[dict[str, Any], ...] = (self.rows, self.bytes, self.quality, self.profile, self.previews)
-        for part in parts:
-            ordered = {name: part[name] for name in order if name in part}
-            part.clear()
-            part.update(ordered)
+        for part in ("rows", "bytes", "quality"):
+            found = getattr(self, part)
+            setattr(self, part, {name: found[name] for name in order if name in found})
 
     def violated(self, *, warnings: bool) -> list[dict[str, Any]]:
         """Returns the violated rules that warn, or those that reject, with their number of rows, largest first."""
-        orphans, source_dir = self.config.get("orphans"), self.config.get("source_dir")
-        kept = DataPipelineConfig(orphans=orphans, source_dir=source_dir).keeps_orphans
-        warning = {WARN, ORPHAN} if kept else {WARN}
+        config = DataPipelineConfig(orphans=self.config.get("orphans"), source_dir=self.config.get("source_dir"))
         rules = [(table.name, rule) for table in tables(BRONZE) for rule in (*table.rules, *key_rules(table))]
-        severities = {(name, rule.name): rule.severity for name, rule in rules}
-        severities |= {(name, rule): severity for name, own in self.rules.items() for rule, severity in own.items()}
-        warn = {rule for rule, severity in severities.items() if severity in warning}
+        rejects = {(name, rule.name): rule.rejects(config) for name, rule in rules}
+        rejects |= {
+            (name, rule): severity != WARN for name, own in self.rules.items() for rule, severity in own.items()
+        }
         found = [
             {"rule": f"{name}: {rule}", "rows": rows}
             for name, quality in self.quality.items()
             for rule, rows in quality.violations.items()
-            if rows and ((name, rule) in warn) == warnings
+            if rows and rejects.get((name, rule), True) != warnings
         ]
         return sorted(found, key=lambda row: -row["rows"])
 
@@ -6615,39 +6480,34 @@ class RunRecord:
         return weeks[:over], weeks[-1] if over < len(weeks) else None
 
     @property
-    def figures(self) -> dict[str, Figure]:
-        """The business figures by name, each with its key in FORMATS; empty before the audit."""
+    def figures(self) -> dict[str, str]:
+        """The business figures by name, as text; empty before the audit."""
         if self.revenue is None:
             return {}
-        figures: dict[str, Figure] = {"Revenue": (self.revenue, "money")}
+        amounts: dict[str, Decimal | None] = {"Revenue": self.revenue}
+        counts = {"Completed orders": self.orders or self.rows.get("silver.transactions_clean")}
         if self.returns:
-            figures |= {"Refunds": (self.refunds, "money"), "Net revenue": (self.net_revenue, "money")}
-            figures["Returns"] = (self.returns, "count")
-        figures["Completed orders"] = (self.orders or self.rows.get("silver.transactions_clean"), "count")
-        return figures | {"Customers": (self.rows.get("silver.customers_enriched"), "count")}
+            amounts |= {"Refunds": self.refunds, "Net revenue": self.net_revenue}
+            counts = {"Returns": self.returns, **counts}
+        counts["Customers"] = self.rows.get("silver.customers_enriched")
+        shown = {name: _shown(amount, "money", self.currency) for name, amount in amounts.items()}
+        return shown | {name: _shown(count, "count") for name, count in counts.items()}
 
     def __repr__(self) -> str:
-        figures: dict[str, Figure] = {
-            "rows received": (self.received, "count"),
-            "quarantined": (self.quarantine_rate, "percent"),
-            "duration": (self.duration, "seconds"),
-            **self.figures,
-        }
-        shown = (f"{name.lower()}: {_shown(*figure, self.currency)}" for name, figure in figures.items())
-        as_of = self.config.get("as_of_date")
-        return f"RunRecord({self.run_id} {self.result}, as of: {as_of}, {', '.join(shown)}, data: {self.data_dir})"
+        figures = "".join(f", {name.lower()}: {figure}" for name, figure in self.figures.items())
+        return (
+            f"RunRecord({self.run_id} {self.result}, as of: {self.config.get('as_of_date')}, rows received: "
+            f"{self.received:,}, quarantined: {self.quarantine_rate:.1%}{figures}, data: {self.data_dir})"
+        )
 
     def summary(self) -> Iterator[str]:
         """Returns the lines that close the log."""
-        total = self.seconds["total"]
+        total, figures = self.seconds["total"], self.figures
         layers = ", ".join(f"{layer} {self.seconds[layer]:.1f} s" for layer in LAYERS if layer in self.seconds)
         for table, rows in self.rows.items():
             yield f"  {table:<28} {rows:>14,} rows"
         if self.returns:
-            gross, refunds, net = (
-                _shown(amount, "money", self.currency) for amount in (self.revenue, self.refunds, self.net_revenue)
-            )
-            yield f"  revenue {gross} - {refunds} of {self.returns:,} returns = {net} net"
+            yield "  revenue {Revenue} - {Refunds} of {Returns} returns = {Net revenue} net".format_map(figures)
         yield f"  {total:.1f} s in all: {layers or 'nothing to compute'}"
         if self.received:
             yield f"  {self.received / total:,.0f} rows per second, start-up included"
@@ -6658,8 +6518,8 @@ def new_record(
     config: DataPipelineConfig, store: Store, engine: Engine, base: Base | None = None, *, has_arrivals: bool = True
 ) -> RunRecord:
     """Returns the record of a new run, with a new id."""
-    versions: dict[str, str | None] = dict.fromkeys(VERSIONS) | engine.versions()
-    versions["python"] = sys.version.split()[0]
+    versions: dict[str, str | None] = dict.fromkeys(("pipeline", "python", "spark", "java", "sail"))
+    versions |= engine.versions() | {"python": sys.version.split()[0]}
     command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
     with contextlib.suppress(OSError):  # no git here
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
@@ -6690,7 +6550,11 @@ def recording(record: RunRecord, store: Store, engine: Engine) -> Iterator[None]
         stopped = interruption(raised)
         if stopped is None or store.published() != record.run_id:
             error = explain_error(raised, record, engine, store)
-            record.fail(error)
+            refused = isinstance(error, NotPublishedError)
+            record.result = "interrupted" if stopped else "refused" if refused else "failed"
+            record.exit_code = getattr(error, "exit_code", 130 if stopped else 1)
+            trace = "".join(traceback.format_exception(error))
+            record.error = {"type": type(error).__name__, "message": str(error), "traceback": trace}
             raise error from error.__cause__  # keeps the cause that explain_error has set
         logger.warning("The data was published already: %s", stopped)
         record.result, record.exit_code = "succeeded", 0
@@ -6707,10 +6571,7 @@ def recording(record: RunRecord, store: Store, engine: Engine) -> Iterator[None]
 
 
 def explain_error(error: BaseException, record: RunRecord, engine: Engine, store: Store) -> BaseException:
-    """Returns the error to report: the interrupt, if there was one, or the best explanation, or the error itself.
-
-    Logs the step that was interrupted or that failed without an explanation.
-    """
+    """Returns the interrupt that led to an error, or the best explanation, or the error. Logs the step if needed."""
     if stopped := interruption(error):
         logger.error("INTERRUPTED in %s: %s; nothing is published", record.current_step, stopped)
         return stopped
@@ -6731,10 +6592,8 @@ def best_effort(problem: str) -> Iterator[None]:
     """Logs an error of the block as a warning that begins with `problem`, so that it does not fail the run."""
     try:
         yield
-    except (OSError, PipelineError) as error:
-        logger.warning("%s: %s", problem, error)
-    except Exception:
-        logger.warning("%s", problem, exc_info=True)
+    except Exception as error:
+        logger.warning("%s: %s", problem, error, exc_info=not isinstance(error, OSError | PipelineError))
 
 
 def check_hooks(config: DataPipelineConfig) -> None:
@@ -6786,7 +6645,7 @@ def run_command(hook: str, command: str, variables: Mapping[str, str], timeout: 
 
     A command that takes too long or is interrupted is ended, with the processes that it has started.
     """
-    last_line = collections.deque[str](maxlen=1)
+    lines: list[str] = []
     process = subprocess.Popen(
         shlex.split(command),
         env=os.environ | variables,
@@ -6800,29 +6659,21 @@ def run_command(hook: str, command: str, variables: Mapping[str, str], timeout: 
 
     def log_output() -> None:
         for line in filter(None, map(str.rstrip, process.stdout or ())):
-            last_line.append(line)
+            lines.append(line)
             logger.info("%s: %s", hook, line)
 
     output = call_in_thread(log_output)
     try:
         code = process.wait(timeout)
     except BaseException as error:
-        end_group(process)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         if isinstance(error, subprocess.TimeoutExpired):
             return f"it took longer than {timeout:g} seconds (--hook-timeout)"
         raise
     with contextlib.suppress(TimeoutError):  # a process that the command has left running keeps the output open
         output.result(STOP_WITHIN)
-    return f"{''.join(last_line) or 'no output'} (exit code {code})" if code else ""
-
-
-def end_group(process: subprocess.Popen[str]) -> None:
-    """Ends a process and those that it has started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_WITHIN)
-        os.killpg(process.pid, signal.SIGKILL)
+    return f"{lines[-1] if lines else 'no output'} (exit code {code})" if code else ""
 
 
 def notify(record: RunRecord, store: Store, config: DataPipelineConfig) -> None:
@@ -6853,26 +6704,20 @@ def save_report(store: Store, history: Sequence[RunRecord]) -> None:
 def warn_of_anomalies(record: RunRecord, store: Store, factor: float) -> None:
     """Logs and records the anomalies of a run. They do not block publishing."""
     with best_effort("The run is not compared with the last ones"):
-        found = anomalies(record, store.runs.history(), factor)
-        record.anomalies += found
-        for line in found:
+        for line in anomalies(record, store.runs.history(), factor):
+            record.anomalies.append(line)
             logger.warning("%s", line)
 
 
 def compared_figures(record: RunRecord) -> dict[tuple[str, str, float], float]:
     """Returns the rows and quarantine rates of a run, by table, format and tolerance. Bronze has what arrived."""
+    rows, rate = "{:,.0f} rows", "{:.2%} of the rows quarantined"
     # The arrivals of a full refresh on a base depend on when somebody starts it, so they are not compared.
     compared = {} if record.kind == "full" and record.arrived else record.delivered
-    arrived = {f"{BRONZE}.{name}": quality.received for name, quality in compared.items()}
-    figures = {
-        (name, "{:,.0f} rows", 1.0): float(rows)
-        for name, rows in {**record.rows, **arrived}.items()
-        if name in arrived or not name.startswith(BRONZE)
-    }
-    rates = {
-        (name, "{:.2%} of the rows quarantined", 0.001): quality.quarantine_rate for name, quality in compared.items()
-    }
-    return {figure: value for figure, value in (figures | rates).items() if not figure[0].startswith(QUARANTINE)}
+    figures = {(f"{BRONZE}.{name}", rows, 1.0): float(quality.received) for name, quality in compared.items()}
+    figures |= {(name, rate, 0.001): quality.quarantine_rate for name, quality in compared.items()}
+    derived = {name: count for name, count in record.rows.items() if not name.startswith((BRONZE, QUARANTINE))}
+    return figures | {(name, rows, 1.0): float(count) for name, count in derived.items()}
 
 
 def anomalies(record: RunRecord, history: Sequence[RunRecord], factor: float) -> list[str]:
@@ -6884,11 +6729,12 @@ def anomalies(record: RunRecord, history: Sequence[RunRecord], factor: float) ->
     kind = (record.kind, bool(record.arrived))
     alike = (run for run in history if run.result == "succeeded" and (run.kind, bool(run.arrived)) == kind)
     earlier = [compared_figures(run) for run in alike]
+    if len(earlier) < 3:
+        return []
     found = []
-    for figure, value in compared_figures(record).items() if len(earlier) >= 3 else ():
-        name, text, noise = figure
-        values = [figures[figure] for figures in earlier if figure in figures]
-        median = statistics.median(values) if values else value
+    for (name, text, noise), value in compared_figures(record).items():
+        values = [figures[name, text, noise] for figures in earlier if (name, text, noise) in figures]
+        median = statistics.median(values or [value])
         if not 1 / factor <= (value + noise) / (median + noise) <= factor:
             found.append(f"{name}: {text.format(value)}, against {text.format(median)} in the last {len(values)} runs")
     return found
@@ -6910,45 +6756,23 @@ def alert(record: RunRecord, history: Sequence[RunRecord]) -> str | None:
     return None
 
 
-def send_alert(webhook: str, text: str, timeout: float = 10.0) -> bool:
-    """Posts a text to a webhook and returns whether it arrived. Otherwise a warning says why, without the secret URL.
+def send_alert(webhook: str, text: str, timeout: float = 10.0) -> None:
+    """Posts a text to a webhook, with the three characters escaped that Slack reads as markup.
 
-    The three characters that Slack reads as markup are escaped.
+    Raises:
+        PipelineError: the text did not arrive. The message does not contain the URL, which is secret.
     """
     import urllib.request
 
-    def post() -> None:
-        plain = text.translate({ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;"})
-        body, headers = json.dumps({"text": plain}).encode(), {"Content-Type": "application/json"}
+    plain = text.translate({ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;"})
+    body, headers = json.dumps({"text": plain}).encode(), {"Content-Type": "application/json"}
+    try:
         request = urllib.request.Request(webhook, body, headers, method="POST")  # noqa: S310 - http or https
         urllib.request.urlopen(request, timeout=timeout).close()  # noqa: S310
-
-    try:
-        # In a thread, because urllib restarts its timeout with every byte that arrives.
-        call_in_thread(post).result(timeout)
-        return True
-    except TimeoutError:
-        reason = f"no answer within {timeout:g} seconds"
-    except Exception as error:  # without its text, which may contain the URL
-        inner = getattr(error, "reason", None)
-        cause = inner if isinstance(inner, OSError) else error
-        detail = getattr(error, "code", None) or getattr(cause, "strerror", None) or ""
-        reason = f"{type(cause).__name__} {detail}".strip()
-    logger.warning("The alert was not delivered: %s", reason)
-    return False
-
-
-def metrics(history: Sequence[RunRecord], published: RunRecord | None) -> str:
-    """Returns the metrics of the last run for Prometheus, as text for node_exporter's textfile collector.
-
-    Rules, delivery and quarantine are of the last run, or of the published run if the last one has not counted them.
-    Rows, revenue and anomalies are of the published run. Each metric has the label `data_dir`, since a machine may run
-    several pipelines.
-    """
-    good = [run for run in (published, *history) if run and run.result == "succeeded"]
-    finished = max((run.finished_at for run in good if run.finished_at), default=None)
-    runs = {"last": history[-1], "published": published, "finished": finished, "results": RESULTS, "kinds": KINDS}
-    return render("metrics.prom.jinja", None, **runs)
+    except Exception as error:
+        reason = str(error) if isinstance(error, OSError) else type(error).__name__  # whose text may contain the URL
+        message = f"the alert was not delivered: {reason}; correct alert_webhook, or its receiver"
+        raise PipelineError(message) from None
 
 
 # Formats for people.
@@ -6965,24 +6789,24 @@ def _shown(value: Any, kind: str, currency: str | None = None) -> str:
     return re.sub(r"(?=\d)", CURRENCY_SIGNS.get(currency, f"{currency} "), text, count=1)
 
 
-def _timestamp(time_text: str) -> float:
-    return datetime.fromisoformat(time_text).timestamp()
-
-
-def _in_words(name: str) -> str:
-    """Returns a value of the data as a label: credit_card becomes Credit card."""
-    return (name[:1].upper() + name[1:]).replace("_", " ")
-
-
 def _markdown(value: Any) -> str:
     """Returns a value as text in which all characters that have a meaning in Markdown are escaped."""
     text = f"{value:,}" if isinstance(value, int | Decimal) else f"{value:,.2f}" if isinstance(value, float) else value
     return re.sub(r"([\\`*_\[\]<>|#~$@])", r"\\\1", " ".join(str(text).split()))
 
 
-def render(template: str, currency: str | None, **values: Any) -> str:
-    """Renders a template of the folder `monitoring`. Missing values are empty."""
+def render(template: str, history: Sequence[RunRecord], published: RunRecord | None) -> str:
+    """Renders a template of the folder `monitoring` from the records of the last runs and of the published one.
+
+    Missing values are empty.
+    """
     import jinja2
+
+    def derived(name: str) -> Iterator[str]:
+        for table in TABLES.values():
+            if table.from_table == name:
+                yield f"{table.layer}.{table.name}"
+                yield from derived(table.name)
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).resolve().parent / "monitoring"),
@@ -6991,29 +6815,23 @@ def render(template: str, currency: str | None, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    shown = functools.partial(_shown, currency=currency)
-    environment.filters |= {"shown": shown, "markdown": _markdown, "in_words": _in_words, "timestamp": _timestamp}
-    return environment.get_template(template).render(**values)
+    environment.filters |= {
+        "shown": functools.partial(_shown, currency=published.currency if published else None),
+        "markdown": _markdown,
+        "in_words": lambda name: (name[:1].upper() + name[1:]).replace("_", " "),  # credit_card: Credit card
+        "timestamp": lambda text: datetime.fromisoformat(text).timestamp(),
+    }
+    environment.globals |= {"derived": derived, "results": RESULTS, "kinds": KINDS}
+    return environment.get_template(template).render(history=history, latest=history[-1], published=published)
 
 
-def html_report(history: Sequence[RunRecord], published: RunRecord | None) -> str:
-    """Returns the page on the last run and the published data. It loads no other files."""
-
-    def derived(name: str) -> Iterator[str]:
-        for table in TABLES.values():
-            if table.from_table == name:
-                yield f"{table.layer}.{table.name}"
-                yield from derived(table.name)
-
-    currency = published.currency if published else None
-    return render(
-        "report.html.jinja", currency, history=history, latest=history[-1], published=published, derived=derived
-    )
+html_report = functools.partial(render, "report.html.jinja")  # loads no other files
+metrics = functools.partial(render, "metrics.prom.jinja")  # for node_exporter's textfile collector
 
 
 def job_summary(record: RunRecord) -> str:
     """Returns a page of Markdown on a run."""
-    return render("job_summary.md.jinja", record.currency, run=record)
+    return render("job_summary.md.jinja", [record], record)
 
 
 class Annotations(logging.Handler):
@@ -7023,8 +6841,8 @@ class Annotations(logging.Handler):
         """Writes one command, with the first line of an error instead of its stack trace."""
         kind = "error" if record.levelno >= logging.ERROR else "warning"
         text = record.getMessage()
-        if record.exc_info and record.exc_info[1]:
-            text += ": " + "".join(traceback.format_exception_only(record.exc_info[1])).partition("\n")[0]
+        if record.exc_info and (error := record.exc_info[1]):
+            text += f": {type(error).__name__}: {error}".partition("\n")[0]
         # The runner reads each line as a command, and % as the start of an escape.
         for character in "%\r\n":
             text = text.replace(character, f"%{ord(character):02X}")
@@ -7039,11 +6857,7 @@ def add_to_step_summary(markdown: Callable[[], str]) -> None:
 
 
 def list_runs(store: Store) -> Iterator[str]:
-    """Returns a line per run: a sign if it is published or kept for a rollback, then id, dates, rows and result.
-
-    Raises:
-        PipelineError: the storage is named by a URI, so it has no run records.
-    """
+    """Returns a line per run: a sign if it is published or kept for a rollback, then id, dates, rows and result."""
     if not store.is_local:
         raise PipelineError(f"{store.root} has no run records: the last line of a run's log names its snapshot")
     published, kept = store.published(), store.snapshots(AUDITED)
@@ -7101,11 +6915,7 @@ def _flag(name: str) -> str:
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Reads the command line. Settings are returned as text, or None if they are not given.
-
-    Raises:
-        ConfigurationError: an unknown flag, or a flag without its value.
-    """
+    """Reads the command line. Settings that are not given are None, the others text. Raises ConfigurationError."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").partition("\n")[0],
         epilog="A flag overrides its environment variable, and that overrides the default.",
@@ -7139,47 +6949,37 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     if unknown:
         name, known = unknown[0].partition("=")[0], map(_flag, vars(flags))
         raise ConfigurationError(f"unknown argument {name}{_nearest(name, known)} (--help lists them)")
+    is_other = flags.list_runs or flags.test_alert or flags.rollback is not None or flags.inspect_source is not None
+    flags.is_run = not is_other
     return flags
 
 
-def load_config(
-    flags: argparse.Namespace, environment: Mapping[str, str], config: DataPipelineConfig | None = None
-) -> DataPipelineConfig:
-    """Returns the configuration with the values of the environment and of the flags, which override it.
-
-    Raises:
-        ConfigurationError: an unknown variable, or a value that cannot be used.
-    """
-    config = config or DataPipelineConfig()
+def load_config(flags: argparse.Namespace, environment: Mapping[str, str]) -> DataPipelineConfig:
+    """Returns the configuration that the environment and the flags give; a flag wins. Raises ConfigurationError."""
+    config = DataPipelineConfig()
     known = {_variable(option.name): option.name for option in dataclasses.fields(config)}
-    given = [(name, known.get(name), value) for name, value in environment.items()]
     of_hook = HOOK_VARIABLES if {*HOOK_VARIABLES} <= environment.keys() else ()  # this process belongs to a hook
-    given = [setting for setting in given if setting[0].startswith(ENVIRONMENT_PREFIX) and setting[0] not in of_hook]
-    given += [(_flag(name), name, getattr(flags, name)) for name in known.values() if getattr(flags, name) is not None]
-    for origin, name, value in given:
-        if name is None:
-            raise ConfigurationError(f"unknown variable {origin}{_nearest(origin, known)} (--help lists them)")
+    for variable in environment:
+        if variable.startswith(ENVIRONMENT_PREFIX) and variable not in (*known, *of_hook):
+            raise ConfigurationError(f"unknown variable {variable}{_nearest(variable, known)} (--help lists them)")
+    given = [(variable, name, environment.get(variable)) for variable, name in known.items()]
+    for origin, name, value in given + [(_flag(name), name, getattr(flags, name)) for name in known.values()]:
         try:
-            setattr(config, name, value)
+            if value is not None:
+                setattr(config, name, value)
         except ConfigurationError as error:
             raise ConfigurationError(f"{origin}: {error}") from None
     return config
 
 
-def is_instead_of_run(flags: argparse.Namespace) -> bool:
-    """Returns whether the flags ask for something other than a run."""
-    return flags.list_runs or flags.test_alert or flags.rollback is not None or flags.inspect_source is not None
-
-
 def execute(flags: argparse.Namespace, config: DataPipelineConfig) -> None:
     """Does what the flags ask for instead of a run. Raises PipelineError if that cannot be done."""
     store = Store(config.root)
-    try:
+    with writing(store.root, "cannot read or write data_dir"):
         if flags.test_alert:
             if not config.alert_webhook:
                 raise ConfigurationError(f"there is no webhook to test: set {_variable('alert_webhook')}")
-            if not send_alert(config.alert_webhook, f"{config.app_name}: a test alert from {socket.gethostname()}"):
-                raise PipelineError("the test alert did not arrive: correct alert_webhook, or its receiver")
+            send_alert(config.alert_webhook, f"{config.app_name}: a test alert from {socket.gethostname()}")
             logger.info("The test alert was delivered")
         elif flags.inspect_source is not None:
             config.source_dir = flags.inspect_source or config.source_dir
@@ -7192,13 +6992,6 @@ def execute(flags: argparse.Namespace, config: DataPipelineConfig) -> None:
         else:
             logger.info("Published again: %s", roll_back(store, flags.rollback, config.lock_timeout, config))
             save_report(store, store.runs.history())
-    except OSError as error:
-        if error.filename is None:  # standard output is full or closed, and Python would flush it again at exit
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        raise PipelineError(
-            f"cannot read or write {error.filename or 'standard output'}: {error.strerror}; "
-            "check the permissions and the free space of the disk"
-        ) from None
 
 
 def report_failure(error: BaseException, flags: argparse.Namespace | None, *, has_record: bool) -> int:
@@ -7215,13 +7008,14 @@ def report_failure(error: BaseException, flags: argparse.Namespace | None, *, ha
         logger.error("INTERRUPTED before the run began: %s", error)
     exit_code = getattr(error, "exit_code", 130 if interrupted else 1)
     # Nobody needs an alert about their own Ctrl-C.
-    if has_record or exit_code == 130 or (flags and is_instead_of_run(flags)):
+    if has_record or exit_code == 130 or (flags and not flags.is_run):
         return exit_code
     add_to_step_summary(lambda: f"## ❌ Nothing was run\n\n{_markdown(error)}\n")
     webhook = (flags and flags.alert_webhook) or os.environ.get(_variable("alert_webhook"))
     with contextlib.suppress(ConfigurationError):
         if webhook := parse_setting("alert_webhook", webhook):
-            send_alert(webhook, f"❌ No run of the data pipeline on {socket.gethostname()}: {error}")
+            with best_effort("No alert could be sent"):
+                send_alert(webhook, f"❌ No run of the data pipeline on {socket.gethostname()}: {error}")
     return exit_code
 
 
@@ -7270,10 +7064,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config = load_config(flags, os.environ)
             # Only a terminal shows the progress.
             logger.setLevel(PROGRESS if config.log_level == "INFO" and sys.stderr.isatty() else config.log_level)
-            if is_instead_of_run(flags):
-                execute(flags, config)
-            else:
+            if flags.is_run:
                 run_pipeline(config, on_start=started.append)
+            else:
+                execute(flags, config)
         except (KeyboardInterrupt, Exception) as error:
             return report_failure(error, flags, has_record=bool(started))
     return 0

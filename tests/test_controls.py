@@ -17,7 +17,6 @@ from test_gate import started_run
 
 from data_pipeline import (
     ConfigurationError,
-    Control,
     DataPipelineConfig,
     NotPublishedError,
     RunRecord,
@@ -119,7 +118,7 @@ def test_each_figure_that_differs_is_named(shop: Callable[..., DataPipelineConfi
     [(_, record)] = store.runs.all()
     assert isinstance(record, RunRecord) and store.published() is None
     refused = started_run(config, spark, record)
-    controls = [Control("2026-01", {"revenue": Decimal("61.00")})]
+    controls = [("2026-01", "revenue", Decimal("61.00"))]
     config.control_tolerance = 0.008
     with pytest.raises(NotPublishedError, match="CONTROL TOTALS DIFFER"):
         check_controls(refused, controls)
@@ -130,11 +129,11 @@ def test_each_figure_that_differs_is_named(shop: Callable[..., DataPipelineConfi
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("period,revenue\nJanuary,1\n", "row 1: period 'January': give a period such as 2026-01"),
-        ('period,revenue\n2026-01,1\n2026-02,"1,000.00"\n', "row 2: revenue '1,000.00': "),
-        ("period,revenue\n2026-01,1,000.00\n", "row 1: 3 fields under 2 columns: "),
-        ("period,revenue\n2026-01,\n", "row 1: no figure: "),
-        ("revenue,period\n1\n", "row 1: period '': "),
+        ("period,revenue\nJanuary,1\n", "row 1 is January, 1: give a period such as 2026-01"),
+        ('period,revenue\n2026-01,1\n2026-02,"1,000.00"\n', "row 2 is 2026-02, 1,000.00: "),
+        ("period,revenue\n2026-01,1,000.00\n", "row 1 is 2026-01, 1, ['000.00']: "),
+        ("period,revenue\n2026-01,\n", "row 1 is 2026-01, : "),
+        ("revenue,period\n1\n", "row 1 is , 1: "),
         (
             "period,revenue,retruns\n2026-01,1,2\n",
             "has the columns period, revenue, retruns and 1 rows: it needs period",
@@ -154,23 +153,19 @@ def test_controls_that_cannot_be_read_are_one_line(text: str, message: str, tmp_
 def test_controls_of_a_spreadsheet(tmp_path: Path) -> None:
     commas = DataPipelineConfig(source_decimal=",")
     (tmp_path / "controls.csv").write_text("\ufeffPeriod;Revenue\r\n2026-01;1000,50\r\n", newline="")
-    assert read_controls(str(tmp_path / "controls.csv"), commas) == [
-        Control("2026-01", {"revenue": Decimal("1000.50")})
-    ]
+    assert read_controls(str(tmp_path / "controls.csv"), commas) == [("2026-01", "revenue", Decimal("1000.50"))]
     assert read_controls(str(tmp_path / "none.csv"), commas) == []
     (tmp_path / "controls.csv").write_text("period;revenue\n'2026-01';'1,5'\n")
     quoted = read_controls(str(tmp_path / "controls.csv"), DataPipelineConfig(source_decimal=",", source_quote="'"))
-    assert quoted == [Control("2026-01", {"revenue": Decimal("1.5")})]
+    assert quoted == [("2026-01", "revenue", Decimal("1.5"))]
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(ConfigurationError, match=r"folder\.csv cannot be read: .*Is a directory"):
         read_controls(str(tmp_path / "folder.csv"), commas)
     (tmp_path / "controls.csv").write_text("period;revenue\n2026-01;1000.50\n")
-    with pytest.raises(ConfigurationError, match=r"row 1: revenue '1000\.50'"):
+    with pytest.raises(ConfigurationError, match=r"row 1 is 2026-01, 1000\.50: "):
         read_controls(str(tmp_path / "controls.csv"), commas)
     (tmp_path / "controls.csv").write_text("period\trevenue\r\n2026-01\t5\r\n", encoding="utf-16", newline="")
-    assert read_controls(str(tmp_path / "controls.csv"), DataPipelineConfig()) == [
-        Control("2026-01", {"revenue": Decimal(5)})
-    ]
+    assert read_controls(str(tmp_path / "controls.csv"), DataPipelineConfig()) == [("2026-01", "revenue", Decimal(5))]
     (tmp_path / "controls.csv").write_bytes(b"period,revenue\n\xff\n")
     with pytest.raises(ConfigurationError, match=r"controls\.csv cannot be read: .*; save it as CSV in UTF-8"):
         read_controls(str(tmp_path / "controls.csv"), DataPipelineConfig())

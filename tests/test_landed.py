@@ -1341,7 +1341,6 @@ MISTAKES: dict[str, tuple[dict[str, str | bytes], dict[str, Any], str]] = {
         {"transactions.sql": "SELECT *, upper(status) AS status FROM transactions"}, {}, "returns two columns status",
     ),
     "model in another encoding": ({"transactions.sql": LATIN}, {}, "cannot read the model .*transactions.sql: 'utf-8'"),
-    "quote and delimiter": ({}, {"source_delimiter": '"'}, "source_delimiter and source_quote are both '\"'"),
 }  # fmt: skip
 
 

@@ -170,7 +170,7 @@ def test_run_killed_after_publishing_has_succeeded(store: Store) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", '{"result": "succeeded"}', '{"result": "", "started_at": "", "config": {}, "rows": 5}', "[]", "\x00\xff"],
+    ["", "{", '{"result": "succeeded"}', "[]", "\x00\xff"],
 )
 def test_unreadable_record_is_named_and_passed_over(text: str, store: Store) -> None:
     add(store, IDS[0])
@@ -269,30 +269,15 @@ def remove_folder(file: Path) -> None:
     shutil.rmtree(file.parent)
 
 
-def make_unreadable(file: Path) -> None:
-    file.unlink()
-    file.mkdir()
-
-
-@pytest.mark.parametrize(
-    ("has_checksums", "damage"),
-    [
-        *((True, damage) for damage in (overwrite, add_file, Path.unlink, remove_folder, make_unreadable)),
-        *((False, damage) for damage in (overwrite, Path.unlink, remove_folder)),
-    ],
-)
+@pytest.mark.parametrize("damage", [overwrite, add_file, Path.unlink, remove_folder])
 def test_rollback_to_a_damaged_snapshot_is_refused(
-    has_checksums: bool,
-    damage: Callable[[Path], None],
-    store: Store,
-    empty_tables: Path,
-    caplog: pytest.LogCaptureFixture,
+    damage: Callable[[Path], None], store: Store, empty_tables: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     add_whole(store, IDS[0], empty_tables)
-    damaged = add_whole(store, IDS[1], empty_tables, **({} if has_checksums else {"sha256": {}}))
+    damaged = add_whole(store, IDS[1], empty_tables)
     add_whole(store, IDS[2], empty_tables)
     damage(damaged / "gold" / "device_analytics" / "part-0.parquet")
-    with pytest.raises(PipelineError, match=f"snapshot {IDS[1]} is damaged: .*gold[/.]device_analytics") as raised:
+    with pytest.raises(PipelineError, match=f"snapshot {IDS[1]} is damaged: .*: gold/device_analytics") as raised:
         roll_back(store, IDS[1], 0)
     assert store.published() == IDS[2]
     assert roll_back(store, "", 0) == store.published() == IDS[0], "where none is named, the newest that is whole"
@@ -309,21 +294,23 @@ def test_rollback_where_none_is_whole(store: Store, empty_tables: Path, caplog: 
     assert main(["--rollback", "--data-dir", store.root]) == 2
     first, second, last = caplog.messages
     assert first.startswith(f"Passed over: snapshot {IDS[1]} cannot be checked: its run record is missing")
-    assert second.startswith(f"Passed over: snapshot {IDS[0]} is damaged: gold/device_analytics")
+    assert second.startswith(
+        f"Passed over: snapshot {IDS[0]} is damaged: not as they were written: gold/device_analytics"
+    )
     assert last.startswith(
         f"no snapshot that is intact and older than the published one in {store.root}: there are {IDS[0]}, "
     )
     assert store.published() == IDS[2], "not a later one, which somebody has gone back from"
 
 
-def test_rollback_audits_the_rows(store: Store, empty_tables: Path) -> None:
-    rows = {f"{layer}.{table.name}": 0 for layer, table in SNAPSHOT_TABLES} | {"silver.products_active": 1}
-    add_whole(store, IDS[0], empty_tables, rows=rows, sha256={})
+def test_rollback_needs_a_record_with_checksums(store: Store, empty_tables: Path) -> None:
+    add_whole(store, IDS[0], empty_tables, sha256={})
     add_whole(store, IDS[1], empty_tables)
-    with pytest.raises(PipelineError, match=r"is damaged: silver\.products_active: 1 rows were written, 0 are there"):
+    message = f"snapshot {IDS[0]} cannot be checked: its run record is missing, unreadable or of the first version"
+    with pytest.raises(PipelineError, match=message):
         roll_back(store, IDS[0], 0)
     os.unlink(store.path("runs", f"{IDS[0]}.json"))
-    with pytest.raises(PipelineError, match=f"snapshot {IDS[0]} cannot be checked: its run record is missing"):
+    with pytest.raises(PipelineError, match=message):
         roll_back(store, IDS[0], 0)
 
 
@@ -567,12 +554,3 @@ def test_folder_that_cannot_be_read_is_one_line(flag: str, of_root: Path, caplog
     [line] = caplog.records
     assert "Permission denied" in line.getMessage() or "not permitted" in line.getMessage()
     assert str(of_root) in line.getMessage()
-
-
-def test_list_of_runs_that_cannot_be_written_is_one_line(store: Store) -> None:
-    command = [sys.executable, data_pipeline.__file__, "--list-runs", "--data-dir", store.root]
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "cannot read or write standard output: No space left on device" in done.stderr
