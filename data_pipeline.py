@@ -1804,31 +1804,37 @@ class LandedFiles(Source):
         self.identity = {"kind": "landed files", "folder": f"in {self.root}"}
         self.continues = not config.reload
         self.controls = read_controls(os.path.join(self.root, CONTROLS), config)
-        if config.models in ready_models() and config.source_decimal != ".":
-            raise ConfigurationError(
-                f"the models {config.models} read amounts with a decimal point, as the system exports them: export "
-                "again, without saving the file in a spreadsheet, and leave source_decimal out"
-            )
-        self.models = read_models(folder := models_folder(config.models, self.root))
-        self.tables = read_rules(config, folder)
+        folder = models_folder(config, self.root)
+        self.models = read_models(folder)
         self.models_text = {name: model.sql for name, model in self.models.items()}
+        self.tables = read_rules(config, folder)
         self.inputs = {name: self.models[name].inputs if name in self.models else (name,) for name in names(BRONZE)}
-        self.used = list(dict.fromkeys(source for inputs in self.inputs.values() for source in inputs))
+        self.used = list(dict.fromkeys(itertools.chain.from_iterable(self.inputs.values())))
         self.listed = assign_sources(list_files(self.root, config.root), self.models, self.used)
-        self.files = [file for file in self.listed if file.source in self.used]
+        self.files = [file for file in self.listed if file.source in self.used]  # those that the run reads
+        self._check_files()
+        self.replacing: set[str] = set()  # the paths of files whose published rows this run replaces
+        self.gone: Sequence[LandedFile] = ()  # files that were read before, and are not there any more
+        self.number = 0  # the `_delivery` of rows without a file
+        self.parts: Sequence[Part] = ()
+
+    def _check_files(self) -> None:
+        """Raises ConfigurationError if a file cannot be used."""
         for file in self.listed:
             if re.fullmatch(r"controls?([.].*)?", file.top, re.IGNORECASE):
                 raise ConfigurationError(f"{file.path} looks like control totals: call it {CONTROLS}")
         for file in self.files:
-            if f"{config.root}/".startswith(f"{os.path.join(self.root, file.top)}/"):
-                raise ConfigurationError(f"data_dir {config.root} lies within a source of source_dir: choose another")
+            if f"{self.config.root}/".startswith(f"{os.path.join(self.root, file.top)}/"):
+                raise ConfigurationError(
+                    f"data_dir {self.config.root} lies within a source of source_dir: choose another"
+                )
             if file.problem:
                 raise ConfigurationError(f"cannot read {file.path}: {file.problem}; correct it, or move it away")
-        self.arrivals = Arrivals(self.files)
-        self.ledger: Sequence[LandedFile] = ()
-        self.parts: Sequence[Part] = ()
-        self._records: dict[str, DataFrame] = {}
-        self._malformed: dict[str, DataFrame] = {}
+
+    @property
+    def arrived(self) -> list[LandedFile]:
+        """Returns the files that have not been read before, or that `--reread` names."""
+        return [file for file in self.files if not file.run]
 
     @property
     def expected_rows(self) -> Mapping[str, int]:  # type: ignore[override]
@@ -1842,35 +1848,56 @@ class LandedFiles(Source):
         """Finds the files that have not been read before. Raises ConfigurationError."""
         if base is None:
             return True
-        self.arrivals = compare_with_ledger(self.root, self.files, base.ledger, self.config.reread)
-        self.ledger, self.replaced = self.arrivals.ledger, self.arrivals.replaced
+        has_renamed = follow_renames(self.root, self.files, base.ledger)
+        latest = {file.path: file for file in base.ledger}  # the last one read, if a file was replaced
+        paths, pattern = {file.path for file in self.files}, self.config.reread
+        again = {path for path in paths & latest.keys() if pattern and fnmatch.fnmatchcase(path, pattern)}
+        if pattern and not again:
+            raise ConfigurationError(
+                f"reread names no file that was read and is still there: {pattern}; give a path in the source folder, "
+                f"such as {next(iter(latest), 'transactions/2026-01.csv')}"
+            )
+        self.gone = [file for path, file in latest.items() if path not in paths]
+        if self.gone:
+            logger.info("Gone since they were read: %s", shorten([file.path for file in self.gone]))
+        self.number = 1 + max((file.delivery for file in base.ledger), default=0)
+        new_numbers = itertools.count(self.number + 1)
+        for position, file in enumerate(self.files):
+            before = latest.get(file.path)
+            if before and file.path in again:  # its records keep their place among the others
+                file.delivery = before.delivery
+            elif before and is_same_file(self.root, file, before):
+                before.size, before.mtime_ns = file.size, file.mtime_ns
+                self.files[position] = dataclasses.replace(before, rows=0, malformed=0)
+            else:
+                file.delivery = next(new_numbers)
         whole = {source for name in self.inputs if self.is_received_whole(name) for source in self.inputs[name]}
-        again = [file for file in self.arrivals.known if file.source in whole and not file.problem]
-        self.files = [*again, *self.arrivals.arrived]
-        return bool(self.arrivals.arrived) or self.arrivals.has_renamed
+        self.files = [file for file in self.files if not file.run or (file.source in whole and not file.problem)]
+        self.replacing = again | {file.path for file in self.files if file.run}
+        self.ledger = [file for file in base.ledger if file.path not in again]
+        self.replaced = [file.delivery for file in base.ledger if file.path in again]
+        return bool(self.arrived) or has_renamed
 
     def check_reload(self, ledger: Sequence[LandedFile]) -> None:
         """Raises NotPublishedError if files that were read before are gone, unless that is accepted."""
-        paths, before = {file.path for file in self.files}, {file.path for file in ledger}
+        if self.config.accept_missing_files:
+            return
+        follow_renames(self.root, self.files, ledger)
+        paths = {file.path for file in self.files}
         present = {file.sha256 for file in ledger if file.path in paths}
-        lost = [file for file in ledger if file.path not in paths and file.sha256 not in present]
-        new = [file for file in self.files if file.path not in before]
-        renamed = {
-            old.path for old in lost for file in new if file.size == old.size and is_same_content(self.root, file, old)
-        }
-        gone = list(dict.fromkeys(file.path for file in lost if file.path not in renamed))
-        self.arrivals.again = set() if self.config.accept_missing_files else paths & before
-        if gone and not self.config.accept_missing_files:
+        lost = [file.path for file in ledger if file.path not in paths and file.sha256 not in present]
+        if lost:
             raise NotPublishedError(
-                f"a reload would lose the rows of files that are gone, nothing is published: {shorten(gone)}; put "
-                "them back, or accept it with --accept-missing-files"
+                f"a reload would lose the rows of files that are gone, nothing is published: "
+                f"{shorten(list(dict.fromkeys(lost)))}; put them back, or accept it with --accept-missing-files"
             )
+        self.replacing = paths & {file.path for file in ledger}
 
     def is_received_whole(self, name: str) -> bool:
         """Returns whether a table is received whole: its model needs records that arrive at different times."""
         if name not in self.models or self.models[name].is_piecewise:
             return False
-        return any(file.source in self.inputs[name] for file in self.arrivals.arrived)
+        return any(file.source in self.inputs[name] for file in self.arrived)
 
     def check(self) -> None:
         """Checks that there are files for each table. Raises ConfigurationError."""
@@ -1892,8 +1919,10 @@ class LandedFiles(Source):
                 advice = f"the model {name}.sql reads {needed}; land {' or '.join(patterns)}"
             else:
                 advice = f"land a file such as {name}.csv or a folder {name} of files, or write a model {name}.sql"
-            text = f"{self.root} has no files for the table {name}: {advice}"
-            raise ConfigurationError(text + export_hint(self))
+            raise ConfigurationError(
+                f"{self.root} has no files for the table {name}: {advice}; --inspect-source shows what is there, and "
+                "which ready models read it"
+            )
 
     def warn_of_unused(self) -> None:
         """Warns of files that no model and no table uses."""
@@ -1904,7 +1933,7 @@ class LandedFiles(Source):
 
     def prepare(self) -> None:
         """Waits until the files have settled."""
-        wait_until_settled(self.arrivals.arrived, self.config.settle_seconds)
+        wait_until_settled(self.arrived, self.config.settle_seconds)
 
     def receive(self, run: Run) -> None:
         """Reads the files, and adds those that arrived to the ledger.
@@ -1917,49 +1946,44 @@ class LandedFiles(Source):
         reader = FileReader(self.root, run.temporary_folder(".staged"), self.config)
         without_model = {*names(BRONZE)} - self.models.keys()
         self.parts = reader.read(self.files, with_models={*self.used} - without_model)
-        leave_out_repeated(self.arrivals.arrived, self.ledger)
-        report_delivery(self.arrivals.arrived, run.record)
-        bad = [file for file in self.files if file.is_bad and self.config.on_bad_file == "refuse"]
-        # Without these files, rows that are published would be lost.
-        bad += [file for file in self.files if self._replaces_rows(file) and file.problem and file not in bad]
+        arrived = self.arrived
+        leave_out_repeated(arrived, self.ledger)
+        report_delivery(arrived, run.record)
+        self._check_read()
+        read = [file for file in arrived if not file.problem or file.is_repeated]
+        self.ledger = [*self.ledger, *(dataclasses.replace(file, run=run.record.run_id) for file in read)]
+        self._warn_of_missing_columns()
+
+    def _check_read(self) -> None:
+        """Raises NotPublishedError if a file cannot be read, and may not be left out."""
+        lost = [file for file in self.files if file.path in self.replacing and file.problem and not file.is_repeated]
+        bad = lost or [file for file in self.files if file.is_bad and self.config.on_bad_file == "refuse"]
         if bad:
             more = f"; {len(bad) - 1} more cannot be read either" if bad[1:] else ""
             otherwise = "or leave it out with --on-bad-file quarantine"
-            if self._replaces_rows(bad[0]):
+            if lost:
                 otherwise = "since rows of it are published, and would be lost"
             raise NotPublishedError(
                 f"{bad[0].path} cannot be read, nothing is published: {bad[0].problem}{more}; correct it, {otherwise}"
             )
-        read = [file for file in self.arrivals.arrived if not file.problem or file.problem.startswith(SAME_CONTENT)]
-        self.ledger = [*self.ledger, *(dataclasses.replace(file, run=run.record.run_id) for file in read)]
-        self._warn_of_missing_columns()
-        self._records = self.records(run.engine, self.files)
-        malformed = [part for part in self.parts if part.is_malformed]
-        self._malformed = {part.source: union_parts(run.engine, [part], self.files) for part in malformed}
-
-    def _replaces_rows(self, file: LandedFile) -> bool:
-        """Returns whether a file is read again, and its rows are not in another file too."""
-        is_again = file.delivery < self.arrivals.number or file.path in self.arrivals.again
-        return is_again and not file.problem.startswith(SAME_CONTENT)
 
     def _check_whole(self) -> None:
         """Raises NotPublishedError if a table has to be received whole, and files for it are gone."""
         for name, inputs in self.inputs.items():
-            gone = [file.path for file in self.arrivals.gone if file.source in inputs]
+            gone = [file.path for file in self.gone if file.source in inputs]
             if gone and self.is_received_whole(name) and not self.config.accept_missing_files:
                 raise NotPublishedError(
                     f"the model {name}.sql needs all files that were read, nothing is published: these are "
                     f"gone: {shorten(gone)}; put them back, or lose their rows with --accept-missing-files"
                 )
 
-    def records(self, engine: Engine, files: Sequence[LandedFile]) -> dict[str, DataFrame]:
-        """Returns the records of each source, with all columns that models declare or that files of any run had."""
-        declared, sources = self.declared_columns(), dict.fromkeys((*self.used, *(file.source for file in files)))
-        well_formed = [part for part in self.parts if not part.is_malformed]
-        parts = {source: [part for part in well_formed if part.source == source] for source in sources}
+    def records(self, engine: Engine, source: str) -> DataFrame:
+        """Returns the records of a source, with all columns that models declare or that files of any run had."""
+        declared = self.declared_columns().get(source, [])
         for file in self.ledger:  # a model may read a column that only files of earlier runs have
-            declared[file.source] += file.columns
-        return {source: union_parts(engine, parts[source], files, declared[source]) for source in sources}
+            declared = [*declared, *(file.columns if file.source == source else ())]
+        parts = [part for part in self.parts if part.source == source and not part.is_malformed]
+        return union_parts(engine, parts, declared)
 
     def declared_columns(self) -> dict[str, list[str]]:
         """Returns the columns that the models declare, by source."""
@@ -1973,13 +1997,13 @@ class LandedFiles(Source):
         for source, columns in self.declared_columns().items():
             landed = {name.lower() for file in self.files if file.source == source for name in file.columns}
             missing = dict.fromkeys(name for name in columns if name.lower() not in landed)
-            if landed and missing and {file.source for file in self.arrivals.arrived} & {source}:
+            if landed and missing and any(file.source == source for file in self.arrived):
                 logger.warning("%s: no file has the columns %s: they are null", source, ", ".join(missing))
 
     def check_rows(self, name: str, rows: int) -> None:
         """Checks that a table has a row for each record, unless its model joins or aggregates. Raises PipelineError."""
         number = Counter(dict.fromkeys(self.inputs[name], 0))
-        for file in self.arrivals.arrived:
+        for file in self.arrived:
             if file.source in number and not file.problem:
                 # Malformed lines are added to exactly one table, `table_of(source)`. Only that table expects them.
                 number[file.source] += file.records if self.table_of(file.source) == name else file.rows
@@ -2001,38 +2025,37 @@ class LandedFiles(Source):
 
         Of several tables that read it, this is the one of its name, or one that keeps records, or the last one.
         """
-
-        def order(name: str) -> tuple[bool, bool, int]:
-            return name != source, not self.keeps_records(name), -names(BRONZE).index(name)
-
-        return min((name for name, inputs in self.inputs.items() if source in inputs), key=order)
+        readers = [name for name, inputs in self.inputs.items() if source in inputs]
+        return max(readers, key=lambda name: (name == source, self.keeps_records(name), readers.index(name)))
 
     def delivery(self, run: Run, name: str) -> DataFrame | None:
         """Returns the records of a bronze table with the types of its contract, and malformed lines verbatim."""
-        table, inputs = TABLES[name], self.inputs[name]
-        if run.base and not any(file.source in inputs for file in self.arrivals.arrived):
+        inputs = self.inputs[name]
+        if run.base and not any(file.source in inputs for file in self.arrived):
             return None
-        records = {source: self._visible(self._records[source], name) for source in inputs}
+        rows = [self.staged(run.engine, name, run.temporary_view)]
+        for part in self.parts:
+            if part.is_malformed and part.source in inputs and self.table_of(part.source) == name:
+                rows.append(self._visible(union_parts(run.engine, [part]), name))
+        typed = (apply_contract(part, TABLES[name], self.config, self.number) for part in rows)
+        return functools.reduce(lambda one, other: one.unionByName(other), typed)
+
+    def staged(self, engine: Engine, name: str, view: Callable[[DataFrame], str]) -> DataFrame:
+        """Returns the records of a bronze table as its files or its model give them. `view` registers rows."""
+        inputs = self.inputs[name]
+        records = {source: self._visible(self.records(engine, source), name) for source in inputs}
         if name not in self.models:
-            rows = records[name]
+            return records[name]
         # Files without records have no columns, so a model would fail. The gate reports that there are no rows.
-        elif inputs and not {*inputs} & {part.source for part in self.parts if not part.is_malformed}:
-            rows = records[inputs[0]].select(*LANDED_COLUMNS)
-        else:
-            views = {source: run.temporary_view(rows) for source, rows in records.items()}
-            rows = apply_model(run.engine.spark, self.models[name], views)
-        rows = apply_contract(rows, table, self.config, self.arrivals.number)
-        for source in inputs:
-            if source in self._malformed and self.table_of(source) == name:
-                malformed = self._visible(self._malformed[source], name)
-                rows = rows.unionByName(apply_contract(malformed, table, self.config, self.arrivals.number))
-        return rows
+        if inputs and not any(part.source in inputs and not part.is_malformed for part in self.parts):
+            return records[inputs[0]].select(*LANDED_COLUMNS)
+        return apply_model(engine.spark, self.models[name], {source: view(rows) for source, rows in records.items()})
 
     def _visible(self, rows: DataFrame, name: str) -> DataFrame:
-        """Leaves out records that were only read again for another table, which is received whole."""
-        if self.is_received_whole(name) or len(self.files) == len(self.arrivals.arrived):
-            return rows
-        return rows.where(F.col("_delivery").isin([file.delivery for file in self.arrivals.arrived]))
+        """Leaves out records of bad files, and those that were only read for another table, which is received whole."""
+        is_whole = self.is_received_whole(name)
+        hidden = [file.delivery for file in self.files if file.problem or (file.run and not is_whole)]
+        return rows.where(~F.col("_delivery").isin(hidden)) if hidden else rows
 
     def explain(self, error: Exception, engine: Engine, name: str) -> PipelineError | None:
         """Explains an error by the model of the table, unless machines or disks have failed."""
@@ -2091,22 +2114,34 @@ def parse_model(name: str, text: str) -> Model:
     ]
     changes_rows = query.find(exp.Distinct, exp.Group, exp.Join, exp.SetOperation, exp.Lateral, exp.Explode)
     combines_rows = query.find(exp.Group, exp.Join, exp.SetOperation, exp.AggFunc, exp.Window, exp.Limit, exp.Subquery)
-    inputs, reads_one = tuple(dict.fromkeys(reads)), len(reads) == 1
-    keeps_records, is_piecewise = reads_one and not changes_rows, reads_one and not combines_rows
-    return Model(name, sql, declared["source"], declared["columns"], inputs, keeps_records, is_piecewise)
+    return Model(
+        name,
+        sql,
+        patterns=declared["source"],
+        columns=declared["columns"],
+        inputs=tuple(dict.fromkeys(reads)),
+        keeps_records=len(reads) == 1 and not changes_rows,
+        is_piecewise=len(reads) == 1 and not combines_rows,
+    )
 
 
-def models_folder(models: str | None, root: str) -> str:
+def models_folder(config: DataPipelineConfig, root: str) -> str:
     """Returns the folder of the staging models, by default the source folder. Raises ConfigurationError."""
+    models, ready = config.models, ready_models()
     if not models:
         return root
-    ready = ready_models()
-    if models in ready:
-        return os.path.join(READY_MODELS, models)
-    if os.path.isdir(folder := expand_path("models", models)):
-        return folder
-    choices = f", or one of {', '.join(ready)}" if ready else ""
-    raise ConfigurationError(f"there are no models {models}: name a folder of models{choices}{_nearest(models, ready)}")
+    if models in ready and config.source_decimal != ".":
+        raise ConfigurationError(
+            f"the models {models} read amounts with a decimal point, as the system exports them: export again, without "
+            "saving the file in a spreadsheet, and leave source_decimal out"
+        )
+    folder = os.path.join(READY_MODELS, models) if models in ready else expand_path("models", models)
+    if not os.path.isdir(folder):
+        choices = f", or one of {', '.join(ready)}" if ready else ""
+        raise ConfigurationError(
+            f"there are no models {models}: name a folder of models{choices}{_nearest(models, ready)}"
+        )
+    return folder
 
 
 def ready_models() -> list[str]:
@@ -2305,7 +2340,7 @@ def convert_value(value: str, given: str, kind: str, config: DataPipelineConfig)
         return f"CAST({value} AS {kind})"
     if given == "string":
         return parse_text(value, kind, config)
-    if given == "timestamp_ntz" and kind == "timestamp":
+    if given in ("date", "timestamp_ntz") and kind == "timestamp":
         return f"to_utc_timestamp(CAST({value} AS TIMESTAMP), '{config.source_time_zone}')"
     is_time = given in TIMES
     is_number = re.match("tinyint|smallint|int|bigint|float|double|decimal|boolean", given)
@@ -4822,6 +4857,9 @@ BATCH = 1_000  # rows of JSON and Excel that are staged together
 END = secrets.token_hex(8)  # the beginning of a record that marks the end of CSV
 
 
+SAME_CONTENT, CHANGING = "it has the same content as ", "it changed while it was read; the next run will read it"
+
+
 class BadFileError(Exception):
     """A landed file that cannot be read; the message says why."""
 
@@ -4842,16 +4880,21 @@ class LandedFile:
     ignored: int = 0  # change events without a record
     columns: Sequence[str] = ()
     problem: str = ""  # why it is left out
-    is_bad: bool = False  # whether the problem is damage; a file that changes or repeats another is not bad
 
     @property
     def records(self) -> int:
         """Returns the number of records found, malformed ones included."""
         return self.rows + self.malformed
 
-    def leave_out(self, problem: str, *, is_bad: bool = True) -> None:
-        """Sets why the file is left out."""
-        self.problem, self.is_bad = problem, is_bad
+    @property
+    def is_bad(self) -> bool:
+        """Returns whether the file cannot be read. A file that changes or repeats another is not bad."""
+        return bool(self.problem) and not self.is_repeated and self.problem != CHANGING
+
+    @property
+    def is_repeated(self) -> bool:
+        """Returns whether the file is left out because another one has the same content."""
+        return self.problem.startswith(SAME_CONTENT)
 
     @property
     def top(self) -> str:
@@ -5040,14 +5083,14 @@ class FileReader:
                 if file.source not in with_models:
                     check_columns(file)
             except UnicodeDecodeError as error:
-                file.leave_out(self._undecodable(path, error))
+                file.problem = self._undecodable(path, error)
             except (BadFileError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
                 if re.search(DISK_FULL, str(error)):
                     raise
-                file.leave_out(str(error) or type(error).__name__)
+                file.problem = str(error) or type(error).__name__
         self._write_pending()
-        # Computed before the check for changes. A changed file keeps its parts, since models need its columns.
-        # `union_parts` drops its rows.
+        # Computed before the check for changes. A changed file keeps its parts, since models need its columns. Its
+        # rows are left out later.
         readable = {file.delivery for file in files if not file.problem}
         for file in files:
             self._check_unchanged(file)
@@ -5057,7 +5100,7 @@ class FileReader:
         path, member = split_member(os.path.join(self.root, file.path))
         state = os.stat(path) if os.path.exists(path) else None
         if state is None or state.st_mtime_ns != file.mtime_ns or (state.st_size != file.size and not member):
-            file.leave_out("it changed while it was read; the next run will read it", is_bad=False)
+            file.problem = CHANGING
 
     def _undecodable(self, path: str, error: UnicodeDecodeError) -> str:
         """Describes the first byte of a file that is not text in the encoding, with its line."""
@@ -5516,90 +5559,39 @@ def spark_text(text: str) -> str:
     return "'{}'".format(os.fsencode(text).decode(errors="replace").replace("\\", "\\\\").replace("'", "\\'"))
 
 
-@dataclass
-class Arrivals:
-    """The files of a source folder, compared with the ledger."""
-
-    arrived: Sequence[LandedFile]  # not read before, or to be read again
-    known: Sequence[LandedFile] = ()
-    ledger: Sequence[LandedFile] = ()  # the entries that stay
-    gone: Sequence[LandedFile] = ()  # read before, and not there any more
-    again: set[str] = field(default_factory=set)  # the paths of files that replace the rows they gave before
-    replaced: Sequence[int] = ()  # the deliveries of these files so far
-    number: int = 0  # the `_delivery` of rows without a file; new files have higher ones
-    has_renamed: bool = False
-
-
-def compare_with_ledger(
-    root: str, files: Sequence[LandedFile], ledger: Sequence[LandedFile], reread: str | None
-) -> Arrivals:
-    """Compares files with the ledger. A file is known if the ledger has its path with equal size and time, or content.
-
-    Raises:
-        ConfigurationError: `reread` names no file.
-    """
-    latest = {file.path: file for file in ledger}  # the last one read, if a file was replaced
-    has_renamed = follow_renames(root, files, latest)
-    paths = {file.path for file in files}
-    again = {path for path in paths & latest.keys() if reread and fnmatch.fnmatchcase(path, reread)}
-    if reread and not again:
-        raise ConfigurationError(
-            f"reread names no file that was read and is still there: {reread}; give a path in the source folder, "
-            f"such as {next(iter(latest), 'transactions/2026-01.csv')}"
-        )
-    number = 1 + max((file.delivery for file in ledger), default=0)
-    arrived, known = [], []
-    for file in files:
-        before = latest.get(file.path)
-        if before and file.path in again:  # its records keep their place among the others
-            arrived.append(dataclasses.replace(file, delivery=before.delivery))
-        elif before and is_same_file(root, file, before):
-            before.size, before.mtime_ns = file.size, file.mtime_ns
-            known.append(dataclasses.replace(before, rows=0, malformed=0))
-        else:
-            arrived.append(dataclasses.replace(file, delivery=number + 1 + len(arrived)))
-    gone = [file for path, file in latest.items() if path not in paths]
-    if gone:
-        logger.info("Gone since they were read: %s", shorten([file.path for file in gone]))
-    stay = [file for file in ledger if file.path not in again]
-    replaced = [file.delivery for file in ledger if file.path in again]
-    return Arrivals(arrived, known, stay, gone, again, replaced, number, has_renamed)
-
-
-def follow_renames(root: str, files: Iterable[LandedFile], latest: dict[str, LandedFile]) -> bool:
+def follow_renames(root: str, files: Iterable[LandedFile], ledger: Sequence[LandedFile]) -> bool:
     """Gives the ledger's entries of renamed files their new paths, and returns whether there are any.
 
-    A renamed file has the size, time and content of a file that is gone. `latest` has the last entry of each path.
+    A renamed file has the content of a file that is gone.
     """
-    paths = {file.path for file in files}
-    gone = {(file.source, file.size, file.mtime_ns): file for path, file in latest.items() if path not in paths}
-    renamed = False
+    paths, latest = {file.path for file in files}, {file.path: file for file in ledger}
+    gone = {file.sha256: file for path, file in latest.items() if path not in paths and not file.problem}
+    sizes, renamed = {file.size for file in gone.values()}, {}
     for file in files:
-        before = gone.get((file.source, file.size, file.mtime_ns))
-        if before and file.path not in latest and is_same_content(root, file, before):
-            logger.info("%s is %s, renamed", file.path, before.path)
-            latest[file.path] = latest.pop(before.path)
-            before.path, renamed = file.path, True
-    return renamed
+        if file.path not in latest and file.size in sizes:
+            before = gone.get(content_sha256(root, file))
+            if before and before.source == file.source and before.path not in renamed:
+                logger.info("%s is %s, renamed", file.path, before.path)
+                renamed[before.path] = file.path
+    for file in ledger:
+        file.path = renamed.get(file.path, file.path)
+    return bool(renamed)
 
 
-def is_same_content(root: str, file: LandedFile, before: LandedFile) -> bool:
-    """Returns whether a file has the content that was read before."""
+def content_sha256(root: str, file: LandedFile) -> str:
+    """Returns the SHA-256 of a file; an empty text if it cannot be read."""
     with contextlib.suppress(BadFileError, OSError):
-        return landed_sha256(os.path.join(root, file.path)) == before.sha256
-    return False
+        return landed_sha256(os.path.join(root, file.path))
+    return ""
 
 
 def is_same_file(root: str, file: LandedFile, before: LandedFile) -> bool:
     """Returns whether a file is as it was when it was read: by size and time, or else by its content."""
-    if (file.size, file.mtime_ns) == (before.size, before.mtime_ns) or is_same_content(root, file, before):
+    if (file.size, file.mtime_ns) == (before.size, before.mtime_ns) or content_sha256(root, file) == before.sha256:
         return True
     text = "%s has other content than run %s has read: it is read as new; --reread %s replaces the rows it gave"
     logger.warning(text, file.path, before.run, shlex.quote(file.path))
     return False
-
-
-SAME_CONTENT = "it has the same content as "
 
 
 def leave_out_repeated(files: Iterable[LandedFile], ledger: Iterable[LandedFile] = ()) -> None:
@@ -5610,7 +5602,7 @@ def leave_out_repeated(files: Iterable[LandedFile], ledger: Iterable[LandedFile]
     kept = {(file.source, file.sha256): file for file in (*whole, *(file for file in latest if not file.problem))}
     for file in whole:
         if (same := kept[file.source, file.sha256]) is not file:
-            file.leave_out(f"{SAME_CONTENT}{same.path}", is_bad=False)
+            file.problem = f"{SAME_CONTENT}{same.path}"
 
 
 def report_delivery(files: Sequence[LandedFile], record: RunRecord) -> None:
@@ -5620,7 +5612,7 @@ def report_delivery(files: Sequence[LandedFile], record: RunRecord) -> None:
         if file.problem:
             delivery["left_out"][file.path] = file.problem
             # A repeated file loses no data, and would be reported at every run.
-            if not file.problem.startswith(SAME_CONTENT):
+            if not file.is_repeated:
                 record.anomalies.append(f"{file.path} is left out: {file.problem}")
             logger.warning("%s is left out: %s", file.path, file.problem)
             continue
@@ -5635,115 +5627,68 @@ def report_delivery(files: Sequence[LandedFile], record: RunRecord) -> None:
         logger.info("%s: {files:,} files, {rows:,} records, {bytes:,} bytes".format(**delivery), source)
 
 
-def union_parts(
-    engine: Engine, parts: Sequence[Part], files: Sequence[LandedFile], declared: Iterable[str] = ()
-) -> DataFrame:
-    """Returns the records of the parts, without those of files that are left out.
+def union_parts(engine: Engine, parts: Sequence[Part], declared: Iterable[str] = ()) -> DataFrame:
+    """Returns the records of the parts, with the columns of all of them.
 
-    The result has the columns of all parts. A column with several types becomes text. Declared columns that no part
-    has are null.
+    A column with several types becomes text. Declared columns that no part has are null.
     """
-    frames = [read_part(engine, part) for part in parts]
-    nothing = ", ".join(f"CAST(NULL AS {kind}) AS {name}" for name, kind in LANDED_COLUMNS.items())
-    frames = frames or [engine.spark.sql(f"SELECT {nothing} WHERE false")]
-    # Reads `dtypes` once, since each use is a call to Sail's server.
-    columns_of = [{name.lower(): (name, kind) for name, kind in frame.dtypes} for frame in frames]
     spellings: dict[str, str] = {}
-    kinds: dict[str, set[str]] = {}
-    for key, (name, kind) in (column for given in columns_of for column in given.items()):
-        spellings.setdefault(key, name)
-        kinds.setdefault(key, set()).add(kind)
-    for name in (name for name in declared if name.lower() not in spellings):
-        spellings[name.lower()], kinds[name.lower()] = name, {"string"}
+    types: dict[str, set[pa.DataType]] = collections.defaultdict(set)
+    for part in parts:
+        for name, kind in zip(part.columns, part.types, strict=True):
+            spellings.setdefault(name.lower(), name)
+            types[name.lower()].add(kind)
 
-    def aligned(frame: DataFrame, given: Mapping[str, tuple[str, str]]) -> DataFrame:
-        columns = []
-        for key, spelling in spellings.items():
-            [kind] = kinds[key] if len(kinds[key]) == 1 else ["string"]
-            name, given_kind = given.get(key, (None, ""))
-            value = "NULL" if name is None else quoted(name)
-            text = cast_to_text(value, given_kind) if kind == "string" else value
-            columns.append(F.expr(text).cast(kind).alias(spelling))
-        return frame.select(*columns)
+    def renamed(part: Part) -> DataFrame:
+        columns = {}
+        for number, (name, kind) in enumerate(zip(part.columns, part.types, strict=True)):
+            value = cast_to_text(f"c{number}", kind) if len(types[name.lower()]) > 1 else f"c{number}"
+            columns[spellings[name.lower()]] = value
+        return read_part(engine, part).select(*named_columns(columns), *LANDED_COLUMNS)
 
-    rows = functools.reduce(lambda one, other: one.unionByName(other), map(aligned, frames, columns_of))
-    left_out = [file.delivery for file in files if file.problem]
-    return rows.where(~F.col("_delivery").isin(left_out)) if left_out else rows
+    nothing = ", ".join(f"CAST(NULL AS {kind}) AS {name}" for name, kind in LANDED_COLUMNS.items())
+    frames = [*map(renamed, parts)] or [engine.spark.sql(f"SELECT {nothing} WHERE false")]
+    rows = functools.reduce(lambda one, other: one.unionByName(other, allowMissingColumns=True), frames)
+    missing = {name.lower(): name for name in declared if name.lower() not in spellings}
+    return rows.select("*", *named_columns(dict.fromkeys(missing.values(), "CAST(NULL AS STRING)")))
 
 
-def cast_to_text(value: str, kind: str) -> str:
+def cast_to_text(value: str, kind: pa.DataType) -> str:
     """Returns Spark SQL for the text of a value. Numbers have no exponent if possible, timestamps are in UTC."""
-    if kind in ("float", "double"):
+    if pa.types.is_floating(kind):
         plain = f"try_cast({value} AS DECIMAL(38,6))"
         return (
             f"CASE WHEN CAST({plain} AS {kind}) = {value} THEN CAST({plain} AS STRING) ELSE CAST({value} AS STRING) END"
         )
-    return f"concat({value}, 'Z')" if kind == "timestamp" else f"CAST({value} AS STRING)"
+    has_zone = pa.types.is_timestamp(kind) and kind.tz
+    return f"concat({value}, 'Z')" if has_zone else f"CAST({value} AS STRING)"
 
 
 def read_part(engine: Engine, part: Part) -> DataFrame:
-    """Returns the records of a part, under the names of their columns."""
-    is_text = all(str(kind) == "string" for kind in part.types)
+    """Returns the records of a part, under the names c0, c1 and so on."""
     columns = {**{f"c{number}": "string" for number, _ in enumerate(part.columns)}, **LANDED_COLUMNS}
     # Without a schema, Spark runs a job to find it.
+    is_text = all(kind == pa.string() for kind in part.types)
     schema = ", ".join(f"{name} {kind}" for name, kind in columns.items()) if is_text else None
-    rows = engine.read(f"file://{part.folder}", schema)
-    named = (F.col(f"c{number}").alias(name) for number, name in enumerate(part.columns))
-    return rows.select(*named, *LANDED_COLUMNS)
+    return engine.read(f"file://{part.folder}", schema)
 
 
-class KnownExport(NamedTuple):
-    """A kind of file that ready models read: its system, source, file name patterns, and columns in lower case."""
-
-    system: str
-    source: str
-    patterns: tuple[str, ...]
-    columns: frozenset[str]
-
-
-def known_exports() -> list[KnownExport]:
-    """Returns the sources of all ready models."""
-    return [
-        KnownExport(system, source, model.patterns.get(source, (source,)), frozenset(map(str.lower, columns)))
+def recognized_exports(files: Iterable[LandedFile]) -> Iterator[str]:
+    """Names the files that have at least 80 % of the columns that ready models declare, and these models."""
+    known = [
+        (system, source, model.patterns.get(source, (source,)), {name.lower() for name in columns})
         for system in ready_models()
         for model in read_models(os.path.join(READY_MODELS, system)).values()
         for source, columns in model.columns.items()
         if columns
     ]
-
-
-def recognized_exports(
-    headers: Iterable[tuple[LandedFile, Sequence[str]]], models: str | None
-) -> Iterator[tuple[str, str]]:
-    """Returns the files that have at least 80 % of the columns of a known export, and how `models` can read them."""
-    known = known_exports()
-    for file, header in headers:
-        given = {name.strip().lower() for name in header}
-        shares = ((len(export.columns & given) / len(export.columns), len(export.columns), export) for export in known)
-        share, _, export = max(shares, default=(0.0, 0, None))
-        if export and share >= 0.8:
-            run = "" if models == export.system else f"run with --models {export.system}"
-            [found] = assign_sources([file], {"": Model("", "", {export.source: export.patterns})}, [])
-            rename = "" if found.source == export.source else f"rename it to match {' or '.join(export.patterns)}"
-            advice = ", and ".join(filter(None, (run, rename)))
-            yield f"{file.path} looks like the {export.source} export of {export.system}", advice
-
-
-def header_of(source: LandedFiles, file: LandedFile) -> list[str]:
-    """Returns the fields of the first line of a text file; none if it cannot be read."""
-    path, unreadable = os.path.join(source.root, file.path), (BadFileError, OSError, EOFError, UnicodeError, zlib.error)
-    with contextlib.suppress(*unreadable), open_landed(path) as content:
-        text = open_text(decompressed(path, content), source.config.source_encoding)
-        return read_header(text, file.suffix, source.config)[1]
-    return []
-
-
-def export_hint(source: LandedFiles) -> str:
-    """Returns hints to append to an error about a missing source: up to three files that look like known exports."""
-    texts = [file for file in source.listed if file.suffix in (".csv", ".tsv", ".txt") and not file.problem]
-    headers = [(file, header_of(source, file)) for file in {file.top: file for file in texts}.values()]
-    hints = [f"; {looks}: {advice}" for looks, advice in recognized_exports(headers, source.config.models) if advice]
-    return "".join(hints[:3])
+    for file in files:
+        given = {name.lower() for name in file.columns}
+        shares = ((len(export[3] & given) / len(export[3]), len(export[3]), export) for export in known)
+        share, _, (system, source, patterns, _) = max(shares, default=(0, 0, ("", "", (), ())))
+        if share >= 0.8:
+            reads = f"run with --models {system}, which reads files called {' or '.join(patterns)}"
+            yield f"{file.path} looks like the {source} export of {system}: {reads}"
 
 
 INSPECTED_BYTES = 100 * MILLION  # read from each source by --inspect-source, in whole files
@@ -5758,15 +5703,6 @@ OTHER_NAMES: Mapping[str, str] = {
     "supplier": "vendor brand", "category": "group department type", "price": "cost", "weight_kg": "weight",
     "stock_quantity": "stock inventory on_hand", "created_date": "created_at since date", "is_active": "active enabled",
 }  # fmt: skip
-# Formats of dates and times: Python's, which is tested on a sample, and the same one in Spark.
-TIME_FORMATS: Mapping[str, str] = {
-    f"{day}{time}": f"{spark_day}{spark_time}"
-    for day, spark_day in (
-        ("%Y%m%d", "yyyyMMdd"), ("%d.%m.%Y", "d.M.yyyy"), ("%m/%d/%Y", "M/d/yyyy"), ("%d/%m/%Y", "d/M/yyyy"),
-        ("%Y/%m/%d", "yyyy/M/d"), ("%d-%m-%Y", "d-M-yyyy"),
-    )
-    for time, spark_time in (("", ""), (" %H:%M", " H:mm"), (" %H:%M:%S", " H:mm:ss"))
-}  # fmt: skip
 
 
 def inspect_source(config: DataPipelineConfig) -> Iterator[str]:
@@ -5778,28 +5714,25 @@ def inspect_source(config: DataPipelineConfig) -> Iterator[str]:
     source = LandedFiles(config)
     engine = choose_engine(config, source)
     engine.check()
-    sample = list(sample_files(file for file in source.listed if not file.problem))
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(engine), contextlib.ExitStack() as stack:
         engine.start(os.devnull)
         check_rules(engine, source.tables)
-        source.parts = FileReader(source.root, folder, config).read(
-            sample, with_models={file.source for file in sample}
-        )
-        for origin, number in Counter(file.source for file in source.listed).items():
-            read = [file for file in sample if file.source == origin]
+        numbers = Counter(file.source for file in source.listed)
+        source.files = list(sample_files(file for file in source.listed if not file.problem))
+        source.parts = FileReader(source.root, folder, config).read(source.files, with_models=numbers)
+        for origin, number in numbers.items():
+            read = [file for file in source.files if file.source == origin]
             yield f"{origin}: {len(read)} of {number} files read"
             for file in read:
                 number_read = f"cannot be read: {file.problem}" if file.problem else f"{file.records:,} records"
                 malformed = f", of which {file.malformed:,} are malformed lines" if file.malformed else ""
                 yield f"  {file.path}: {number_read}{malformed}"
-        exports = list(recognized_exports(((file, file.columns) for file in sample), config.models))
-        yield from (": ".join(filter(None, export)) for export in exports)
-        records = source.records(engine, sample)
-        views = {name: stack.enter_context(engine.view(rows)) for name, rows in records.items()}
+        yield from (exports := list(recognized_exports(source.files)))
+        records = {origin: source.records(engine, origin) for origin in numbers}
         for name, inputs in source.inputs.items():
             yield from ("", f"{name}:")
-            if any(file.rows for file in sample if file.source in inputs) or not inputs:
-                yield from inspect_table(engine, source, name, records, views)
+            if any(file.rows for file in source.files if file.source in inputs) or not inputs:
+                yield from inspect_table(engine, source, name, lambda rows: stack.enter_context(engine.view(rows)))
             else:
                 yield "  there is no record to look at"
             if name not in source.models and not exports:
@@ -5815,24 +5748,20 @@ def sample_files(files: Iterable[LandedFile]) -> Iterator[LandedFile]:
             yield file
 
 
-def inspect_table(
-    engine: Engine, source: LandedFiles, name: str, records: Mapping[str, DataFrame], views: Mapping[str, str]
-) -> Iterator[str]:
+def inspect_table(engine: Engine, source: LandedFiles, name: str, view: Callable[[DataFrame], str]) -> Iterator[str]:
     """Reports how each column of a table is filled, and which rules the sample violates."""
-    table = TABLES[name]
+    table, contract = TABLES[name], dict(TABLES[name].columns())
     try:
-        rows = apply_model(engine.spark, source.models[name], views) if name in source.models else records[name]
+        rows = source.staged(engine, name, view)
         given = {column.strip().lower(): (column, kind) for column, kind in rows.dtypes}
         by = f"by {name}.sql" if name in source.models else "by its name"
         required = required_columns(table)
-        for column, kind in table.columns():
+        for column, kind in contract.items():
             absent = "nothing: this is required" if column in required else "nothing: null"
             filled = f"{given[column][0]} ({given[column][1]}), {by}" if column in given else absent
             yield f"  {column:<16} {kind:<14} ← {filled}"
-        unknown = [
-            column for column in given if column not in {**dict(table.columns()), **LANDED_COLUMNS, **CHANGE_COLUMNS}
-        ]
-        yield f"  unknown columns, which go to _rescued_data: {', '.join(unknown) or 'none'}"
+        unknown = given.keys() - {*contract, *LANDED_COLUMNS, *CHANGE_COLUMNS}
+        yield f"  unknown columns, which go to _rescued_data: {', '.join(sorted(unknown)) or 'none'}"
         typed = apply_contract(rows, table, source.config)
         yield from inspect_rules(typed, source.tables[name], source.config)
     except Exception as error:
@@ -5858,62 +5787,58 @@ def inspect_rules(rows: DataFrame, table: Table, config: DataPipelineConfig) -> 
 
 
 def proposed_model(name: str, records: Mapping[str, DataFrame]) -> Iterator[str]:
-    """Proposes a staging model, over the source of the table's name or over the most similar one."""
-    table, found = TABLES[name], {source: matched_columns(name, rows.columns) for source, rows in records.items()}
-    required = {*required_columns(table), *table.key}
-    over = name if found.get(name) else max(found, key=lambda source: len(required & found[source].keys()), default="")
-    if not found.get(over) or dict(table.columns()).keys() <= {column.lower() for column in records[over].columns}:
+    """Proposes a staging model, over the source of the table's name or over the one that has most of its columns."""
+    table, required = TABLES[name], required_columns(TABLES[name])
+    found = {source: matched_columns(name, rows.columns) for source, rows in records.items()}
+    over = name if found.get(name) else max(found, key=lambda source: len({*required} & {*found[source]}), default="")
+    if not found.get(over):
         return
-    sample = records[over].select(*map(quoted, found[over].values())).limit(1_000).collect()
-    columns, remarks = [], [f"{column}: nothing looks like it" for column in sorted(required - found[over].keys())]
-    for number, (column, landed) in enumerate(found[over].items()):
-        values = [str(row[number]).strip() for row in sample if row[number] is not None]
-        kind = dict(table.columns())[column]
-        if kind in ("date", "timestamp") and (also := fitting_formats(values)[1:]):
-            remarks.append(f"{column}: {' and '.join(map(repr, also))} would fit too: choose the right one")
-        if column == "status" and (others := {value.lower() for value in values} - {*STATUSES}):
-            remarks.append(f"{column}: map with CASE: {', '.join(sorted(others))}")
-        columns.append(f"{proposed_expression(landed, column, kind, values)} AS {column}")
+    values = {column: f"max(CAST({quoted(landed)} AS STRING))" for column, landed in found[over].items()}
+    examples = {column: (value or "").strip() for column, value in aggregate(records[over], values).items()}
+    columns = {}
+    for column, kind in table.columns():
+        if column in examples:
+            columns[column] = proposed_expression(found[over][column], column, kind, examples[column])
+        elif column in required:
+            columns[column] = "NULL"
+    if over == name and all(column == expression for column, expression in columns.items()):
+        return
     # Customers or products are taken from another table's file, where each occurs many times.
     is_derived = over != name and name != "transactions"
-    columns += [] if is_derived else [", ".join(LANDED_COLUMNS)]
-    yield from (f"  a model to start from, {name}.sql:", "", *(f"    -- {remark}" for remark in remarks))
-    yield "    SELECT DISTINCT" if is_derived else "    SELECT"
-    yield from ("        " + ",\n        ".join(columns), f"    FROM {over}", "")
+    yield from (f"  a model to start from, {name}.sql:", "")
+    yield "    SELECT DISTINCT" if is_derived else f"    SELECT {', '.join(LANDED_COLUMNS)},"
+    for number, (column, expression) in enumerate(columns.items(), start=1):
+        comma = "," if number < len(columns) else ""
+        remark = f"for example {examples[column][:40]!r}" if column in examples else "what is it called here?"
+        yield f"        {expression} AS {column}{comma}  -- {remark}"
+    yield from (f"    FROM {over}", "")
 
 
 def matched_columns(name: str, landed: Iterable[str]) -> dict[str, str]:
     """Finds the landed column for each column of a table: by its name, a common name, or its last words."""
-    contract = [column for column, _ in TABLES[name].columns()]
+    contract, required = dict(TABLES[name].columns()), required_columns(TABLES[name])
     free = {re.sub(r"\W+", "_", column.strip().lower()): column for column in landed if column not in LANDED_COLUMNS}
-    found = {column: free.pop(column) for column in contract if column in free}
-    for column in sorted({*contract} - found.keys(), key=lambda column: column not in required_columns(TABLES[name])):
+    found = {}
+    for column in sorted(contract, key=lambda column: (column not in free, column not in required)):
         others = [column, *OTHER_NAMES.get(column, "").split()]
         endings = (plain for other in others if other != "id" for plain in free if plain.endswith(f"_{other}"))
-        near = difflib.get_close_matches(column, free, n=1, cutoff=0.8)
-        if match := next((plain for plain in (*others, *endings, *near) if plain in free), None):
+        if match := next((plain for plain in (*others, *endings) if plain in free), None):
             found[column] = free.pop(match)
-    return {column: found[column] for column in contract if column in found}
-
-
-def fitting_formats(values: Sequence[str]) -> list[str]:
-    """Returns Spark's formats of dates and times that fit all values. 03/04/2026 may be in March or in April."""
-    found = []
-    for format, spark_format in TIME_FORMATS.items():
-        with contextlib.suppress(ValueError):
-            if values and all(datetime.strptime(value, format) for value in values):
-                found.append(spark_format)
     return found
 
 
-def proposed_expression(landed: str, column: str, kind: str, values: Sequence[str]) -> str:
-    """Returns Spark SQL that makes a column of the contract from a landed column with these values."""
+def proposed_expression(landed: str, column: str, kind: str, example: str) -> str:
+    """Returns Spark SQL that makes a column of the contract from a landed column with values such as the example."""
     name = landed if re.fullmatch(r"[A-Za-z]\w*", landed) else quoted(landed)
-    if kind in ("date", "timestamp") and (formats := fitting_formats(values)):
+    fits = not example or re.fullmatch(TEXT_PATTERNS.get(kind, ".*"), example)
+    if kind in ("date", "timestamp") and not fits:
+        days = {".": "d.M.yyyy", "/": "M/d/yyyy", "-": "d-M-yyyy"}
+        day = days.get(example.lstrip("0123456789")[:1], "yyyyMMdd")
+        time = ("", " H:mm", " H:mm:ss")[min(example.count(":"), 2)]
         # Without a zone, so that the time zone of the settings applies.
-        return f"to_{'timestamp_ntz' if kind == 'timestamp' else kind}({name}, '{formats[0]}')"
-    if kind == "bigint" and not all(re.fullmatch(TEXT_PATTERNS[kind], value) for value in values):
-        return f"xxhash64(lower(trim({name})))"  # an id that is text, such as an email: the contract needs a BIGINT
+        return f"to_{'timestamp_ntz' if kind == 'timestamp' else kind}({name}, '{day}{time}')"
+    if kind == "bigint" and not fits:  # an id that is text, such as an email: the contract needs a BIGINT
+        return f"CASE WHEN {name} <> '' THEN xxhash64(lower(trim({name}))) END"
     return f"lower(trim({name}))" if column == "status" else name
 
 
