@@ -1812,24 +1812,14 @@ class LandedFiles(Source):
         self.used = list(dict.fromkeys(itertools.chain.from_iterable(self.inputs.values())))
         self.listed = assign_sources(list_files(self.root, config.root), self.models, self.used)
         self.files = [file for file in self.listed if file.source in self.used]  # those that the run reads
-        self._check_files()
+        check_listed(self.listed, self.files, self.root, config.root)
+        self.declared: dict[str, list[str]] = collections.defaultdict(list)  # the columns in models, by source
+        for source, columns in itertools.chain.from_iterable(model.columns.items() for model in self.models.values()):
+            self.declared[source] += columns
         self.replacing: set[str] = set()  # the paths of files whose published rows this run replaces
         self.gone: Sequence[LandedFile] = ()  # files that were read before, and are not there any more
         self.number = 0  # the `_delivery` of rows without a file
         self.parts: Sequence[Part] = ()
-
-    def _check_files(self) -> None:
-        """Raises ConfigurationError if a file cannot be used."""
-        for file in self.listed:
-            if re.fullmatch(r"controls?([.].*)?", file.top, re.IGNORECASE):
-                raise ConfigurationError(f"{file.path} looks like control totals: call it {CONTROLS}")
-        for file in self.files:
-            if f"{self.config.root}/".startswith(f"{os.path.join(self.root, file.top)}/"):
-                raise ConfigurationError(
-                    f"data_dir {self.config.root} lies within a source of source_dir: choose another"
-                )
-            if file.problem:
-                raise ConfigurationError(f"cannot read {file.path}: {file.problem}; correct it, or move it away")
 
     @property
     def arrived(self) -> list[LandedFile]:
@@ -1861,16 +1851,7 @@ class LandedFiles(Source):
         if self.gone:
             logger.info("Gone since they were read: %s", shorten([file.path for file in self.gone]))
         self.number = 1 + max((file.delivery for file in base.ledger), default=0)
-        new_numbers = itertools.count(self.number + 1)
-        for position, file in enumerate(self.files):
-            before = latest.get(file.path)
-            if before and file.path in again:  # its records keep their place among the others
-                file.delivery = before.delivery
-            elif before and is_same_file(self.root, file, before):
-                before.size, before.mtime_ns = file.size, file.mtime_ns
-                self.files[position] = dataclasses.replace(before, rows=0, malformed=0)
-            else:
-                file.delivery = next(new_numbers)
+        self.files = compare_with_ledger(self.root, self.files, latest, again, self.number)
         whole = {source for name in self.inputs if self.is_received_whole(name) for source in self.inputs[name]}
         self.files = [file for file in self.files if not file.run or (file.source in whole and not file.problem)]
         self.replacing = again | {file.path for file in self.files if file.run}
@@ -1911,18 +1892,15 @@ class LandedFiles(Source):
             missing = [source for source in inputs if source not in landed]
             # A model may lack a source whose columns it declares (they are null) if another of its sources has files.
             is_optional = model and landed & {*inputs} and model.columns.keys() >= {*missing}
-            if not missing or is_optional:
-                continue
-            if model:
-                needed = min(missing, key=lambda source: source in model.columns)  # one that it cannot do without
-                patterns = model.patterns.get(needed, (f"{needed}.csv", f"a folder {needed}"))
-                advice = f"the model {name}.sql reads {needed}; land {' or '.join(patterns)}"
-            else:
-                advice = f"land a file such as {name}.csv or a folder {name} of files, or write a model {name}.sql"
-            raise ConfigurationError(
-                f"{self.root} has no files for the table {name}: {advice}; --inspect-source shows what is there, and "
-                "which ready models read it"
-            )
+            if missing and not is_optional:
+                needed = min(missing, key=lambda source: source in self.declared)  # one that it cannot do without
+                patterns = model.patterns.get(needed) if model else None
+                reads = f"the model {name}.sql reads {needed}" if model else f"write a model {name}.sql"
+                raise ConfigurationError(
+                    f"{self.root} has no files for the table {name}: {reads}; land "
+                    f"{' or '.join(patterns or (f'{needed}.csv', f'a folder {needed}'))}; --inspect-source shows what "
+                    "is there, and which ready models read it"
+                )
 
     def warn_of_unused(self) -> None:
         """Warns of files that no model and no table uses."""
@@ -1942,62 +1920,37 @@ class LandedFiles(Source):
             NotPublishedError: a file cannot be read, lacks a column that the contract requires, or is gone although a
                 table has to be received whole.
         """
-        self._check_whole()
+        for name in self.inputs:
+            gone = [file.path for file in self.gone if file.source in self.inputs[name]]
+            if gone and self.is_received_whole(name) and not self.config.accept_missing_files:
+                raise NotPublishedError(
+                    f"the model {name}.sql needs all files that were read, nothing is published: these are "
+                    f"gone: {shorten(gone)}; put them back, or lose their rows with --accept-missing-files"
+                )
         reader = FileReader(self.root, run.temporary_folder(".staged"), self.config)
         without_model = {*names(BRONZE)} - self.models.keys()
         self.parts = reader.read(self.files, with_models={*self.used} - without_model)
         arrived = self.arrived
         leave_out_repeated(arrived, self.ledger)
         report_delivery(arrived, run.record)
-        self._check_read()
+        check_read(self.files, self.replacing, self.config)
         read = [file for file in arrived if not file.problem or file.is_repeated]
         self.ledger = [*self.ledger, *(dataclasses.replace(file, run=run.record.run_id) for file in read)]
         self._warn_of_missing_columns()
 
-    def _check_read(self) -> None:
-        """Raises NotPublishedError if a file cannot be read, and may not be left out."""
-        lost = [file for file in self.files if file.path in self.replacing and file.problem and not file.is_repeated]
-        bad = lost or [file for file in self.files if file.is_bad and self.config.on_bad_file == "refuse"]
-        if bad:
-            more = f"; {len(bad) - 1} more cannot be read either" if bad[1:] else ""
-            otherwise = "or leave it out with --on-bad-file quarantine"
-            if lost:
-                otherwise = "since rows of it are published, and would be lost"
-            raise NotPublishedError(
-                f"{bad[0].path} cannot be read, nothing is published: {bad[0].problem}{more}; correct it, {otherwise}"
-            )
-
-    def _check_whole(self) -> None:
-        """Raises NotPublishedError if a table has to be received whole, and files for it are gone."""
-        for name, inputs in self.inputs.items():
-            gone = [file.path for file in self.gone if file.source in inputs]
-            if gone and self.is_received_whole(name) and not self.config.accept_missing_files:
-                raise NotPublishedError(
-                    f"the model {name}.sql needs all files that were read, nothing is published: these are "
-                    f"gone: {shorten(gone)}; put them back, or lose their rows with --accept-missing-files"
-                )
-
     def records(self, engine: Engine, source: str) -> DataFrame:
         """Returns the records of a source, with all columns that models declare or that files of any run had."""
-        declared = self.declared_columns().get(source, [])
-        for file in self.ledger:  # a model may read a column that only files of earlier runs have
-            declared = [*declared, *(file.columns if file.source == source else ())]
         parts = [part for part in self.parts if part.source == source and not part.is_malformed]
-        return union_parts(engine, parts, declared)
-
-    def declared_columns(self) -> dict[str, list[str]]:
-        """Returns the columns that the models declare, by source."""
-        declared: dict[str, list[str]] = collections.defaultdict(list)
-        for source, columns in itertools.chain.from_iterable(model.columns.items() for model in self.models.values()):
-            declared[source] += columns
-        return declared
+        # A model may read a column that only files of earlier runs have.
+        earlier = (name for file in self.ledger if file.source == source for name in file.columns)
+        return union_parts(engine, parts, (*self.declared[source], *earlier))
 
     def _warn_of_missing_columns(self) -> None:
         """Warns of columns that a model declares and no file has."""
-        for source, columns in self.declared_columns().items():
+        for source in {file.source: None for file in self.arrived}:
             landed = {name.lower() for file in self.files if file.source == source for name in file.columns}
-            missing = dict.fromkeys(name for name in columns if name.lower() not in landed)
-            if landed and missing and any(file.source == source for file in self.arrived):
+            missing = dict.fromkeys(name for name in self.declared[source] if name.lower() not in landed)
+            if landed and missing:
                 logger.warning("%s: no file has the columns %s: they are null", source, ", ".join(missing))
 
     def check_rows(self, name: str, rows: int) -> None:
@@ -2007,7 +1960,7 @@ class LandedFiles(Source):
             if file.source in number and not file.problem:
                 # Malformed lines are added to exactly one table, `table_of(source)`. Only that table expects them.
                 number[file.source] += file.records if self.table_of(file.source) == name else file.rows
-        if not self.keeps_records(name):
+        if name in self.models and not self.models[name].keeps_records:
             records = ", ".join(f"{source} {count:,} records" for source, count in number.items())
             logger.info("%s: %s rows from %s", name, f"{rows:,}", records)
         elif rows != number.total():
@@ -2016,17 +1969,10 @@ class LandedFiles(Source):
                 "keep each record: remove its WHERE, and reject rows with a rule"
             )
 
-    def keeps_records(self, name: str) -> bool:
-        """Returns whether a table has exactly one row for each record."""
-        return name not in self.models or self.models[name].keeps_records
-
     def table_of(self, source: str) -> str:
-        """Returns the table that receives the malformed lines of a source.
-
-        Of several tables that read it, this is the one of its name, or one that keeps records, or the last one.
-        """
+        """Returns the table that receives the malformed lines of a source: that of its name, or the last reader."""
         readers = [name for name, inputs in self.inputs.items() if source in inputs]
-        return max(readers, key=lambda name: (name == source, self.keeps_records(name), readers.index(name)))
+        return source if source in readers else readers[-1]
 
     def delivery(self, run: Run, name: str) -> DataFrame | None:
         """Returns the records of a bronze table with the types of its contract, and malformed lines verbatim."""
@@ -2208,50 +2154,53 @@ def read_rules(config: DataPipelineConfig, folder: str = "") -> dict[str, Table]
             try:
                 bronze[name] = with_own_rule(bronze[name], fields)
             except ValueError as error:
-                raise ConfigurationError(f"{path}: the rule {dict(fields).get('name', '')!r} {error}") from None
+                raise ConfigurationError(f"{path}: the rule {fields.get('name', '')!r} {error}") from None
     return bronze
 
 
-def rule_fields(path: str) -> list[list[tuple[str, Any]]]:
-    """Returns names and values of the fields of each rule in a YAML file. Raises ConfigurationError."""
+def rule_fields(path: str) -> list[dict[str, Any]]:
+    """Returns the fields of each rule in a YAML file. Raises ConfigurationError."""
     import yaml
 
     try:  # composed and not loaded: a field that is there twice is found, and `off` stays a text
         document: Any = yaml.compose(Path(path).read_text(encoding="utf-8-sig"), yaml.BaseLoader)
-        return [[(key.value, value.value) for key, value in rule.value] for rule in document.value]
+        rules = [[(key.value, value.value) for key, value in rule.value] for rule in document.value]
     except (OSError, UnicodeError, yaml.YAMLError) as error:
         raise ConfigurationError(f"cannot read the rules {path}: {' '.join(str(error).split())}") from None
     except (AttributeError, TypeError, ValueError):
         raise ConfigurationError(f"{path} is no list of rules: begin each with '- name:'") from None
+    if any(len(dict(fields)) < len(fields) for fields in rules):
+        raise ConfigurationError(f"{path} has a rule with a field twice: begin each rule with '- name:'")
+    return [dict(fields) for fields in rules]
 
 
-def with_own_rule(table: Table, given: Sequence[tuple[str, Any]]) -> Table:
-    """Adds a rule to a bronze table, or changes the severity of a built-in one. Raises ValueError, which says why not.
+def with_own_rule(table: Table, fields: Mapping[str, Any]) -> Table:
+    """Adds a rule to a bronze table, or changes a built-in one. Raises ValueError, which says why not.
 
     The rules that reject what cannot be read or is missing stay, since silver relies on them.
     """
-    fields, rules = dict(given), {rule.name: rule for rule in table.rules}
+    rules = {rule.name: rule for rule in table.rules}
     name, is_new = str(fields.get("name", "")), "violation" in fields
     severity = fields.get("severity", REJECT if is_new else "")
-    if len(fields) < len(given) or fields.keys() - {"name", "violation", "severity", "description"}:
-        raise ValueError("may have a name, violation, severity and description, each once")
+    if unknown := fields.keys() - {"name", "violation", "severity", "description"}:
+        raise ValueError(f"may have a name, violation, severity and description, not {min(unknown)}")
     if severity not in (REJECT, WARN, ABORT, OFF):
         raise ValueError(f"has the severity {severity!r}: choose {REJECT}, {WARN}, {ABORT} or {OFF}")
     if name in rules and not (rules[name].is_own or is_new):
-        is_needed = rules[name].severity == REJECT and name.endswith(("_missing", "_malformed"))
-        if rules[name].severity == ORPHAN or (is_needed and severity in (WARN, OFF)):
+        rule = rules[name]
+        is_needed = rule.severity == REJECT and name.endswith(("_missing", "_malformed"))
+        if rule.severity == ORPHAN or (is_needed and severity in (WARN, OFF)):
             raise ValueError(f"cannot be {severity}" + (": silver needs it" if is_needed else ": see --orphans"))
-        rules[name] = rules[name]._replace(severity=severity, is_own=True)
     else:
         taken = {*row_counts(table, DataPipelineConfig()), *(rule.name for rule in key_rules(table))}
         if not re.fullmatch("[a-z][a-z0-9_]*", name) or name in taken:
             raise ValueError("needs another name: letters in lower case, digits and _, and not one that is in use")
         if not isinstance(violation := fields.get("violation"), str):
             raise ValueError(f"is not built in, so it needs a violation{_nearest(name, rules)}")
-        column = check_condition(violation, table)
-        advice = re.sub("([{}])", r"\1\1", str(fields.get("description", "correct the source")))
-        # The line break ends a comment.
-        rules[name] = Rule(name, column, f"{violation}\n", severity, advice=advice, is_own=True)
+        rule = Rule(name, check_condition(violation, table), f"{violation}\n")  # the line break ends a comment
+    # The advice is a format.
+    advice = re.sub("([{}])", r"\1\1", str(fields["description"])) if "description" in fields else rule.advice
+    rules[name] = rule._replace(severity=severity, advice=advice, is_own=True)
     return dataclasses.replace(table, rules=tuple(rules.values()))
 
 
@@ -2293,12 +2242,10 @@ def check_rules(engine: Engine, bronze: Mapping[str, Table]) -> None:
         no_rows = engine.spark.range(0).selectExpr(*columns)
         for rule in (rule for rule in bronze[name].rules if rule.is_own):
             try:
-                [(_, kind)] = no_rows.selectExpr(rule.is_violated(engine.config)).dtypes
-                problem = "" if kind == "boolean" else "is neither true nor false"
+                no_rows.selectExpr(rule.is_violated(engine.config)).dtypes  # noqa: B018 - makes Sail analyse it
             except PySparkException as error:
                 problem = f"cannot be used: {root_cause(error)}"
-            if problem:
-                raise ConfigurationError(f"{name}.rules.yml: the rule {rule.name!r} {problem}")
+                raise ConfigurationError(f"{name}.rules.yml: the rule {rule.name!r} {problem}") from None
 
 
 # Patterns of the text that is accepted for each type. A cast alone would accept 2026 as a date and 5d as a number.
@@ -4902,11 +4849,6 @@ class LandedFile:
         return self.path.partition(os.sep)[0]
 
     @property
-    def is_compressed(self) -> bool:
-        """Returns whether the file is compressed by gzip."""
-        return self.path.endswith(".gz")
-
-    @property
     def suffix(self) -> str:
         """Returns the ending of the name, in lower case and without .gz."""
         return os.path.splitext(self.path.removesuffix(".gz"))[1].lower()
@@ -4914,7 +4856,7 @@ class LandedFile:
     @property
     def estimated_rows(self) -> int:
         """Returns an estimate of its records: one per 100 bytes, or per 20 bytes if compressed or Parquet."""
-        return 1 + self.size // (20 if self.is_compressed or self.suffix == ".parquet" else 100)
+        return 1 + self.size // (20 if self.path.endswith((".gz", ".parquet")) else 100)
 
 
 def natural_order(path: str) -> list[tuple[int, int | str]]:
@@ -4959,34 +4901,33 @@ def list_files(root: str, data_root: str = "") -> list[LandedFile]:
     found: list[LandedFile] = []
     skipped: list[str] = []
 
-    def file_at(path: str, problem: str = "") -> LandedFile:
+    def add(path: str, size: int = 0, mtime_ns: int = 0, problem: str = "") -> None:
         relative = os.path.relpath(path, root)
-        return LandedFile(source_name(relative.partition(os.sep)[0]), relative, 0, 0, problem=problem)
+        file = LandedFile(source_name(relative.partition(os.sep)[0]), relative, size, mtime_ns, problem=problem)
+        if problem or file.suffix in FILE_FORMATS:
+            found.append(file)
+        else:
+            skipped.append(file.path)
 
     def add_problem(error: OSError) -> None:
         if error.filename == root:
             raise ConfigurationError(f"cannot read {root}: {error.strerror}; correct it, or name another folder")
-        found.append(file_at(error.filename, str(error.strerror)))
+        add(error.filename, problem=str(error.strerror))
 
     for path in finished_files(root, data_root, add_problem):
         try:
             state = os.stat(path)
-            file = dataclasses.replace(file_at(path), size=state.st_size, mtime_ns=state.st_mtime_ns)
-            if not stat.S_ISREG(state.st_mode) or file.suffix not in {*FILE_FORMATS, ".zip"}:
-                skipped.append(file.path)  # also pipes, which might never end
-            elif file.suffix == ".zip":
+            if not stat.S_ISREG(state.st_mode):
+                skipped.append(os.path.relpath(path, root))  # such as pipes, which might never end
+            elif path.lower().endswith(".zip"):
                 for name, size in zip_members(path):
-                    member = dataclasses.replace(file, path=f"{file.path}/{name}", size=size)
-                    if FILE_FORMATS.get(member.suffix, "parquet") != "parquet":
-                        found.append(member)
-                    else:
-                        skipped.append(member.path)
+                    add(f"{path}/{name}", size, state.st_mtime_ns)
             else:
-                found.append(file)
+                add(path, state.st_size, state.st_mtime_ns)
         except OSError as error:
             add_problem(error)
         except BadFileError as error:
-            found.append(file_at(path, str(error)))
+            add(path, problem=str(error))
     if skipped:
         logger.warning("skipped (unknown file ending or not a regular file): %s", shorten(skipped))
     found.sort(key=lambda file: natural_order(file.path))
@@ -5007,21 +4948,19 @@ def assign_sources(files: Iterable[LandedFile], models: Mapping[str, Model], use
         for source, listed in model.patterns.items()
         if listed
     ]
-    named_by_pattern = {source for source, _, _ in patterns}
     found = []
     for file in files:
         in_archive = file.top.lower().endswith(".zip")
         own = os.path.basename(file.path) if in_archive else file.top
         given = {name for top in (own, file.top) for name in (top, ENDINGS.sub("", top, count=1))}
-        claims = {source: model for source, model, pattern in patterns if any(map(pattern.match, given))}
+        claims = {source: f"{source} of {model}.sql" for source, model, one in patterns if any(map(one.match, given))}
         if len(claims) > 1:
-            (one, its_model), (other, other_model) = list(claims.items())[:2]
             raise ConfigurationError(
-                f"{file.top} is the source {one} of {its_model}.sql and the source {other} of {other_model}.sql: "
-                "change the patterns after `-- source`, or rename the file"
+                f"{file.top} is the source {' and the source '.join(claims.values())}: change the patterns after "
+                "`-- source`, or rename the file"
             )
         source = next(iter(claims), source_name(own) if in_archive and file.source not in used else file.source)
-        if source in named_by_pattern and not claims:  # its patterns alone decide which files it has
+        if not claims and any(source == named for named, _, _ in patterns):  # its patterns decide which files it has
             source = f"./{file.top}"  # a name that no model can use, so that the file counts as unused
         found.append(dataclasses.replace(file, source=source))
     return found
@@ -5046,15 +4985,6 @@ class Part:
     is_malformed: bool
     deliveries: set[int] = field(default_factory=set)  # those of the files
     pending: list[pa.Table] = field(default_factory=list)  # not yet written
-
-    def write(self) -> None:
-        """Writes the records that are pending."""
-        from pyarrow import parquet
-
-        if self.pending:
-            path = os.path.join(self.folder, f"{secrets.token_hex(8)}.parquet")
-            parquet.write_table(pa.concat_tables(self.pending), path, write_statistics=False)
-            self.pending.clear()
 
 
 class FileReader:
@@ -5083,7 +5013,11 @@ class FileReader:
                 if file.source not in with_models:
                     check_columns(file)
             except UnicodeDecodeError as error:
-                file.problem = self._undecodable(path, error)
+                # Python calls all single-byte encodings charmap.
+                encoding = self.config.source_encoding if error.encoding == "charmap" else error.encoding
+                before = error.object[max(error.start - 20, 0) : error.start].decode(encoding, errors="replace")
+                byte = f"{encoding!r} can't decode byte 0x{error.object[error.start]:02x} after {before!r}"
+                file.problem = f"{byte} ({error.reason}); see --source-encoding"
             except (BadFileError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
                 if re.search(DISK_FULL, str(error)):
                     raise
@@ -5101,21 +5035,6 @@ class FileReader:
         state = os.stat(path) if os.path.exists(path) else None
         if state is None or state.st_mtime_ns != file.mtime_ns or (state.st_size != file.size and not member):
             file.problem = CHANGING
-
-    def _undecodable(self, path: str, error: UnicodeDecodeError) -> str:
-        """Describes the first byte of a file that is not text in the encoding, with its line."""
-        # Python calls all single-byte encodings charmap.
-        encoding = self.config.source_encoding if error.encoding == "charmap" else error.encoding
-        line, decoder = 1, codecs.getincrementaldecoder(encoding)()
-        with open_landed(path) as opened:
-            content = decompressed(path, opened)
-            try:
-                while block := content.read(BLOCK):
-                    line += decoder.decode(block).count("\n")
-            except UnicodeDecodeError as found:
-                line += found.object[: found.start].count(b"\n")
-        byte = f"{encoding!r} can't decode byte 0x{error.object[error.start]:02x} ({error.reason})"
-        return f"line {line:,}: {byte}; see --source-encoding"
 
     def _stage(
         self, file: LandedFile, names: Sequence[str], columns: Iterable[Any], rows: Any, is_malformed: bool = False
@@ -5140,9 +5059,14 @@ class FileReader:
             self._write_pending()
 
     def _write_pending(self) -> None:
+        from pyarrow import parquet
+
         self.pending_bytes = 0
         for part in self.parts.values():
-            part.write()
+            if part.pending:
+                path = os.path.join(part.folder, f"{secrets.token_hex(8)}.parquet")
+                parquet.write_table(pa.concat_tables(part.pending), path, write_statistics=False)
+                part.pending.clear()
 
     def _stage_malformed(self, file: LandedFile, rows: Sequence[tuple[int, str]]) -> None:
         """Stages malformed records verbatim."""
@@ -5217,8 +5141,8 @@ class FileReader:
 
     def _scan_lines(self, file: LandedFile, text: TextIO) -> None:
         """Stages the records of a file that has one JSON object or text per line."""
+        is_json, decimal = FILE_FORMATS[file.suffix] == "json", self.config.source_decimal
         keys = self.keys.setdefault(file.source, {})
-        parse = self._parse_json if FILE_FORMATS[file.suffix] == "json" else lambda line: {"value": line}
         found: dict[str, None] = {}
         lines = enumerate((line.rstrip("\r\n") for line in text if line.strip()), start=1)
         while batch := list(itertools.islice(lines, BATCH)):
@@ -5226,18 +5150,15 @@ class FileReader:
             malformed = []
             for number, line in batch:
                 try:
-                    if (row := parse(line)) is not None:
-                        rows[number] = {name.strip() or "column_0": value for name, value in row.items()}
-                except TruncateError:
-                    raise BadFileError(
-                        f"record {number:,} says that the source has truncated the table: land a new snapshot of it, "
-                        "move away all events before the snapshot, and run with --reload"
-                    ) from None
+                    row = parse_event(line, decimal) if is_json else {"value": line}
                 except (ValueError, RecursionError, OverflowError):
                     if number == 1 and line.lstrip().startswith("["):
                         advice = "write one object per line, for example with `jq -c '.[]'`"
                         raise BadFileError(f"it is a JSON array: {advice}") from None
                     malformed.append((number, line))
+                    continue
+                if row is not None:
+                    rows[number] = {name.strip() or "column_0": value for name, value in row.items()}
             found |= {keys.setdefault(name.lower(), name): None for row in rows.values() for name in row}
             by_key = [{name.lower(): value for name, value in row.items()} for row in rows.values()]
             if rows:
@@ -5247,11 +5168,6 @@ class FileReader:
             file.malformed += len(malformed)
             file.ignored += len(batch) - len(rows) - len(malformed)
         file.columns = column_names(list(found))
-
-    def _parse_json(self, line: str) -> dict[str, str | None] | None:
-        """Returns the record of a line; None for a change event without one. Raises ValueError, TruncateError."""
-        decimal = self.config.source_decimal
-        return None if line.strip() == "null" else unwrap_event(parse_object(line, decimal), decimal)
 
     def _scan_sheet(self, file: LandedFile, content: bytes) -> None:
         """Stages the records of the first sheet of an Excel file. The first row that is not blank is the header."""
@@ -5370,20 +5286,16 @@ def read_header(text: TextIO, suffix: str, config: DataPipelineConfig) -> tuple[
     if named := re.fullmatch(rf"({re.escape(quote)}?)sep=(.)\1[\r\n]*", first):
         first = next(lines, "")
 
-    def fields(delimiter: str, lines: Iterable[str], strict: bool) -> list[str]:
-        return next(csv.reader(lines, delimiter=delimiter, quotechar=quote, strict=strict), [])
-
     def fit(delimiter: str) -> tuple[bool, int]:
         """Returns whether no field contains a quote, and the number of fields."""
-        with contextlib.suppress(csv.Error):
-            found = fields(delimiter, [first], strict=False)
-            return not any(quote in field for field in found), len(found)
-        return False, 0
+        fields = next(csv.reader([first], delimiter=delimiter, quotechar=quote), [])
+        return not any(quote in field for field in fields), len(fields)
 
     candidates = [one for one in ("\t,;|" if suffix == ".tsv" else ",;\t|") if one != quote]
-    delimiter = config.source_delimiter or (named[2] if named else max(candidates, key=fit))
     try:
-        return delimiter, fields(delimiter, itertools.chain([first], lines), strict=True)
+        delimiter = config.source_delimiter or (named[2] if named else max(candidates, key=fit))
+        rows = csv.reader(itertools.chain([first], lines), delimiter=delimiter, quotechar=quote, strict=True)
+        return delimiter, next(rows, [])
     except csv.Error as error:
         raise BadFileError(f"its header cannot be read: {error}; is a quote not closed?") from None
 
@@ -5484,8 +5396,9 @@ def parse_object(line: str, decimal: str = ".") -> dict[str, str | None]:
     return values
 
 
-class TruncateError(Exception):
-    """A change event that empties its table."""
+def parse_event(line: str, decimal: str) -> dict[str, str | None] | None:
+    """Returns the values of a JSON object, or of the record of a change event; None for an event without a record."""
+    return None if line.strip() == "null" else unwrap_event(parse_object(line, decimal), decimal)
 
 
 def unwrap_event(row: dict[str, str | None], decimal: str) -> dict[str, str | None] | None:
@@ -5495,7 +5408,7 @@ def unwrap_event(row: dict[str, str | None], decimal: str) -> dict[str, str | No
     https://debezium.io/documentation/reference/stable/connectors/postgresql.html#postgresql-events
 
     Raises:
-        TruncateError: the event empties the table.
+        BadFileError: the event empties the table.
         ValueError, OverflowError: `before`, `after` or `source` cannot be read.
     """
     if "payload" in row and row.keys() <= {"schema", "payload"}:
@@ -5506,7 +5419,10 @@ def unwrap_event(row: dict[str, str | None], decimal: str) -> dict[str, str | No
     if not operation or '"connector"' not in (row.get("source") or ""):
         return row
     if operation == "t":
-        raise TruncateError
+        raise BadFileError(
+            "it says that the source has truncated the table: land a new snapshot of it, move away all events before "
+            "the snapshot, and run with --reload"
+        )
     if operation not in ("c", "r", "u", "d"):
         return None
     record = parse_object(row.get("before" if operation == "d" else "after") or "{}", decimal)
@@ -5557,6 +5473,51 @@ def check_columns(file: LandedFile) -> None:
 def spark_text(text: str) -> str:
     """Returns a text as a literal of Spark SQL. Bytes that are not UTF-8 are replaced."""
     return "'{}'".format(os.fsencode(text).decode(errors="replace").replace("\\", "\\\\").replace("'", "\\'"))
+
+
+def check_listed(listed: Sequence[LandedFile], used: Sequence[LandedFile], root: str, data_root: str) -> None:
+    """Checks the files in a source folder, before any is read. Raises ConfigurationError."""
+    for file in listed:
+        if re.fullmatch(r"controls?([.].*)?", file.top, re.IGNORECASE):
+            raise ConfigurationError(f"{file.path} looks like control totals: call it {CONTROLS}")
+    for file in used:
+        if f"{data_root}/".startswith(f"{os.path.join(root, file.top)}/"):
+            raise ConfigurationError(f"data_dir {data_root} lies within a source of source_dir: choose another")
+        if file.problem:
+            raise ConfigurationError(f"cannot read {file.path}: {file.problem}; correct it, or move it away")
+
+
+def check_read(files: Sequence[LandedFile], replacing: Collection[str], config: DataPipelineConfig) -> None:
+    """Raises NotPublishedError if a file could not be read, and may not be left out."""
+    lost = [file for file in files if file.path in replacing and file.problem and not file.is_repeated]
+    bad = lost or [file for file in files if file.is_bad and config.on_bad_file == "refuse"]
+    if bad:
+        more = f"; {len(bad) - 1} more cannot be read either" if bad[1:] else ""
+        lose = "since rows of it are published, and would be lost"
+        otherwise = lose if lost else "or leave it out with --on-bad-file quarantine"
+        raise NotPublishedError(
+            f"{bad[0].path} cannot be read, nothing is published: {bad[0].problem}{more}; correct it, {otherwise}"
+        )
+
+
+def compare_with_ledger(
+    root: str, files: Iterable[LandedFile], latest: Mapping[str, LandedFile], again: Collection[str], number: int
+) -> list[LandedFile]:
+    """Returns the ledger's entries of files that are as they were when they were read, and the other files.
+
+    Files in `again` keep the `_delivery` that they had. Those of new files are higher than `number`.
+    """
+    compared, new_numbers = [], itertools.count(number + 1)
+    for file in files:
+        before = latest.get(file.path)
+        if before and file.path in again:  # its records keep their place among the others
+            compared.append(dataclasses.replace(file, delivery=before.delivery))
+        elif before and is_same_file(root, file, before):
+            before.size, before.mtime_ns = file.size, file.mtime_ns
+            compared.append(dataclasses.replace(before, rows=0, malformed=0))
+        else:
+            compared.append(dataclasses.replace(file, delivery=next(new_numbers)))
+    return compared
 
 
 def follow_renames(root: str, files: Iterable[LandedFile], ledger: Sequence[LandedFile]) -> bool:
@@ -5772,17 +5733,16 @@ def inspect_table(engine: Engine, source: LandedFiles, name: str, view: Callable
 
 
 def inspect_rules(rows: DataFrame, table: Table, config: DataPipelineConfig) -> Iterator[str]:
-    """Reports the rules that rows violate. The three that reject the most have an example and advice."""
+    """Reports the rules that rows violate. Those that reject rows have an example and advice."""
     found = aggregate(rows, {"records": "count(1)", **violation_counts(table.rules, config)})
-    total = found.pop("records")
-    violated = sorted((rule for rule in table.rules if found[rule.name]), key=lambda rule: -found[rule.name])
-    rejecting = [rule for rule in violated if rule.rejects(config)]
-    for rule in rejecting[:3]:
-        [example] = rows.where(rule.is_violated(config)).limit(1).collect()
-        described = describe_example(table, rule, example.asDict())
-        yield f"  {rule.name}: {found[rule.name]:,} of {total:,} records are rejected{described}"
-    yield from (f"  {rule.name}: {found[rule.name]:,} records are rejected" for rule in rejecting[3:])
-    yield from (f"  {rule.name}: {found[rule.name]:,} are kept" for rule in violated if rule not in rejecting)
+    violated = [rule for rule in table.rules if found[rule.name]]
+    for rule in sorted(violated, key=lambda rule: (not rule.rejects(config), -found[rule.name])):
+        if rule.rejects(config):
+            [example] = rows.where(rule.is_violated(config)).limit(1).collect()
+            described = describe_example(table, rule, example.asDict())
+            yield f"  {rule.name}: {found[rule.name]:,} of {found['records']:,} records are rejected{described}"
+        else:
+            yield f"  {rule.name}: {found[rule.name]:,} are kept"
     yield "  repeated keys and keys without a parent are not looked for here"
 
 

@@ -325,7 +325,7 @@ def test_regular_text_is_read_as_the_library_of_python_does(
 BAD: dict[str, tuple[str, bytes, str]] = {
     "cut gzip": ("t.csv.gz", gzip.compress(b"id,name\n" + b"1,a\n" * 1000)[:-20], "ended before the end-of-stream"),
     "no gzip": ("t.csv.gz", b"id,name\n1,a\n", "Not a gzipped file"),
-    "wrong encoding": ("t.csv", LATIN, "line 2: 'utf-8' can't decode byte 0xeb"),
+    "wrong encoding": ("t.csv", LATIN, "'utf-8' can't decode byte 0xeb after 'id,name\\n1,Zo' ("),
     "unclosed quote": ("t.csv", b'id,name\n1,"a\n' + b"2,b\n" * 100, "record 1 continues to the end of the file: is a"),
     "unclosed quote in the first column": ("t.csv", b'id,name\n1,a\n"2,b\n3,c\n', "record 2 continues to the end"),
     "unclosed quote in the header": ("t.csv", b'id,"name\n1,a\n', "its header cannot be read: unexpected end of data"),
@@ -334,7 +334,11 @@ BAD: dict[str, tuple[str, bytes, str]] = {
         b'id,name\n1,a\n2,"b\n' + b"3,cccccccccc\n" * 2**21,
         "record 2 has more than 4 MB: is a quote not",
     ),
-    "wrong encoding of a malformed record": ("t.csv", b"id,name\n1,a\n2,\xff,3\n", "line 3: 'utf-8' can't decode"),
+    "wrong encoding of a malformed record": (
+        "t.csv",
+        b"id,name\n1,a\n2,\xff,3\n",
+        "'utf-8' can't decode byte 0xff after 'id,name\\n1,a\\n2,'",
+    ),
     "half of UTF-16": ("t.csv", "id,name\n1,a\n".encode("utf-16")[:-1], "'utf-16-le' can't decode"),
     "repeated column": ("t.csv", b"id,Name,name \n1,a,b\n", "two columns are called"),
     "column of ours": ("t.csv", b"id,_source_row\n1,2\n", "a column is called _source_row"),
@@ -354,11 +358,13 @@ def test_file_that_cannot_be_read_is_named_with_the_reason(case: str, tmp_path: 
     assert (good.problem, rows["records"]) == ("", [("1", 1)])
 
 
-def test_text_in_no_encoding_of_single_bytes_is_named_with_its_line(tmp_path: Path, small: Small) -> None:
+def test_byte_that_an_encoding_of_single_bytes_lacks_is_named_with_the_text_before_it(
+    tmp_path: Path, small: Small
+) -> None:
     """Python calls all such encodings charmap."""
     land(tmp_path, {"transactions/a.csv": b"id,name\n1,a\n2,\x81\n3,c\n", "transactions/b.csv": "id\n1\n"})
     [bad, _], _ = read(tmp_path, small(source_encoding="cp1252"))
-    assert bad.problem.startswith("line 3: 'cp1252' can't decode byte 0x81 (")
+    assert bad.problem.startswith("'cp1252' can't decode byte 0x81 after 'id,name\\n1,a\\n2,' (")
 
 
 def landed_members(folder: Path, archive: str) -> list[LandedFile]:
@@ -370,10 +376,13 @@ def landed_members(folder: Path, archive: str) -> list[LandedFile]:
 
 
 def test_members_of_a_zip_file_are_files(tmp_path: Path, small: Small) -> None:
+    parquet = io.BytesIO()
+    pq.write_table(pa.table({"id": ["5"], "name": ["e"]}), parquet)
     members = {
         "orders_1.csv": b"id;name\n1;a\n", "more/orders_2.tsv": b"id\tname\n2\tb\n",
         "3.csv.gz": gzip.compress(b"id,name\n3"), "4.xlsx": excel(["id", "name"], [4.0, "d"]),
-        "__MACOSX/._orders_1.csv": b"x", ".hidden.csv": b"", "more/": b"", "read me.pdf": b"", "5.parquet": b"",
+        "5.parquet": parquet.getvalue(), "__MACOSX/._orders_1.csv": b"x", ".hidden.csv": b"", "more/": b"",
+        "read me.pdf": b"",
     }  # fmt: skip
     content = zipped(members)
     land(tmp_path, {"Exports.ZIP": content, "cut.zip": content[:-30]})
@@ -381,10 +390,10 @@ def test_members_of_a_zip_file_are_files(tmp_path: Path, small: Small) -> None:
     files, rows = read(
         tmp_path, small(), [file for file in landed_members(tmp_path, "Exports.ZIP") if file.path in listed]
     )
-    assert [file.path.removeprefix("Exports.ZIP/") for file in files] == list(members)[:4]
-    assert [(file.problem, file.size) for file in files] == [("", len(text)) for text in list(members.values())[:4]]
-    assert rows == {"records": [("1", "a", 1), ("2", "b", 1), ("4", "d", 1)], "malformed": [("3", 1)]}
-    assert [file.sha256 for file in files] == [hashlib.sha256(text).hexdigest() for text in list(members.values())[:4]]
+    assert [file.path.removeprefix("Exports.ZIP/") for file in files] == list(members)[:5]
+    assert [(file.problem, file.size) for file in files] == [("", len(text)) for text in list(members.values())[:5]]
+    assert rows == {"records": [("1", "a", 1), ("2", "b", 1), ("4", "d", 1), ("5", "e", 1)], "malformed": [("3", 1)]}
+    assert [file.sha256 for file in files] == [hashlib.sha256(text).hexdigest() for text in list(members.values())[:5]]
     with pytest.raises(data_pipeline.BadFileError, match="it cannot be read as a zip file"):
         zip_members(str(tmp_path / "cut.zip"))
 
@@ -1330,7 +1339,7 @@ MISTAKES: dict[str, tuple[dict[str, str | bytes], dict[str, Any], str]] = {
         {"transactions/2.parquet": orders_in_parquet(at=pa.array([0], pa.time64("us")))}, {},
         r"column at is time64\[us\], which Spark does not read",
     ),
-    "encoding": ({"transactions/1.csv": LATIN}, {}, "line 2: 'utf-8' can't decode byte 0xeb .*; see --source-encoding"),
+    "encoding": ({"transactions/1.csv": LATIN}, {}, "'utf-8' can't decode byte 0xeb after .*; see --source-encoding"),
     "model with two columns of a name": (
         {"transactions.sql": "SELECT *, upper(status) AS status FROM transactions"}, {}, "returns two columns status",
     ),
