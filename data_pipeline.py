@@ -2263,15 +2263,12 @@ TIMES = ("date", "timestamp", "timestamp_ntz")
 
 def parse_text(text: str, kind: str, config: DataPipelineConfig) -> str:
     """Returns Spark SQL that converts a text to a type of the contract. A text that does not match becomes null."""
-    text = f"trim({text})"
-    if config.source_decimal == "," and kind.startswith(("decimal", "double")):
+    text, is_whole = f"trim({text})", kind in ("int", "bigint")
+    if config.source_decimal == "," and (is_whole or kind.startswith(("decimal", "double"))):
         text = f"CASE WHEN NOT contains({text}, '.') THEN translate({text}, ',', '.') END"
-    pattern = TEXT_PATTERNS[kind.partition("(")[0]]
-    if kind in ("int", "bigint"):
-        pattern = pattern.replace("[.]", f"[{config.source_decimal}]")
-    matching = f"CASE WHEN {text} RLIKE r'^{pattern}\\z' THEN {text} END"
-    if kind in ("int", "bigint"):
-        matching = f"regexp_replace({matching}, '[{config.source_decimal}]0*$', '')"
+    matching = f"CASE WHEN {text} RLIKE r'^{TEXT_PATTERNS[kind.partition('(')[0]]}\\z' THEN {text} END"
+    if is_whole:
+        matching = f"regexp_replace({matching}, '[.]0*$', '')"
     value = f"try_cast({matching} AS {kind})"
     if kind == "double":
         return f"CASE WHEN abs({value}) < CAST('Infinity' AS DOUBLE) THEN {value} END"
@@ -4801,6 +4798,7 @@ LANDED_COLUMNS: Mapping[str, str] = {"_delivery": "bigint", "_source_file": "str
 BLOCK = 4 * 2**20  # bytes of CSV that are parsed together; no CSV record may be longer
 PENDING = 16 * 2**20  # bytes of records that are written together
 BATCH = 1_000  # rows of JSON and Excel that are staged together
+MALFORMED_COLUMNS = ["_record"]  # those of malformed records, which are kept verbatim
 END = secrets.token_hex(8)  # the beginning of a record that marks the end of CSV
 
 
@@ -4982,9 +4980,13 @@ class Part:
     columns: Sequence[str]  # as they were landed
     types: Sequence[pa.DataType]
     folder: str
-    is_malformed: bool
     deliveries: set[int] = field(default_factory=set)  # those of the files
     pending: list[pa.Table] = field(default_factory=list)  # not yet written
+
+    @property
+    def is_malformed(self) -> bool:
+        """Returns whether these are malformed records, verbatim."""
+        return self.columns == MALFORMED_COLUMNS
 
 
 class FileReader:
@@ -4994,7 +4996,7 @@ class FileReader:
         self.root = root
         self.folder = folder
         self.config = config
-        self.parts: dict[Any, Part] = {}  # by source, columns, types, and whether the records are malformed
+        self.parts: dict[Any, Part] = {}  # by source, columns and types
         self.pending_bytes = 0
         # The keys of the JSON objects of each source, by their lower case, since files may spell them differently.
         self.keys: dict[str, dict[str, str]] = {}
@@ -5037,21 +5039,28 @@ class FileReader:
             file.problem = CHANGING
 
     def _stage(
-        self, file: LandedFile, names: Sequence[str], columns: Iterable[Any], rows: Any, is_malformed: bool = False
+        self, file: LandedFile, columns: Iterable[Any], numbers: Any = None, names: Sequence[str] | None = None
     ) -> None:
-        """Stages records of a file. Columns are arrays or lists of text; `rows` are the numbers of the records."""
+        """Stages records of a file, and counts them.
+
+        Columns are arrays or lists of text. By default they have the names of the file's columns, and the records are
+        the next ones of the file.
+        """
         arrays = [given if isinstance(given, pa.Array) else pa.array(given, pa.string()) for given in columns]
-        types = [array.type for array in arrays]
-        key = (file.source, tuple(names), tuple(types), is_malformed)
+        names, types = names or file.columns, [array.type for array in arrays]
+        numbers = range(file.rows + 1, file.rows + 1 + len(arrays[0])) if numbers is None else numbers
+        key = (file.source, tuple(names), tuple(types))
         if key not in self.parts:
             folder = os.path.join(self.folder, f"{len(self.parts)}.staged")
             os.mkdir(folder)
-            self.parts[key] = Part(file.source, names, types, folder, is_malformed)
+            self.parts[key] = Part(file.source, names, types, folder)
         table: dict[str, Any] = {f"c{number}": array for number, array in enumerate(arrays)}
-        table["_delivery"] = pa.repeat(pa.scalar(file.delivery, pa.int64()), len(rows))
-        table["_source_file"] = pa.repeat(os.fsencode(file.path).decode(errors="replace"), len(rows))
-        table["_source_row"] = pa.array(rows, pa.int64())
+        table["_delivery"] = pa.repeat(pa.scalar(file.delivery, pa.int64()), len(numbers))
+        table["_source_file"] = pa.repeat(os.fsencode(file.path).decode(errors="replace"), len(numbers))
+        table["_source_row"] = pa.array(numbers, pa.int64())
         part = self.parts[key]
+        file.malformed += len(numbers) if part.is_malformed else 0
+        file.rows += 0 if part.is_malformed else len(numbers)
         part.deliveries.add(file.delivery)
         part.pending.append(pa.table(table))
         self.pending_bytes += part.pending[-1].nbytes
@@ -5068,14 +5077,16 @@ class FileReader:
                 parquet.write_table(pa.concat_tables(part.pending), path, write_statistics=False)
                 part.pending.clear()
 
-    def _stage_malformed(self, file: LandedFile, rows: Sequence[tuple[int, str]]) -> None:
-        """Stages malformed records verbatim."""
+    def _stage_malformed(self, file: LandedFile, rows: list[tuple[int, str]]) -> None:
+        """Stages malformed records verbatim, and empties the list."""
         if rows:
             numbers, texts = zip(*rows, strict=True)
-            self._stage(file, ["_record"], [texts], numbers, is_malformed=True)
+            self._stage(file, [texts], numbers, MALFORMED_COLUMNS)
+            rows.clear()
 
     def _scan(self, file: LandedFile, content: Any, has_model: bool) -> None:
-        content, kind = decompressed(file.path, content), FILE_FORMATS[file.suffix]
+        content = gzip.GzipFile(fileobj=content) if file.path.endswith(".gz") else content
+        kind = FILE_FORMATS[file.suffix]
         if kind == "parquet":
             self._scan_parquet(file, content, has_model)
         elif kind == "xlsx":
@@ -5093,11 +5104,9 @@ class FileReader:
                 schema = opened.schema_arrow
                 file.columns = column_names(schema.names)
                 types = [engine_type(column, has_model) for column in schema]
-                self._stage(file, file.columns, [pa.array([], kind) for kind in types], ())
+                self._stage(file, [pa.array([], kind) for kind in types])
                 for batch in opened.iter_batches():
-                    first, file.rows = file.rows + 1, file.rows + batch.num_rows
-                    arrays = [engine_values(*column) for column in zip(schema, batch.columns, types, strict=True)]
-                    self._stage(file, file.columns, arrays, range(first, file.rows + 1))
+                    self._stage(file, [engine_values(*one) for one in zip(schema, batch.columns, types, strict=True)])
         except pa.ArrowException as error:
             raise BadFileError(str(error).partition("\n")[0]) from None
 
@@ -5111,7 +5120,7 @@ class FileReader:
         file.columns = column_names(header)
         if not header:
             return
-        self._stage(file, file.columns, [()] * len(header), ())
+        self._stage(file, [()] * len(header))
         end = END + delimiter * len(header)
         malformed: list[tuple[int, str]] = []  # records that are not yet staged
         are_malformed: set[int] = set()  # the numbers of all malformed records
@@ -5121,15 +5130,13 @@ class FileReader:
         def on_malformed(row: Any) -> str:
             if len(malformed) > BATCH:
                 self._stage_malformed(file, malformed)
-                malformed.clear()
             malformed.append((row.number, row.text))
             are_malformed.add(row.number)
             return "skip"
 
         try:
             for batch in open_csv(CsvText(text, end), len(header), delimiter, self.config.source_quote, on_malformed):
-                file.rows += batch.num_rows
-                self._stage(file, file.columns, batch.columns, list(itertools.islice(numbers, batch.num_rows)))
+                self._stage(file, batch.columns, list(itertools.islice(numbers, batch.num_rows)))
         except pa.ArrowInvalid:
             number, size = file.rows + len(are_malformed) + 1, f"{BLOCK // 2**20} MB"
             raise BadFileError(f"record {number:,} has more than {size}: is a quote not closed?") from None
@@ -5137,17 +5144,16 @@ class FileReader:
         if last != end:
             raise BadFileError(f"record {number:,} continues to the end of the file: is a quote not closed?")
         self._stage_malformed(file, malformed)
-        file.malformed = len(are_malformed) - 1
 
     def _scan_lines(self, file: LandedFile, text: TextIO) -> None:
         """Stages the records of a file that has one JSON object or text per line."""
         is_json, decimal = FILE_FORMATS[file.suffix] == "json", self.config.source_decimal
         keys = self.keys.setdefault(file.source, {})
         found: dict[str, None] = {}
+        malformed: list[tuple[int, str]] = []
         lines = enumerate((line.rstrip("\r\n") for line in text if line.strip()), start=1)
         while batch := list(itertools.islice(lines, BATCH)):
             rows: dict[int, dict[str, str | None]] = {}
-            malformed = []
             for number, line in batch:
                 try:
                     row = parse_event(line, decimal) if is_json else {"value": line}
@@ -5157,16 +5163,15 @@ class FileReader:
                         raise BadFileError(f"it is a JSON array: {advice}") from None
                     malformed.append((number, line))
                     continue
-                if row is not None:
+                if row is None:
+                    file.ignored += 1
+                else:
                     rows[number] = {name.strip() or "column_0": value for name, value in row.items()}
             found |= {keys.setdefault(name.lower(), name): None for row in rows.values() for name in row}
             by_key = [{name.lower(): value for name, value in row.items()} for row in rows.values()]
             if rows:
-                self._stage(file, list(keys.values()), [[row.get(key) for row in by_key] for key in keys], [*rows])
+                self._stage(file, [[row.get(key) for row in by_key] for key in keys], [*rows], list(keys.values()))
             self._stage_malformed(file, malformed)
-            file.rows += len(rows)
-            file.malformed += len(malformed)
-            file.ignored += len(batch) - len(rows) - len(malformed)
         file.columns = column_names(list(found))
 
     def _scan_sheet(self, file: LandedFile, content: bytes) -> None:
@@ -5180,12 +5185,10 @@ class FileReader:
         texts = ([cell_text(cell, self.config.source_decimal) for cell in row] for row in sheet.iter_rows())
         rows = (row for row in texts if any(row))
         file.columns = column_names([text or "" for text in next(rows, ())])
-        if not file.columns:
-            return
-        self._stage(file, file.columns, [()] * len(file.columns), ())
+        if file.columns:
+            self._stage(file, [()] * len(file.columns))
         while batch := list(itertools.islice(rows, BATCH)):
-            first, file.rows = file.rows + 1, file.rows + len(batch)
-            self._stage(file, file.columns, zip(*batch, strict=True), range(first, file.rows + 1))
+            self._stage(file, zip(*batch, strict=True))
 
 
 class CsvText(io.RawIOBase):
@@ -5235,11 +5238,6 @@ def landed_sha256(path: str) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def decompressed(path: str, content: Any) -> Any:
-    """Returns the content of a file, decompressed if its name ends in .gz."""
-    return gzip.GzipFile(fileobj=content) if path.endswith(".gz") else content
-
-
 def open_text(content: Any, encoding: str) -> TextIO:
     """Returns the text of a file. A byte order mark overrides the encoding."""
     binary = io.BufferedReader(content, BLOCK)
@@ -5265,13 +5263,10 @@ def zip_members(path: str) -> list[tuple[str, int]]:
             members = [(member.filename, member.file_size) for member in archive.infolist() if not member.is_dir()]
     except zipfile.BadZipFile as error:
         raise BadFileError(f"it cannot be read as a zip file: {error}") from None
-    if repeated := [name for name, number in Counter(name for name, _ in members).items() if number > 1]:
-        raise BadFileError(f"two of its files are called {repeated[0]}: unzip it, and rename one")
-    return [
-        (name, size)
-        for name, size in members
-        if not any(UNFINISHED.fullmatch(part) or part == "__MACOSX" for part in name.split("/"))
-    ]
+    [(repeated, number)] = Counter(name for name, _ in members).most_common(1) or [("", 0)]
+    if number > 1:
+        raise BadFileError(f"two of its files are called {repeated}: unzip it, and rename one")
+    return [(name, size) for name, size in members if not any(map(UNFINISHED.fullmatch, name.split("/")))]
 
 
 def read_header(text: TextIO, suffix: str, config: DataPipelineConfig) -> tuple[str, list[str]]:
@@ -5446,7 +5441,7 @@ def column_names(header: Sequence[str]) -> list[str]:
     lower = [name.lower() for name in found]
     if repeated := [name for name in found if lower.count(name.lower()) > 1]:
         raise BadFileError(f"two columns are called {repeated[0]}")
-    reserved = {*LANDED_COLUMNS, "_record", "_rescued_data"}
+    reserved = {*LANDED_COLUMNS, *MALFORMED_COLUMNS, "_rescued_data"}
     if ours := [name for name in lower if name in reserved or name.startswith("_typed_")]:
         raise BadFileError(f"a column is called {ours[0]}, a name that the pipeline needs itself")
     return found
