@@ -1696,8 +1696,8 @@ class Source:
         """Finds what the run has to receive, and returns whether there is anything. Raises ConfigurationError."""
         raise NotImplementedError
 
-    def check_reload(self, ledger: Sequence[LandedFile]) -> None:
-        """Raises NotPublishedError if records that were received before cannot be received again."""
+    def begin_reload(self, ledger: Sequence[LandedFile]) -> None:
+        """Notes what was received before, and must be received again."""
 
     def prepare(self) -> None:
         """Prepares what needs no engine, while the engine starts."""
@@ -1812,12 +1812,12 @@ class LandedFiles(Source):
         self.used = list(dict.fromkeys(itertools.chain.from_iterable(self.inputs.values())))
         self.listed = assign_sources(list_files(self.root, config.root), self.models, self.used)
         self.files = [file for file in self.listed if file.source in self.used]  # those that the run reads
-        check_listed(self.listed, self.files, self.root, config.root)
+        check_listed(self.listed, self.files)
         self.declared: dict[str, list[str]] = collections.defaultdict(list)  # the columns in models, by source
         for source, columns in itertools.chain.from_iterable(model.columns.items() for model in self.models.values()):
             self.declared[source] += columns
         self.replacing: set[str] = set()  # the paths of files whose published rows this run replaces
-        self.gone: Sequence[LandedFile] = ()  # files that were read before, and are not there any more
+        self.gone: Sequence[LandedFile] = ()  # files that were read before, are needed again, and are not there
         self.number = 0  # the `_delivery` of rows without a file
         self.parts: Sequence[Part] = ()
 
@@ -1847,32 +1847,25 @@ class LandedFiles(Source):
                 f"reread names no file that was read and is still there: {pattern}; give a path in the source folder, "
                 f"such as {next(iter(latest), 'transactions/2026-01.csv')}"
             )
-        self.gone = [file for path, file in latest.items() if path not in paths]
-        if self.gone:
-            logger.info("Gone since they were read: %s", shorten([file.path for file in self.gone]))
+        gone = {path: file for path, file in latest.items() if path not in paths}
+        if gone:
+            logger.info("Gone since they were read: %s", shorten([*gone]))
         self.number = 1 + max((file.delivery for file in base.ledger), default=0)
         self.files = compare_with_ledger(self.root, self.files, latest, again, self.number)
         whole = {source for name in self.inputs if self.is_received_whole(name) for source in self.inputs[name]}
         self.files = [file for file in self.files if not file.run or (file.source in whole and not file.problem)]
+        self.gone = [file for file in gone.values() if file.source in whole]
         self.replacing = again | {file.path for file in self.files if file.run}
         self.ledger = [file for file in base.ledger if file.path not in again]
         self.replaced = [file.delivery for file in base.ledger if file.path in again]
         return bool(self.arrived) or has_renamed
 
-    def check_reload(self, ledger: Sequence[LandedFile]) -> None:
-        """Raises NotPublishedError if files that were read before are gone, unless that is accepted."""
-        if self.config.accept_missing_files:
-            return
+    def begin_reload(self, ledger: Sequence[LandedFile]) -> None:
+        """Notes the files that were read before."""
         follow_renames(self.root, self.files, ledger)
-        paths = {file.path for file in self.files}
-        present = {file.sha256 for file in ledger if file.path in paths}
-        lost = [file.path for file in ledger if file.path not in paths and file.sha256 not in present]
-        if lost:
-            raise NotPublishedError(
-                f"a reload would lose the rows of files that are gone, nothing is published: "
-                f"{shorten(list(dict.fromkeys(lost)))}; put them back, or accept it with --accept-missing-files"
-            )
-        self.replacing = paths & {file.path for file in ledger}
+        before, paths = {file.path: file for file in ledger}, {file.path for file in self.files}
+        self.gone = [file for path, file in before.items() if path not in paths]
+        self.replacing = paths & before.keys()
 
     def is_received_whole(self, name: str) -> bool:
         """Returns whether a table is received whole: its model needs records that arrive at different times."""
@@ -1920,20 +1913,13 @@ class LandedFiles(Source):
             NotPublishedError: a file cannot be read, lacks a column that the contract requires, or is gone although a
                 table has to be received whole.
         """
-        for name in self.inputs:
-            gone = [file.path for file in self.gone if file.source in self.inputs[name]]
-            if gone and self.is_received_whole(name) and not self.config.accept_missing_files:
-                raise NotPublishedError(
-                    f"the model {name}.sql needs all files that were read, nothing is published: these are "
-                    f"gone: {shorten(gone)}; put them back, or lose their rows with --accept-missing-files"
-                )
         reader = FileReader(self.root, run.temporary_folder(".staged"), self.config)
         without_model = {*names(BRONZE)} - self.models.keys()
         self.parts = reader.read(self.files, with_models={*self.used} - without_model)
         arrived = self.arrived
         leave_out_repeated(arrived, self.ledger)
         report_delivery(arrived, run.record)
-        check_read(self.files, self.replacing, self.config)
+        check_read(self.files, self.gone, self.replacing, self.config)
         read = [file for file in arrived if not file.problem or file.is_repeated]
         self.ledger = [*self.ledger, *(dataclasses.replace(file, run=run.record.run_id) for file in read)]
         self._warn_of_missing_columns()
@@ -2029,6 +2015,11 @@ class Model:
     is_piecewise: bool = False  # whether files can be read one after the other: no row depends on another record
 
 
+def one_line(error: Exception) -> str:
+    """Returns the text of an error as one line, without the underlining that sqlglot adds for a terminal."""
+    return " ".join(re.sub("\x1b.*?m", "", str(error)).split())
+
+
 def parse_model(name: str, text: str) -> Model:
     """Returns the model of a table from the text of its file. Raises ConfigurationError if it is not one SELECT."""
     import sqlglot
@@ -2040,9 +2031,7 @@ def parse_model(name: str, text: str) -> Model:
         sql = text[: tokens[-1].end + 1] if tokens else ""
         query, *others = sqlglot.parse(sql, read="spark")
     except sqlglot.errors.SqlglotError as error:
-        detail = error.errors[0] if isinstance(error, sqlglot.errors.ParseError) and error.errors else {}
-        problem = "line {line}, after {start_context!r}: {description}".format(**detail) if detail else error
-        raise ConfigurationError(f"the model {name}.sql cannot be parsed: {problem}") from None
+        raise ConfigurationError(f"the model {name}.sql cannot be parsed: {one_line(error)}") from None
     if others or not isinstance(query, exp.Query):
         raise ConfigurationError(f"the model {name}.sql is not one SELECT")
     declared: dict[str, dict[str, tuple[str, ...]]] = {"source": {}, "columns": {}}
@@ -2081,7 +2070,7 @@ def models_folder(config: DataPipelineConfig, root: str) -> str:
             f"the models {models} read amounts with a decimal point, as the system exports them: export again, without "
             "saving the file in a spreadsheet, and leave source_decimal out"
         )
-    folder = os.path.join(READY_MODELS, models) if models in ready else expand_path("models", models)
+    folder = ready.get(models) or expand_path("models", models)
     if not os.path.isdir(folder):
         choices = f", or one of {', '.join(ready)}" if ready else ""
         raise ConfigurationError(
@@ -2090,9 +2079,10 @@ def models_folder(config: DataPipelineConfig, root: str) -> str:
     return folder
 
 
-def ready_models() -> list[str]:
-    """Returns the names of the systems that have ready models."""
-    return sorted(os.path.basename(os.path.dirname(path)) for path in glob.glob(f"{glob.escape(READY_MODELS)}/*/"))
+def ready_models() -> dict[str, str]:
+    """Returns the folders of ready models, by the system that exports the files."""
+    folders = sorted(glob.glob(f"{glob.escape(READY_MODELS)}/*/"))
+    return {os.path.basename(os.path.dirname(folder)): folder for folder in folders}
 
 
 def read_models(folder: str) -> dict[str, Model]:
@@ -2166,7 +2156,7 @@ def rule_fields(path: str) -> list[dict[str, Any]]:
         document: Any = yaml.compose(Path(path).read_text(encoding="utf-8-sig"), yaml.BaseLoader)
         rules = [[(key.value, value.value) for key, value in rule.value] for rule in document.value]
     except (OSError, UnicodeError, yaml.YAMLError) as error:
-        raise ConfigurationError(f"cannot read the rules {path}: {' '.join(str(error).split())}") from None
+        raise ConfigurationError(f"cannot read the rules {path}: {one_line(error)}") from None
     except (AttributeError, TypeError, ValueError):
         raise ConfigurationError(f"{path} is no list of rules: begin each with '- name:'") from None
     if any(len(dict(fields)) < len(fields) for fields in rules):
@@ -2212,8 +2202,7 @@ def check_condition(sql: str, table: Table) -> str:
     try:
         condition = sqlglot.parse_one(sql, read="spark")
     except sqlglot.errors.SqlglotError as error:
-        plain = re.sub("\x1b.*?m", "", str(error))  # without the underlining for a terminal
-        raise ValueError(f"cannot be parsed: {' '.join(plain.split())}") from None
+        raise ValueError(f"cannot be parsed: {one_line(error)}") from None
     columns = [".".join(part.name for part in column.parts).lower() for column in condition.find_all(exp.Column)]
     parameters = [f":{parameter.name}" for parameter in condition.find_all(exp.Placeholder)]
     allowed = {*dict(table.columns(BRONZE)), *DataPipelineConfig().rule_values}
@@ -3198,7 +3187,6 @@ def find_base(config: DataPipelineConfig, source: Source, store: Store) -> Base 
     Raises:
         ConfigurationError: the published data comes from another source.
         PipelineError: the published snapshot lacks its run record or a file.
-        NotPublishedError: `--reload` would lose the rows of files that are gone.
     """
     published = store.published()
     if published is None:
@@ -3215,7 +3203,7 @@ def find_base(config: DataPipelineConfig, source: Source, store: Store) -> Base 
     own = state_of(config, source)
     if config.reload:
         if state["source"] == source.identity:
-            source.check_reload(ledger)
+            source.begin_reload(ledger)
         return None
     if not can_continue(source, state["source"]):
         return None
@@ -5335,13 +5323,11 @@ def engine_type(column: pa.Field[Any], keep_binary: bool) -> pa.DataType:
     wider = {pa.uint8(): pa.int16(), pa.uint16(): pa.int32(), pa.uint32(): pa.int64(), pa.uint64(): pa.decimal128(20)}
     if pa.types.is_timestamp(kind):
         return pa.timestamp("us", kind.tz and "UTC")
-    if pa.types.is_float16(kind):
-        return pa.float32()
     if pa.types.is_null(kind) or pa.types.is_large_string(kind):
         return pa.string()
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return pa.binary() if keep_binary else pa.string()
-    if re.match("time|duration|month|decimal256|extension|fixed_size_binary", str(kind)):
+    if re.match("time|duration|month|halffloat|decimal256|extension|fixed_size_binary", str(kind)):
         raise BadFileError(f"its column {column.name} is {kind}, which Spark does not read")
     return wider.get(kind, kind)
 
@@ -5470,20 +5456,33 @@ def spark_text(text: str) -> str:
     return "'{}'".format(os.fsencode(text).decode(errors="replace").replace("\\", "\\\\").replace("'", "\\'"))
 
 
-def check_listed(listed: Sequence[LandedFile], used: Sequence[LandedFile], root: str, data_root: str) -> None:
+def check_listed(listed: Sequence[LandedFile], used: Sequence[LandedFile]) -> None:
     """Checks the files in a source folder, before any is read. Raises ConfigurationError."""
     for file in listed:
         if re.fullmatch(r"controls?([.].*)?", file.top, re.IGNORECASE):
             raise ConfigurationError(f"{file.path} looks like control totals: call it {CONTROLS}")
     for file in used:
-        if f"{data_root}/".startswith(f"{os.path.join(root, file.top)}/"):
-            raise ConfigurationError(f"data_dir {data_root} lies within a source of source_dir: choose another")
         if file.problem:
             raise ConfigurationError(f"cannot read {file.path}: {file.problem}; correct it, or move it away")
 
 
-def check_read(files: Sequence[LandedFile], replacing: Collection[str], config: DataPipelineConfig) -> None:
-    """Raises NotPublishedError if a file could not be read, and may not be left out."""
+def check_read(
+    files: Sequence[LandedFile], gone: Sequence[LandedFile], replacing: Collection[str], config: DataPipelineConfig
+) -> None:
+    """Checks that no published rows are lost, and that no bad file is left out unless that is accepted.
+
+    Raises:
+        NotPublishedError: a file is gone, or could not be read.
+    """
+    present = {file.sha256 for file in files}
+    missing = [file for file in gone if file.sha256 not in present]
+    if missing and not config.accept_missing_files:
+        sources = ", ".join(dict.fromkeys(file.source for file in missing))
+        raise NotPublishedError(
+            f"this run needs all files of {sources}, and would lose the rows of files that are gone, nothing is "
+            f"published: {shorten([file.path for file in missing])}; put them back, or accept it with "
+            "--accept-missing-files"
+        )
     lost = [file for file in files if file.path in replacing and file.problem and not file.is_repeated]
     bad = lost or [file for file in files if file.is_bad and config.on_bad_file == "refuse"]
     if bad:
@@ -5633,8 +5632,8 @@ def recognized_exports(files: Iterable[LandedFile]) -> Iterator[str]:
     """Names the files that have at least 80 % of the columns that ready models declare, and these models."""
     known = [
         (system, source, model.patterns.get(source, (source,)), {name.lower() for name in columns})
-        for system in ready_models()
-        for model in read_models(os.path.join(READY_MODELS, system)).values()
+        for system, folder in ready_models().items()
+        for model in read_models(folder).values()
         for source, columns in model.columns.items()
         if columns
     ]
