@@ -1865,7 +1865,7 @@ class LandedFiles(Source):
         follow_renames(self.root, self.files, ledger)
         before, paths = {file.path: file for file in ledger}, {file.path for file in self.files}
         self.gone = [file for path, file in before.items() if path not in paths]
-        self.replacing = paths & before.keys()
+        self.replacing = set() if self.config.accept_missing_files else paths & before.keys()
 
     def is_received_whole(self, name: str) -> bool:
         """Returns whether a table is received whole: its model needs records that arrive at different times."""
@@ -1888,11 +1888,13 @@ class LandedFiles(Source):
             if missing and not is_optional:
                 needed = min(missing, key=lambda source: source in self.declared)  # one that it cannot do without
                 patterns = model.patterns.get(needed) if model else None
-                reads = f"the model {name}.sql reads {needed}" if model else f"write a model {name}.sql"
+                files = " or ".join(patterns or (f"{needed}.csv", f"a folder {needed}"))
+                advice = f"land {files}, or write a model {name}.sql"
+                if model:
+                    advice = f"the model {name}.sql reads {needed}; land {files}"
                 raise ConfigurationError(
-                    f"{self.root} has no files for the table {name}: {reads}; land "
-                    f"{' or '.join(patterns or (f'{needed}.csv', f'a folder {needed}'))}; --inspect-source shows what "
-                    "is there, and which ready models read it"
+                    f"{self.root} has no files for the table {name}: {advice}; --inspect-source shows what is there, "
+                    "and which ready models read it"
                 )
 
     def warn_of_unused(self) -> None:
@@ -2034,11 +2036,12 @@ def parse_model(name: str, text: str) -> Model:
         raise ConfigurationError(f"the model {name}.sql cannot be parsed: {one_line(error)}") from None
     if others or not isinstance(query, exp.Query):
         raise ConfigurationError(f"the model {name}.sql is not one SELECT")
-    declared: dict[str, dict[str, tuple[str, ...]]] = {"source": {}, "columns": {}}
+    patterns: dict[str, tuple[str, ...]] = collections.defaultdict(tuple)
+    columns: dict[str, tuple[str, ...]] = collections.defaultdict(tuple)
     head = text[: tokens[0].start]
     for kind, source, values in re.findall(r"^\s*--\s*(source|columns)\s+(\w+)\s*:(.*)$", head, re.MULTILINE):
-        listed = tuple(value.strip() for value in values.split(",") if value.strip())
-        declared[kind][source.lower()] = declared[kind].get(source.lower(), ()) + listed
+        declared = patterns if kind == "source" else columns
+        declared[source.lower()] += tuple(value.strip() for value in values.split(",") if value.strip())
     reads = [
         table.name.lower()
         for scope in traverse_scope(query)
@@ -2049,15 +2052,8 @@ def parse_model(name: str, text: str) -> Model:
     ]
     changes_rows = query.find(exp.Distinct, exp.Group, exp.Join, exp.SetOperation, exp.Lateral, exp.Explode)
     combines_rows = query.find(exp.Group, exp.Join, exp.SetOperation, exp.AggFunc, exp.Window, exp.Limit, exp.Subquery)
-    return Model(
-        name,
-        sql,
-        patterns=declared["source"],
-        columns=declared["columns"],
-        inputs=tuple(dict.fromkeys(reads)),
-        keeps_records=len(reads) == 1 and not changes_rows,
-        is_piecewise=len(reads) == 1 and not combines_rows,
-    )
+    inputs, reads_one = tuple(dict.fromkeys(reads)), len(reads) == 1
+    return Model(name, sql, patterns, columns, inputs, reads_one and not changes_rows, reads_one and not combines_rows)
 
 
 def models_folder(config: DataPipelineConfig, root: str) -> str:
@@ -5358,9 +5354,6 @@ def parse_object(line: str, decimal: str = ".") -> dict[str, str | None]:
             raise ValueError("a key is repeated")
         return dict(pairs)
 
-    def no_number(text: str) -> NoReturn:
-        raise ValueError(f"{text} is not a number")
-
     def as_text(value: Any) -> str | None:
         if isinstance(value, str):
             return value.removeprefix(NUMBER).replace(".", decimal) if value.startswith(NUMBER) else value
@@ -5369,7 +5362,7 @@ def parse_object(line: str, decimal: str = ".") -> dict[str, str | None]:
 
     # json calls NUMBER.__add__ with the text of each number: it stays text, with a prefix that tells it from a string.
     numbers: dict[str, Any] = dict.fromkeys(("parse_int", "parse_float"), NUMBER.__add__)
-    parsed = json.loads(line, object_pairs_hook=unique, parse_constant=no_number, **numbers)
+    parsed = json.loads(line, object_pairs_hook=unique, parse_constant=int, **numbers)  # raises for NaN and Infinity
     if not isinstance(parsed, dict):
         raise ValueError("it is not a JSON object")
     values = {name: as_text(value) for name, value in parsed.items()}
