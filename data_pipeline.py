@@ -5748,8 +5748,8 @@ def proposed_model(name: str, records: Mapping[str, DataFrame]) -> Iterator[str]
             columns[column] = proposed_expression(found[over][column], column, kind, examples[column])
         elif column in required:
             columns[column] = "NULL"
-    if over == name and all(column == expression for column, expression in columns.items()):
-        return
+    if over == name and all(column == expression.lower() for column, expression in columns.items()):
+        return  # the source has these names and formats already
     # Customers or products are taken from another table's file, where each occurs many times.
     is_derived = over != name and name != "transactions"
     yield from (f"  a model to start from, {name}.sql:", "")
@@ -5786,7 +5786,7 @@ def proposed_expression(landed: str, column: str, kind: str, example: str) -> st
         return f"to_{'timestamp_ntz' if kind == 'timestamp' else kind}({name}, '{day}{time}')"
     if kind == "bigint" and not fits:  # an id that is text, such as an email: the contract needs a BIGINT
         return f"CASE WHEN {name} <> '' THEN xxhash64(lower(trim({name}))) END"
-    return f"lower(trim({name}))" if column == "status" else name
+    return f"lower(trim({name}))" if column == "status" and example not in STATUSES else name
 
 
 # ── Inspection ───────────────────────────────────────────────────────────────────────────────────────────────────

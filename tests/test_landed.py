@@ -1127,6 +1127,13 @@ def test_proposed_model_has_null_for_required_columns_that_nothing_looks_like(sp
     assert "        `Lineitem quantity` AS quantity,  -- for example '1'" in lines
 
 
+def test_nothing_is_proposed_for_a_source_with_the_names_of_its_table(spark: SparkSession) -> None:
+    order = dict(zip(ORDERS_HEADER.split(","), ORDERS.splitlines()[1].split(","), strict=True))
+    columns = ", ".join(f"`{name.title()}` STRING" for name in order)
+    records = {"transactions": spark.createDataFrame([tuple(order.values())], columns)}
+    assert list(proposed_model("transactions", records)) == []
+
+
 def test_declared_columns_keep_their_types(
     landed: Callable[..., DataPipelineConfig], spark: SparkSession, warnings: Callable[[], list[str]]
 ) -> None:
@@ -1205,6 +1212,7 @@ def test_known_exports_are_recognized(ready: Path, landed: Callable[..., DataPip
         ("customer_id", "bigint", "17", "x"),
         ("customer_id", "bigint", "a@example.com", "CASE WHEN x <> '' THEN xxhash64(lower(trim(x))) END"),
         ("status", "string", "Paid", "lower(trim(x))"),
+        ("status", "string", "completed", "x"),
     ],
 )
 def test_proposed_expressions(column: str, kind: str, example: str, expression: str) -> None:
