@@ -5395,7 +5395,7 @@ def unwrap_event(row: dict[str, str | None], decimal: str) -> dict[str, str | No
     if operation == "t":
         raise BadFileError(
             "it says that the source has truncated the table: land a new snapshot of it, move away all events before "
-            "the snapshot, and run with --reload"
+            "the snapshot, and run with --reload --accept-missing-files"
         )
     if operation not in ("c", "r", "u", "d"):
         return None
