@@ -1659,8 +1659,8 @@ class Source:
         """Finds what the run has to receive, and returns whether there is anything. Raises ConfigurationError."""
         raise NotImplementedError
 
-    def check_reload(self, ledger: Sequence[LandedFile]) -> None:
-        """Raises NotPublishedError if records that were received before cannot be received again."""
+    def begin_reload(self, ledger: Sequence[LandedFile]) -> None:
+        """Notes what was received before, and must be received again."""
 
     def prepare(self) -> None:
         """Prepares what needs no engine, while the engine starts."""
@@ -1767,31 +1767,27 @@ class LandedFiles(Source):
         self.identity = {"kind": "landed files", "folder": f"in {self.root}"}
         self.continues = not config.reload
         self.controls = read_controls(os.path.join(self.root, CONTROLS), config)
-        if config.models in ready_models() and config.source_decimal != ".":
-            raise ConfigurationError(
-                f"the models {config.models} read amounts with a decimal point, as the system exports them: export "
-                "again, without saving the file in a spreadsheet, and leave source_decimal out"
-            )
-        self.models = read_models(folder := models_folder(config.models, self.root))
-        self.tables = read_rules(config, folder)
+        folder = models_folder(config, self.root)
+        self.models = read_models(folder)
         self.models_text = {name: model.sql for name, model in self.models.items()}
+        self.tables = read_rules(config, folder)
         self.inputs = {name: self.models[name].inputs if name in self.models else (name,) for name in names(BRONZE)}
-        self.used = list(dict.fromkeys(source for inputs in self.inputs.values() for source in inputs))
+        self.used = list(dict.fromkeys(itertools.chain.from_iterable(self.inputs.values())))
         self.listed = assign_sources(list_files(self.root, config.root), self.models, self.used)
-        self.files = [file for file in self.listed if file.source in self.used]
-        for file in self.listed:
-            if re.fullmatch(r"controls?([.].*)?", file.top, re.IGNORECASE):
-                raise ConfigurationError(f"{file.path} looks like control totals: call it {CONTROLS}")
-        for file in self.files:
-            if f"{config.root}/".startswith(f"{os.path.join(self.root, file.top)}/"):
-                raise ConfigurationError(f"data_dir {config.root} lies within a source of source_dir: choose another")
-            if file.problem:
-                raise ConfigurationError(f"cannot read {file.path}: {file.problem}; correct it, or move it away")
-        self.arrivals = Arrivals(self.files)
-        self.ledger: Sequence[LandedFile] = ()
+        self.files = [file for file in self.listed if file.source in self.used]  # those that the run reads
+        check_listed(self.listed, self.files)
+        self.declared: dict[str, list[str]] = collections.defaultdict(list)  # the columns in models, by source
+        for source, columns in itertools.chain.from_iterable(model.columns.items() for model in self.models.values()):
+            self.declared[source] += columns
+        self.replacing: set[str] = set()  # the paths of files whose published rows this run replaces
+        self.gone: Sequence[LandedFile] = ()  # files that were read before, are needed again, and are not there
+        self.number = 0  # the `_delivery` of rows without a file
         self.parts: Sequence[Part] = ()
-        self._records: dict[str, DataFrame] = {}
-        self._malformed: dict[str, DataFrame] = {}
+
+    @property
+    def arrived(self) -> list[LandedFile]:
+        """Returns the files that have not been read before, or that `--reread` names."""
+        return [file for file in self.files if not file.run]
 
     @property
     def expected_rows(self) -> Mapping[str, int]:  # type: ignore[override]
@@ -1805,35 +1801,40 @@ class LandedFiles(Source):
         """Finds the files that have not been read before. Raises ConfigurationError."""
         if base is None:
             return True
-        self.arrivals = compare_with_ledger(self.root, self.files, base.ledger, self.config.reread)
-        self.ledger, self.replaced = self.arrivals.ledger, self.arrivals.replaced
-        whole = {source for name in self.inputs if self.is_received_whole(name) for source in self.inputs[name]}
-        again = [file for file in self.arrivals.known if file.source in whole and not file.problem]
-        self.files = [*again, *self.arrivals.arrived]
-        return bool(self.arrivals.arrived) or self.arrivals.has_renamed
-
-    def check_reload(self, ledger: Sequence[LandedFile]) -> None:
-        """Raises NotPublishedError if files that were read before are gone, unless that is accepted."""
-        paths, before = {file.path for file in self.files}, {file.path for file in ledger}
-        present = {file.sha256 for file in ledger if file.path in paths}
-        lost = [file for file in ledger if file.path not in paths and file.sha256 not in present]
-        new = [file for file in self.files if file.path not in before]
-        renamed = {
-            old.path for old in lost for file in new if file.size == old.size and is_same_content(self.root, file, old)
-        }
-        gone = list(dict.fromkeys(file.path for file in lost if file.path not in renamed))
-        self.arrivals.again = set() if self.config.accept_missing_files else paths & before
-        if gone and not self.config.accept_missing_files:
-            raise NotPublishedError(
-                f"a reload would lose the rows of files that are gone, nothing is published: {shorten(gone)}; put "
-                "them back, or accept it with --accept-missing-files"
+        has_renamed = follow_renames(self.root, self.files, base.ledger)
+        latest = {file.path: file for file in base.ledger}  # the last one read, if a file was replaced
+        paths, pattern = {file.path for file in self.files}, self.config.reread
+        again = {path for path in paths & latest.keys() if pattern and fnmatch.fnmatchcase(path, pattern)}
+        if pattern and not again:
+            raise ConfigurationError(
+                f"reread names no file that was read and is still there: {pattern}; give a path in the source folder, "
+                f"such as {next(iter(latest), 'transactions/2026-01.csv')}"
             )
+        gone = {path: file for path, file in latest.items() if path not in paths}
+        if gone:
+            logger.info("Gone since they were read: %s", shorten([*gone]))
+        self.number = 1 + max((file.delivery for file in base.ledger), default=0)
+        self.files = compare_with_ledger(self.root, self.files, latest, again, self.number)
+        whole = {source for name in self.inputs if self.is_received_whole(name) for source in self.inputs[name]}
+        self.files = [file for file in self.files if not file.run or (file.source in whole and not file.problem)]
+        self.gone = [file for file in gone.values() if file.source in whole]
+        self.replacing = again | {file.path for file in self.files if file.run}
+        self.ledger = [file for file in base.ledger if file.path not in again]
+        self.replaced = [file.delivery for file in base.ledger if file.path in again]
+        return bool(self.arrived) or has_renamed
+
+    def begin_reload(self, ledger: Sequence[LandedFile]) -> None:
+        """Notes the files that were read before."""
+        follow_renames(self.root, self.files, ledger)
+        before, paths = {file.path: file for file in ledger}, {file.path for file in self.files}
+        self.gone = [file for path, file in before.items() if path not in paths]
+        self.replacing = set() if self.config.accept_missing_files else paths & before.keys()
 
     def is_received_whole(self, name: str) -> bool:
         """Returns whether a table is received whole: its model needs records that arrive at different times."""
         if name not in self.models or self.models[name].is_piecewise:
             return False
-        return any(file.source in self.inputs[name] for file in self.arrivals.arrived)
+        return any(file.source in self.inputs[name] for file in self.arrived)
 
     def check(self) -> None:
         """Checks that there are files for each table. Raises ConfigurationError."""
@@ -1847,16 +1848,17 @@ class LandedFiles(Source):
             missing = [source for source in inputs if source not in landed]
             # A model may lack a source whose columns it declares (they are null) if another of its sources has files.
             is_optional = model and landed & {*inputs} and model.columns.keys() >= {*missing}
-            if not missing or is_optional:
-                continue
-            if model:
-                needed = min(missing, key=lambda source: source in model.columns)  # one that it cannot do without
-                patterns = model.patterns.get(needed, (f"{needed}.csv", f"a folder {needed}"))
-                advice = f"the model {name}.sql reads {needed}; land {' or '.join(patterns)}"
-            else:
-                advice = f"land a file such as {name}.csv or a folder {name} of files, or write a model {name}.sql"
-            text = f"{self.root} has no files for the table {name}: {advice}"
-            raise ConfigurationError(text + export_hint(self))
+            if missing and not is_optional:
+                needed = min(missing, key=lambda source: source in self.declared)  # one that it cannot do without
+                patterns = model.patterns.get(needed) if model else None
+                files = " or ".join(patterns or (f"{needed}.csv", f"a folder {needed}"))
+                advice = f"land {files}, or write a model {name}.sql"
+                if model:
+                    advice = f"the model {name}.sql reads {needed}; land {files}"
+                raise ConfigurationError(
+                    f"{self.root} has no files for the table {name}: {advice}; --inspect-source shows what is there, "
+                    "and which ready models read it"
+                )
 
     def warn_of_unused(self) -> None:
         """Warns of files that no model and no table uses."""
@@ -1867,7 +1869,7 @@ class LandedFiles(Source):
 
     def prepare(self) -> None:
         """Waits until the files have settled."""
-        wait_until_settled(self.arrivals.arrived, self.config.settle_seconds)
+        wait_until_settled(self.arrived, self.config.settle_seconds)
 
     def receive(self, run: Run) -> None:
         """Reads the files, and adds those that arrived to the ledger.
@@ -1876,77 +1878,40 @@ class LandedFiles(Source):
             NotPublishedError: a file cannot be read, lacks a column that the contract requires, or is gone although a
                 table has to be received whole.
         """
-        self._check_whole()
         reader = FileReader(self.root, run.temporary_folder(".staged"), self.config)
         without_model = {*names(BRONZE)} - self.models.keys()
         self.parts = reader.read(self.files, with_models={*self.used} - without_model)
-        leave_out_repeated(self.arrivals.arrived, self.ledger)
-        report_delivery(self.arrivals.arrived, run.record)
-        bad = [file for file in self.files if file.is_bad and self.config.on_bad_file == "refuse"]
-        # Without these files, rows that are published would be lost.
-        bad += [file for file in self.files if self._replaces_rows(file) and file.problem and file not in bad]
-        if bad:
-            more = f"; {len(bad) - 1} more cannot be read either" if bad[1:] else ""
-            otherwise = "or leave it out with --on-bad-file quarantine"
-            if self._replaces_rows(bad[0]):
-                otherwise = "since rows of it are published, and would be lost"
-            raise NotPublishedError(
-                f"{bad[0].path} cannot be read, nothing is published: {bad[0].problem}{more}; correct it, {otherwise}"
-            )
-        read = [file for file in self.arrivals.arrived if not file.problem or file.problem.startswith(SAME_CONTENT)]
+        arrived = self.arrived
+        leave_out_repeated(arrived, self.ledger)
+        report_delivery(arrived, run.record)
+        check_read(self.files, self.gone, self.replacing, self.config)
+        read = [file for file in arrived if not file.problem or file.is_repeated]
         self.ledger = [*self.ledger, *(dataclasses.replace(file, run=run.record.run_id) for file in read)]
         self._warn_of_missing_columns()
-        self._records = self.records(run.engine, self.files)
-        malformed = [part for part in self.parts if part.is_malformed]
-        self._malformed = {part.source: union_parts(run.engine, [part], self.files) for part in malformed}
 
-    def _replaces_rows(self, file: LandedFile) -> bool:
-        """Returns whether a file is read again, and its rows are not in another file too."""
-        is_again = file.delivery < self.arrivals.number or file.path in self.arrivals.again
-        return is_again and not file.problem.startswith(SAME_CONTENT)
-
-    def _check_whole(self) -> None:
-        """Raises NotPublishedError if a table has to be received whole, and files for it are gone."""
-        for name, inputs in self.inputs.items():
-            gone = [file.path for file in self.arrivals.gone if file.source in inputs]
-            if gone and self.is_received_whole(name) and not self.config.accept_missing_files:
-                raise NotPublishedError(
-                    f"the model {name}.sql needs all files that were read, nothing is published: these are "
-                    f"gone: {shorten(gone)}; put them back, or lose their rows with --accept-missing-files"
-                )
-
-    def records(self, engine: Engine, files: Sequence[LandedFile]) -> dict[str, DataFrame]:
-        """Returns the records of each source, with all columns that models declare or that files of any run had."""
-        declared, sources = self.declared_columns(), dict.fromkeys((*self.used, *(file.source for file in files)))
-        well_formed = [part for part in self.parts if not part.is_malformed]
-        parts = {source: [part for part in well_formed if part.source == source] for source in sources}
-        for file in self.ledger:  # a model may read a column that only files of earlier runs have
-            declared[file.source] += file.columns
-        return {source: union_parts(engine, parts[source], files, declared[source]) for source in sources}
-
-    def declared_columns(self) -> dict[str, list[str]]:
-        """Returns the columns that the models declare, by source."""
-        declared: dict[str, list[str]] = collections.defaultdict(list)
-        for source, columns in itertools.chain.from_iterable(model.columns.items() for model in self.models.values()):
-            declared[source] += columns
-        return declared
+    def records(self, engine: Engine, source: str) -> DataFrame:
+        """Returns the records of a source, with all columns that models declare or that files of any run had."""
+        parts = [part for part in self.parts if part.source == source and not part.is_malformed]
+        # A model may read a column that only files of earlier runs have.
+        earlier = (name for file in self.ledger if file.source == source for name in file.columns)
+        return union_parts(engine, parts, (*self.declared[source], *earlier))
 
     def _warn_of_missing_columns(self) -> None:
         """Warns of columns that a model declares and no file has."""
-        for source, columns in self.declared_columns().items():
+        for source in {file.source: None for file in self.arrived}:
             landed = {name.lower() for file in self.files if file.source == source for name in file.columns}
-            missing = dict.fromkeys(name for name in columns if name.lower() not in landed)
-            if landed and missing and {file.source for file in self.arrivals.arrived} & {source}:
+            missing = dict.fromkeys(name for name in self.declared[source] if name.lower() not in landed)
+            if landed and missing:
                 logger.warning("%s: no file has the columns %s: they are null", source, ", ".join(missing))
 
     def check_rows(self, name: str, rows: int) -> None:
         """Checks that a table has a row for each record, unless its model joins or aggregates. Raises PipelineError."""
         number = Counter(dict.fromkeys(self.inputs[name], 0))
-        for file in self.arrivals.arrived:
+        for file in self.arrived:
             if file.source in number and not file.problem:
                 # Malformed lines are added to exactly one table, `table_of(source)`. Only that table expects them.
                 number[file.source] += file.records if self.table_of(file.source) == name else file.rows
-        if not self.keeps_records(name):
+        if name in self.models and not self.models[name].keeps_records:
             records = ", ".join(f"{source} {count:,} records" for source, count in number.items())
             logger.info("%s: %s rows from %s", name, f"{rows:,}", records)
         elif rows != number.total():
@@ -1955,47 +1920,39 @@ class LandedFiles(Source):
                 "keep each record: remove its WHERE, and reject rows with a rule"
             )
 
-    def keeps_records(self, name: str) -> bool:
-        """Returns whether a table has exactly one row for each record."""
-        return name not in self.models or self.models[name].keeps_records
-
     def table_of(self, source: str) -> str:
-        """Returns the table that receives the malformed lines of a source.
-
-        Of several tables that read it, this is the one of its name, or one that keeps records, or the last one.
-        """
-
-        def order(name: str) -> tuple[bool, bool, int]:
-            return name != source, not self.keeps_records(name), -names(BRONZE).index(name)
-
-        return min((name for name, inputs in self.inputs.items() if source in inputs), key=order)
+        """Returns the table that receives the malformed lines of a source: that of its name, or the last reader."""
+        readers = [name for name, inputs in self.inputs.items() if source in inputs]
+        return source if source in readers else readers[-1]
 
     def delivery(self, run: Run, name: str) -> DataFrame | None:
         """Returns the records of a bronze table with the types of its contract, and malformed lines verbatim."""
-        table, inputs = TABLES[name], self.inputs[name]
-        if run.base and not any(file.source in inputs for file in self.arrivals.arrived):
+        inputs = self.inputs[name]
+        if run.base and not any(file.source in inputs for file in self.arrived):
             return None
-        records = {source: self._visible(self._records[source], name) for source in inputs}
+        rows = [self.staged(run.engine, name, run.temporary_view)]
+        for part in self.parts:
+            if part.is_malformed and part.source in inputs and self.table_of(part.source) == name:
+                rows.append(self._visible(union_parts(run.engine, [part]), name))
+        typed = (apply_contract(part, TABLES[name], self.config, self.number) for part in rows)
+        return functools.reduce(lambda one, other: one.unionByName(other), typed)
+
+    def staged(self, engine: Engine, name: str, view: Callable[[DataFrame], str]) -> DataFrame:
+        """Returns the records of a bronze table as its files or its model give them. `view` registers rows."""
+        inputs = self.inputs[name]
+        records = {source: self._visible(self.records(engine, source), name) for source in inputs}
         if name not in self.models:
-            rows = records[name]
+            return records[name]
         # Files without records have no columns, so a model would fail. The gate reports that there are no rows.
-        elif inputs and not {*inputs} & {part.source for part in self.parts if not part.is_malformed}:
-            rows = records[inputs[0]].select(*LANDED_COLUMNS)
-        else:
-            views = {source: run.temporary_view(rows) for source, rows in records.items()}
-            rows = apply_model(run.engine.spark, self.models[name], views)
-        rows = apply_contract(rows, table, self.config, self.arrivals.number)
-        for source in inputs:
-            if source in self._malformed and self.table_of(source) == name:
-                malformed = self._visible(self._malformed[source], name)
-                rows = rows.unionByName(apply_contract(malformed, table, self.config, self.arrivals.number))
-        return rows
+        if inputs and not any(part.source in inputs and not part.is_malformed for part in self.parts):
+            return records[inputs[0]].select(*LANDED_COLUMNS)
+        return apply_model(engine.spark, self.models[name], {source: view(rows) for source, rows in records.items()})
 
     def _visible(self, rows: DataFrame, name: str) -> DataFrame:
-        """Leaves out records that were only read again for another table, which is received whole."""
-        if self.is_received_whole(name) or len(self.files) == len(self.arrivals.arrived):
-            return rows
-        return rows.where(F.col("_delivery").isin([file.delivery for file in self.arrivals.arrived]))
+        """Leaves out records of bad files, and those that were only read for another table, which is received whole."""
+        is_whole = self.is_received_whole(name)
+        hidden = [file.delivery for file in self.files if file.problem or (file.run and not is_whole)]
+        return rows.where(~F.col("_delivery").isin(hidden)) if hidden else rows
 
     def explain(self, error: Exception, engine: Engine, name: str) -> PipelineError | None:
         """Explains an error by the model of the table, unless machines or disks have failed."""
@@ -2023,6 +1980,11 @@ class Model:
     is_piecewise: bool = False  # whether files can be read one after the other: no row depends on another record
 
 
+def one_line(error: Exception) -> str:
+    """Returns the text of an error as one line, without the underlining that sqlglot adds for a terminal."""
+    return " ".join(re.sub("\x1b.*?m", "", str(error)).split())
+
+
 def parse_model(name: str, text: str) -> Model:
     """Returns the model of a table from the text of its file. Raises ConfigurationError if it is not one SELECT."""
     import sqlglot
@@ -2034,16 +1996,15 @@ def parse_model(name: str, text: str) -> Model:
         sql = text[: tokens[-1].end + 1] if tokens else ""
         query, *others = sqlglot.parse(sql, read="spark")
     except sqlglot.errors.SqlglotError as error:
-        detail = error.errors[0] if isinstance(error, sqlglot.errors.ParseError) and error.errors else {}
-        problem = "line {line}, after {start_context!r}: {description}".format(**detail) if detail else error
-        raise ConfigurationError(f"the model {name}.sql cannot be parsed: {problem}") from None
+        raise ConfigurationError(f"the model {name}.sql cannot be parsed: {one_line(error)}") from None
     if others or not isinstance(query, exp.Query):
         raise ConfigurationError(f"the model {name}.sql is not one SELECT")
-    declared: dict[str, dict[str, tuple[str, ...]]] = {"source": {}, "columns": {}}
+    patterns: dict[str, tuple[str, ...]] = collections.defaultdict(tuple)
+    columns: dict[str, tuple[str, ...]] = collections.defaultdict(tuple)
     head = text[: tokens[0].start]
     for kind, source, values in re.findall(r"^\s*--\s*(source|columns)\s+(\w+)\s*:(.*)$", head, re.MULTILINE):
-        listed = tuple(value.strip() for value in values.split(",") if value.strip())
-        declared[kind][source.lower()] = declared[kind].get(source.lower(), ()) + listed
+        declared = patterns if kind == "source" else columns
+        declared[source.lower()] += tuple(value.strip() for value in values.split(",") if value.strip())
     reads = [
         table.name.lower()
         for scope in traverse_scope(query)
@@ -2055,26 +2016,32 @@ def parse_model(name: str, text: str) -> Model:
     changes_rows = query.find(exp.Distinct, exp.Group, exp.Join, exp.SetOperation, exp.Lateral, exp.Explode)
     combines_rows = query.find(exp.Group, exp.Join, exp.SetOperation, exp.AggFunc, exp.Window, exp.Limit, exp.Subquery)
     inputs, reads_one = tuple(dict.fromkeys(reads)), len(reads) == 1
-    keeps_records, is_piecewise = reads_one and not changes_rows, reads_one and not combines_rows
-    return Model(name, sql, declared["source"], declared["columns"], inputs, keeps_records, is_piecewise)
+    return Model(name, sql, patterns, columns, inputs, reads_one and not changes_rows, reads_one and not combines_rows)
 
 
-def models_folder(models: str | None, root: str) -> str:
+def models_folder(config: DataPipelineConfig, root: str) -> str:
     """Returns the folder of the staging models, by default the source folder. Raises ConfigurationError."""
+    models, ready = config.models, ready_models()
     if not models:
         return root
-    ready = ready_models()
-    if models in ready:
-        return os.path.join(READY_MODELS, models)
-    if os.path.isdir(folder := expand_path("models", models)):
-        return folder
-    choices = f", or one of {', '.join(ready)}" if ready else ""
-    raise ConfigurationError(f"there are no models {models}: name a folder of models{choices}{_nearest(models, ready)}")
+    if models in ready and config.source_decimal != ".":
+        raise ConfigurationError(
+            f"the models {models} read amounts with a decimal point, as the system exports them: export again, without "
+            "saving the file in a spreadsheet, and leave source_decimal out"
+        )
+    folder = ready.get(models) or expand_path("models", models)
+    if not os.path.isdir(folder):
+        choices = f", or one of {', '.join(ready)}" if ready else ""
+        raise ConfigurationError(
+            f"there are no models {models}: name a folder of models{choices}{_nearest(models, ready)}"
+        )
+    return folder
 
 
-def ready_models() -> list[str]:
-    """Returns the names of the systems that have ready models."""
-    return sorted(os.path.basename(os.path.dirname(path)) for path in glob.glob(f"{glob.escape(READY_MODELS)}/*/"))
+def ready_models() -> dict[str, str]:
+    """Returns the folders of ready models, by the system that exports the files."""
+    folders = sorted(glob.glob(f"{glob.escape(READY_MODELS)}/*/"))
+    return {os.path.basename(os.path.dirname(folder)): folder for folder in folders}
 
 
 def read_models(folder: str) -> dict[str, Model]:
@@ -2136,50 +2103,53 @@ def read_rules(config: DataPipelineConfig, folder: str = "") -> dict[str, Table]
             try:
                 bronze[name] = with_own_rule(bronze[name], fields)
             except ValueError as error:
-                raise ConfigurationError(f"{path}: the rule {dict(fields).get('name', '')!r} {error}") from None
+                raise ConfigurationError(f"{path}: the rule {fields.get('name', '')!r} {error}") from None
     return bronze
 
 
-def rule_fields(path: str) -> list[list[tuple[str, Any]]]:
-    """Returns names and values of the fields of each rule in a YAML file. Raises ConfigurationError."""
+def rule_fields(path: str) -> list[dict[str, Any]]:
+    """Returns the fields of each rule in a YAML file. Raises ConfigurationError."""
     import yaml
 
     try:  # composed and not loaded: a field that is there twice is found, and `off` stays a text
         document: Any = yaml.compose(Path(path).read_text(encoding="utf-8-sig"), yaml.BaseLoader)
-        return [[(key.value, value.value) for key, value in rule.value] for rule in document.value]
+        rules = [[(key.value, value.value) for key, value in rule.value] for rule in document.value]
     except (OSError, UnicodeError, yaml.YAMLError) as error:
-        raise ConfigurationError(f"cannot read the rules {path}: {' '.join(str(error).split())}") from None
+        raise ConfigurationError(f"cannot read the rules {path}: {one_line(error)}") from None
     except (AttributeError, TypeError, ValueError):
         raise ConfigurationError(f"{path} is no list of rules: begin each with '- name:'") from None
+    if any(len(dict(fields)) < len(fields) for fields in rules):
+        raise ConfigurationError(f"{path} has a rule with a field twice: begin each rule with '- name:'")
+    return [dict(fields) for fields in rules]
 
 
-def with_own_rule(table: Table, given: Sequence[tuple[str, Any]]) -> Table:
-    """Adds a rule to a bronze table, or changes the severity of a built-in one. Raises ValueError, which says why not.
+def with_own_rule(table: Table, fields: Mapping[str, Any]) -> Table:
+    """Adds a rule to a bronze table, or changes a built-in one. Raises ValueError, which says why not.
 
     The rules that reject what cannot be read or is missing stay, since silver relies on them.
     """
-    fields, rules = dict(given), {rule.name: rule for rule in table.rules}
+    rules = {rule.name: rule for rule in table.rules}
     name, is_new = str(fields.get("name", "")), "violation" in fields
     severity = fields.get("severity", REJECT if is_new else "")
-    if len(fields) < len(given) or fields.keys() - {"name", "violation", "severity", "description"}:
-        raise ValueError("may have a name, violation, severity and description, each once")
+    if unknown := fields.keys() - {"name", "violation", "severity", "description"}:
+        raise ValueError(f"may have a name, violation, severity and description, not {min(unknown)}")
     if severity not in (REJECT, WARN, ABORT, OFF):
         raise ValueError(f"has the severity {severity!r}: choose {REJECT}, {WARN}, {ABORT} or {OFF}")
     if name in rules and not (rules[name].is_own or is_new):
-        is_needed = rules[name].severity == REJECT and name.endswith(("_missing", "_malformed"))
-        if rules[name].severity == ORPHAN or (is_needed and severity in (WARN, OFF)):
+        rule = rules[name]
+        is_needed = rule.severity == REJECT and name.endswith(("_missing", "_malformed"))
+        if rule.severity == ORPHAN or (is_needed and severity in (WARN, OFF)):
             raise ValueError(f"cannot be {severity}" + (": silver needs it" if is_needed else ": see --orphans"))
-        rules[name] = rules[name]._replace(severity=severity, is_own=True)
     else:
         taken = {*row_counts(table, DataPipelineConfig()), *(rule.name for rule in key_rules(table))}
         if not re.fullmatch("[a-z][a-z0-9_]*", name) or name in taken:
             raise ValueError("needs another name: letters in lower case, digits and _, and not one that is in use")
         if not isinstance(violation := fields.get("violation"), str):
             raise ValueError(f"is not built in, so it needs a violation{_nearest(name, rules)}")
-        column = check_condition(violation, table)
-        advice = re.sub("([{}])", r"\1\1", str(fields.get("description", "correct the source")))
-        # The line break ends a comment.
-        rules[name] = Rule(name, column, f"{violation}\n", severity, advice=advice, is_own=True)
+        rule = Rule(name, check_condition(violation, table), f"{violation}\n")  # the line break ends a comment
+    # The advice is a format.
+    advice = re.sub("([{}])", r"\1\1", str(fields["description"])) if "description" in fields else rule.advice
+    rules[name] = rule._replace(severity=severity, advice=advice, is_own=True)
     return dataclasses.replace(table, rules=tuple(rules.values()))
 
 
@@ -2191,8 +2161,7 @@ def check_condition(sql: str, table: Table) -> str:
     try:
         condition = sqlglot.parse_one(sql, read="spark")
     except sqlglot.errors.SqlglotError as error:
-        plain = re.sub("\x1b.*?m", "", str(error))  # without the underlining for a terminal
-        raise ValueError(f"cannot be parsed: {' '.join(plain.split())}") from None
+        raise ValueError(f"cannot be parsed: {one_line(error)}") from None
     columns = [".".join(part.name for part in column.parts).lower() for column in condition.find_all(exp.Column)]
     parameters = [f":{parameter.name}" for parameter in condition.find_all(exp.Placeholder)]
     allowed = {*dict(table.columns(BRONZE)), *DataPipelineConfig().rule_values}
@@ -2221,12 +2190,10 @@ def check_rules(engine: Engine, bronze: Mapping[str, Table]) -> None:
         no_rows = engine.spark.range(0).selectExpr(*columns)
         for rule in (rule for rule in bronze[name].rules if rule.is_own):
             try:
-                [(_, kind)] = no_rows.selectExpr(rule.is_violated(engine.config)).dtypes
-                problem = "" if kind == "boolean" else "is neither true nor false"
+                no_rows.selectExpr(rule.is_violated(engine.config)).dtypes  # noqa: B018 - makes Sail analyse it
             except PySparkException as error:
                 problem = f"cannot be used: {root_cause(error)}"
-            if problem:
-                raise ConfigurationError(f"{name}.rules.yml: the rule {rule.name!r} {problem}")
+                raise ConfigurationError(f"{name}.rules.yml: the rule {rule.name!r} {problem}") from None
 
 
 # Patterns of the text that is accepted for each type. A cast alone would accept 2026 as a date and 5d as a number.
@@ -2244,15 +2211,12 @@ TIMES = ("date", "timestamp", "timestamp_ntz")
 
 def parse_text(text: str, kind: str, config: DataPipelineConfig) -> str:
     """Returns Spark SQL that converts a text to a type of the contract. A text that does not match becomes null."""
-    text = f"trim({text})"
-    if config.source_decimal == "," and kind.startswith(("decimal", "double")):
+    text, is_whole = f"trim({text})", kind in ("int", "bigint")
+    if config.source_decimal == "," and (is_whole or kind.startswith(("decimal", "double"))):
         text = f"CASE WHEN NOT contains({text}, '.') THEN translate({text}, ',', '.') END"
-    pattern = TEXT_PATTERNS[kind.partition("(")[0]]
-    if kind in ("int", "bigint"):
-        pattern = pattern.replace("[.]", f"[{config.source_decimal}]")
-    matching = f"CASE WHEN {text} RLIKE r'^{pattern}\\z' THEN {text} END"
-    if kind in ("int", "bigint"):
-        matching = f"regexp_replace({matching}, '[{config.source_decimal}]0*$', '')"
+    matching = f"CASE WHEN {text} RLIKE r'^{TEXT_PATTERNS[kind.partition('(')[0]]}\\z' THEN {text} END"
+    if is_whole:
+        matching = f"regexp_replace({matching}, '[.]0*$', '')"
     value = f"try_cast({matching} AS {kind})"
     if kind == "double":
         return f"CASE WHEN abs({value}) < CAST('Infinity' AS DOUBLE) THEN {value} END"
@@ -2268,7 +2232,7 @@ def convert_value(value: str, given: str, kind: str, config: DataPipelineConfig)
         return f"CAST({value} AS {kind})"
     if given == "string":
         return parse_text(value, kind, config)
-    if given == "timestamp_ntz" and kind == "timestamp":
+    if given in ("date", "timestamp_ntz") and kind == "timestamp":
         return f"to_utc_timestamp(CAST({value} AS TIMESTAMP), '{config.source_time_zone}')"
     is_time = given in TIMES
     is_number = re.match("tinyint|smallint|int|bigint|float|double|decimal|boolean", given)
@@ -3182,7 +3146,6 @@ def find_base(config: DataPipelineConfig, source: Source, store: Store) -> Base 
     Raises:
         ConfigurationError: the published data comes from another source.
         PipelineError: the published snapshot lacks its run record or a file.
-        NotPublishedError: `--reload` would lose the rows of files that are gone.
     """
     published = store.published()
     if published is None:
@@ -3199,7 +3162,7 @@ def find_base(config: DataPipelineConfig, source: Source, store: Store) -> Base 
     own = state_of(config, source)
     if config.reload:
         if state["source"] == source.identity:
-            source.check_reload(ledger)
+            source.begin_reload(ledger)
         return None
     if not can_continue(source, state["source"]):
         return None
@@ -4784,7 +4747,11 @@ LANDED_COLUMNS: Mapping[str, str] = {"_delivery": "bigint", "_source_file": "str
 BLOCK = 4 * 2**20  # bytes of CSV that are parsed together; no CSV record may be longer
 PENDING = 16 * 2**20  # bytes of records that are written together
 BATCH = 1_000  # rows of JSON and Excel that are staged together
+MALFORMED_COLUMNS = ["_record"]  # those of malformed records, which are kept verbatim
 END = secrets.token_hex(8)  # the beginning of a record that marks the end of CSV
+
+
+SAME_CONTENT, CHANGING = "it has the same content as ", "it changed while it was read; the next run will read it"
 
 
 class BadFileError(Exception):
@@ -4807,26 +4774,26 @@ class LandedFile:
     ignored: int = 0  # change events without a record
     columns: Sequence[str] = ()
     problem: str = ""  # why it is left out
-    is_bad: bool = False  # whether the problem is damage; a file that changes or repeats another is not bad
 
     @property
     def records(self) -> int:
         """Returns the number of records found, malformed ones included."""
         return self.rows + self.malformed
 
-    def leave_out(self, problem: str, *, is_bad: bool = True) -> None:
-        """Sets why the file is left out."""
-        self.problem, self.is_bad = problem, is_bad
+    @property
+    def is_bad(self) -> bool:
+        """Returns whether the file cannot be read. A file that changes or repeats another is not bad."""
+        return bool(self.problem) and not self.is_repeated and self.problem != CHANGING
+
+    @property
+    def is_repeated(self) -> bool:
+        """Returns whether the file is left out because another one has the same content."""
+        return self.problem.startswith(SAME_CONTENT)
 
     @property
     def top(self) -> str:
         """Returns the first part of the path: the file, or the folder or archive that contains it."""
         return self.path.partition(os.sep)[0]
-
-    @property
-    def is_compressed(self) -> bool:
-        """Returns whether the file is compressed by gzip."""
-        return self.path.endswith(".gz")
 
     @property
     def suffix(self) -> str:
@@ -4836,7 +4803,7 @@ class LandedFile:
     @property
     def estimated_rows(self) -> int:
         """Returns an estimate of its records: one per 100 bytes, or per 20 bytes if compressed or Parquet."""
-        return 1 + self.size // (20 if self.is_compressed or self.suffix == ".parquet" else 100)
+        return 1 + self.size // (20 if self.path.endswith((".gz", ".parquet")) else 100)
 
 
 def natural_order(path: str) -> list[tuple[int, int | str]]:
@@ -4881,34 +4848,33 @@ def list_files(root: str, data_root: str = "") -> list[LandedFile]:
     found: list[LandedFile] = []
     skipped: list[str] = []
 
-    def file_at(path: str, problem: str = "") -> LandedFile:
+    def add(path: str, size: int = 0, mtime_ns: int = 0, problem: str = "") -> None:
         relative = os.path.relpath(path, root)
-        return LandedFile(source_name(relative.partition(os.sep)[0]), relative, 0, 0, problem=problem)
+        file = LandedFile(source_name(relative.partition(os.sep)[0]), relative, size, mtime_ns, problem=problem)
+        if problem or file.suffix in FILE_FORMATS:
+            found.append(file)
+        else:
+            skipped.append(file.path)
 
     def add_problem(error: OSError) -> None:
         if error.filename == root:
             raise ConfigurationError(f"cannot read {root}: {error.strerror}; correct it, or name another folder")
-        found.append(file_at(error.filename, str(error.strerror)))
+        add(error.filename, problem=str(error.strerror))
 
     for path in finished_files(root, data_root, add_problem):
         try:
             state = os.stat(path)
-            file = dataclasses.replace(file_at(path), size=state.st_size, mtime_ns=state.st_mtime_ns)
-            if not stat.S_ISREG(state.st_mode) or file.suffix not in {*FILE_FORMATS, ".zip"}:
-                skipped.append(file.path)  # also pipes, which might never end
-            elif file.suffix == ".zip":
+            if not stat.S_ISREG(state.st_mode):
+                skipped.append(os.path.relpath(path, root))  # such as pipes, which might never end
+            elif path.lower().endswith(".zip"):
                 for name, size in zip_members(path):
-                    member = dataclasses.replace(file, path=f"{file.path}/{name}", size=size)
-                    if FILE_FORMATS.get(member.suffix, "parquet") != "parquet":
-                        found.append(member)
-                    else:
-                        skipped.append(member.path)
+                    add(f"{path}/{name}", size, state.st_mtime_ns)
             else:
-                found.append(file)
+                add(path, state.st_size, state.st_mtime_ns)
         except OSError as error:
             add_problem(error)
         except BadFileError as error:
-            found.append(file_at(path, str(error)))
+            add(path, problem=str(error))
     if skipped:
         logger.warning("skipped (unknown file ending or not a regular file): %s", shorten(skipped))
     found.sort(key=lambda file: natural_order(file.path))
@@ -4929,21 +4895,19 @@ def assign_sources(files: Iterable[LandedFile], models: Mapping[str, Model], use
         for source, listed in model.patterns.items()
         if listed
     ]
-    named_by_pattern = {source for source, _, _ in patterns}
     found = []
     for file in files:
         in_archive = file.top.lower().endswith(".zip")
         own = os.path.basename(file.path) if in_archive else file.top
         given = {name for top in (own, file.top) for name in (top, ENDINGS.sub("", top, count=1))}
-        claims = {source: model for source, model, pattern in patterns if any(map(pattern.match, given))}
+        claims = {source: f"{source} of {model}.sql" for source, model, one in patterns if any(map(one.match, given))}
         if len(claims) > 1:
-            (one, its_model), (other, other_model) = list(claims.items())[:2]
             raise ConfigurationError(
-                f"{file.top} is the source {one} of {its_model}.sql and the source {other} of {other_model}.sql: "
-                "change the patterns after `-- source`, or rename the file"
+                f"{file.top} is the source {' and the source '.join(claims.values())}: change the patterns after "
+                "`-- source`, or rename the file"
             )
         source = next(iter(claims), source_name(own) if in_archive and file.source not in used else file.source)
-        if source in named_by_pattern and not claims:  # its patterns alone decide which files it has
+        if not claims and any(source == named for named, _, _ in patterns):  # its patterns decide which files it has
             source = f"./{file.top}"  # a name that no model can use, so that the file counts as unused
         found.append(dataclasses.replace(file, source=source))
     return found
@@ -4965,18 +4929,13 @@ class Part:
     columns: Sequence[str]  # as they were landed
     types: Sequence[pa.DataType]
     folder: str
-    is_malformed: bool
     deliveries: set[int] = field(default_factory=set)  # those of the files
     pending: list[pa.Table] = field(default_factory=list)  # not yet written
 
-    def write(self) -> None:
-        """Writes the records that are pending."""
-        from pyarrow import parquet
-
-        if self.pending:
-            path = os.path.join(self.folder, f"{secrets.token_hex(8)}.parquet")
-            parquet.write_table(pa.concat_tables(self.pending), path, write_statistics=False)
-            self.pending.clear()
+    @property
+    def is_malformed(self) -> bool:
+        """Returns whether these are malformed records, verbatim."""
+        return self.columns == MALFORMED_COLUMNS
 
 
 class FileReader:
@@ -4986,7 +4945,7 @@ class FileReader:
         self.root = root
         self.folder = folder
         self.config = config
-        self.parts: dict[Any, Part] = {}  # by source, columns, types, and whether the records are malformed
+        self.parts: dict[Any, Part] = {}  # by source, columns and types
         self.pending_bytes = 0
         # The keys of the JSON objects of each source, by their lower case, since files may spell them differently.
         self.keys: dict[str, dict[str, str]] = {}
@@ -5005,14 +4964,18 @@ class FileReader:
                 if file.source not in with_models:
                     check_columns(file)
             except UnicodeDecodeError as error:
-                file.leave_out(self._undecodable(path, error))
+                # Python calls all single-byte encodings charmap.
+                encoding = self.config.source_encoding if error.encoding == "charmap" else error.encoding
+                before = error.object[max(error.start - 20, 0) : error.start].decode(encoding, errors="replace")
+                byte = f"{encoding!r} can't decode byte 0x{error.object[error.start]:02x} after {before!r}"
+                file.problem = f"{byte} ({error.reason}); see --source-encoding"
             except (BadFileError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
                 if re.search(DISK_FULL, str(error)):
                     raise
-                file.leave_out(str(error) or type(error).__name__)
+                file.problem = str(error) or type(error).__name__
         self._write_pending()
-        # Computed before the check for changes. A changed file keeps its parts, since models need its columns.
-        # `union_parts` drops its rows.
+        # Computed before the check for changes. A changed file keeps its parts, since models need its columns. Its
+        # rows are left out later.
         readable = {file.delivery for file in files if not file.problem}
         for file in files:
             self._check_unchanged(file)
@@ -5022,39 +4985,31 @@ class FileReader:
         path, member = split_member(os.path.join(self.root, file.path))
         state = os.stat(path) if os.path.exists(path) else None
         if state is None or state.st_mtime_ns != file.mtime_ns or (state.st_size != file.size and not member):
-            file.leave_out("it changed while it was read; the next run will read it", is_bad=False)
-
-    def _undecodable(self, path: str, error: UnicodeDecodeError) -> str:
-        """Describes the first byte of a file that is not text in the encoding, with its line."""
-        # Python calls all single-byte encodings charmap.
-        encoding = self.config.source_encoding if error.encoding == "charmap" else error.encoding
-        line, decoder = 1, codecs.getincrementaldecoder(encoding)()
-        with open_landed(path) as opened:
-            content = decompressed(path, opened)
-            try:
-                while block := content.read(BLOCK):
-                    line += decoder.decode(block).count("\n")
-            except UnicodeDecodeError as found:
-                line += found.object[: found.start].count(b"\n")
-        byte = f"{encoding!r} can't decode byte 0x{error.object[error.start]:02x} ({error.reason})"
-        return f"line {line:,}: {byte}; see --source-encoding"
+            file.problem = CHANGING
 
     def _stage(
-        self, file: LandedFile, names: Sequence[str], columns: Iterable[Any], rows: Any, is_malformed: bool = False
+        self, file: LandedFile, columns: Iterable[Any], numbers: Any = None, names: Sequence[str] | None = None
     ) -> None:
-        """Stages records of a file. Columns are arrays or lists of text; `rows` are the numbers of the records."""
+        """Stages records of a file, and counts them.
+
+        Columns are arrays or lists of text. By default they have the names of the file's columns, and the records are
+        the next ones of the file.
+        """
         arrays = [given if isinstance(given, pa.Array) else pa.array(given, pa.string()) for given in columns]
-        types = [array.type for array in arrays]
-        key = (file.source, tuple(names), tuple(types), is_malformed)
+        names, types = names or file.columns, [array.type for array in arrays]
+        numbers = range(file.rows + 1, file.rows + 1 + len(arrays[0])) if numbers is None else numbers
+        key = (file.source, tuple(names), tuple(types))
         if key not in self.parts:
             folder = os.path.join(self.folder, f"{len(self.parts)}.staged")
             os.mkdir(folder)
-            self.parts[key] = Part(file.source, names, types, folder, is_malformed)
+            self.parts[key] = Part(file.source, names, types, folder)
         table: dict[str, Any] = {f"c{number}": array for number, array in enumerate(arrays)}
-        table["_delivery"] = pa.repeat(pa.scalar(file.delivery, pa.int64()), len(rows))
-        table["_source_file"] = pa.repeat(os.fsencode(file.path).decode(errors="replace"), len(rows))
-        table["_source_row"] = pa.array(rows, pa.int64())
+        table["_delivery"] = pa.repeat(pa.scalar(file.delivery, pa.int64()), len(numbers))
+        table["_source_file"] = pa.repeat(os.fsencode(file.path).decode(errors="replace"), len(numbers))
+        table["_source_row"] = pa.array(numbers, pa.int64())
         part = self.parts[key]
+        file.malformed += len(numbers) if part.is_malformed else 0
+        file.rows += 0 if part.is_malformed else len(numbers)
         part.deliveries.add(file.delivery)
         part.pending.append(pa.table(table))
         self.pending_bytes += part.pending[-1].nbytes
@@ -5062,18 +5017,25 @@ class FileReader:
             self._write_pending()
 
     def _write_pending(self) -> None:
+        from pyarrow import parquet
+
         self.pending_bytes = 0
         for part in self.parts.values():
-            part.write()
+            if part.pending:
+                path = os.path.join(part.folder, f"{secrets.token_hex(8)}.parquet")
+                parquet.write_table(pa.concat_tables(part.pending), path, write_statistics=False)
+                part.pending.clear()
 
-    def _stage_malformed(self, file: LandedFile, rows: Sequence[tuple[int, str]]) -> None:
-        """Stages malformed records verbatim."""
+    def _stage_malformed(self, file: LandedFile, rows: list[tuple[int, str]]) -> None:
+        """Stages malformed records verbatim, and empties the list."""
         if rows:
             numbers, texts = zip(*rows, strict=True)
-            self._stage(file, ["_record"], [texts], numbers, is_malformed=True)
+            self._stage(file, [texts], numbers, MALFORMED_COLUMNS)
+            rows.clear()
 
     def _scan(self, file: LandedFile, content: Any, has_model: bool) -> None:
-        content, kind = decompressed(file.path, content), FILE_FORMATS[file.suffix]
+        content = gzip.GzipFile(fileobj=content) if file.path.endswith(".gz") else content
+        kind = FILE_FORMATS[file.suffix]
         if kind == "parquet":
             self._scan_parquet(file, content, has_model)
         elif kind == "xlsx":
@@ -5091,11 +5053,9 @@ class FileReader:
                 schema = opened.schema_arrow
                 file.columns = column_names(schema.names)
                 types = [engine_type(column, has_model) for column in schema]
-                self._stage(file, file.columns, [pa.array([], kind) for kind in types], ())
+                self._stage(file, [pa.array([], kind) for kind in types])
                 for batch in opened.iter_batches():
-                    first, file.rows = file.rows + 1, file.rows + batch.num_rows
-                    arrays = [engine_values(*column) for column in zip(schema, batch.columns, types, strict=True)]
-                    self._stage(file, file.columns, arrays, range(first, file.rows + 1))
+                    self._stage(file, [engine_values(*one) for one in zip(schema, batch.columns, types, strict=True)])
         except pa.ArrowException as error:
             raise BadFileError(str(error).partition("\n")[0]) from None
 
@@ -5109,7 +5069,7 @@ class FileReader:
         file.columns = column_names(header)
         if not header:
             return
-        self._stage(file, file.columns, [()] * len(header), ())
+        self._stage(file, [()] * len(header))
         end = END + delimiter * len(header)
         malformed: list[tuple[int, str]] = []  # records that are not yet staged
         are_malformed: set[int] = set()  # the numbers of all malformed records
@@ -5119,15 +5079,13 @@ class FileReader:
         def on_malformed(row: Any) -> str:
             if len(malformed) > BATCH:
                 self._stage_malformed(file, malformed)
-                malformed.clear()
             malformed.append((row.number, row.text))
             are_malformed.add(row.number)
             return "skip"
 
         try:
             for batch in open_csv(CsvText(text, end), len(header), delimiter, self.config.source_quote, on_malformed):
-                file.rows += batch.num_rows
-                self._stage(file, file.columns, batch.columns, list(itertools.islice(numbers, batch.num_rows)))
+                self._stage(file, batch.columns, list(itertools.islice(numbers, batch.num_rows)))
         except pa.ArrowInvalid:
             number, size = file.rows + len(are_malformed) + 1, f"{BLOCK // 2**20} MB"
             raise BadFileError(f"record {number:,} has more than {size}: is a quote not closed?") from None
@@ -5135,45 +5093,35 @@ class FileReader:
         if last != end:
             raise BadFileError(f"record {number:,} continues to the end of the file: is a quote not closed?")
         self._stage_malformed(file, malformed)
-        file.malformed = len(are_malformed) - 1
 
     def _scan_lines(self, file: LandedFile, text: TextIO) -> None:
         """Stages the records of a file that has one JSON object or text per line."""
+        is_json, decimal = FILE_FORMATS[file.suffix] == "json", self.config.source_decimal
         keys = self.keys.setdefault(file.source, {})
-        parse = self._parse_json if FILE_FORMATS[file.suffix] == "json" else lambda line: {"value": line}
         found: dict[str, None] = {}
+        malformed: list[tuple[int, str]] = []
         lines = enumerate((line.rstrip("\r\n") for line in text if line.strip()), start=1)
         while batch := list(itertools.islice(lines, BATCH)):
             rows: dict[int, dict[str, str | None]] = {}
-            malformed = []
             for number, line in batch:
                 try:
-                    if (row := parse(line)) is not None:
-                        rows[number] = {name.strip() or "column_0": value for name, value in row.items()}
-                except TruncateError:
-                    raise BadFileError(
-                        f"record {number:,} says that the source has truncated the table: land a new snapshot of it, "
-                        "move away all events before the snapshot, and run with --reload"
-                    ) from None
+                    row = parse_event(line, decimal) if is_json else {"value": line}
                 except (ValueError, RecursionError, OverflowError):
                     if number == 1 and line.lstrip().startswith("["):
                         advice = "write one object per line, for example with `jq -c '.[]'`"
                         raise BadFileError(f"it is a JSON array: {advice}") from None
                     malformed.append((number, line))
+                    continue
+                if row is None:
+                    file.ignored += 1
+                else:
+                    rows[number] = {name.strip() or "column_0": value for name, value in row.items()}
             found |= {keys.setdefault(name.lower(), name): None for row in rows.values() for name in row}
             by_key = [{name.lower(): value for name, value in row.items()} for row in rows.values()]
             if rows:
-                self._stage(file, list(keys.values()), [[row.get(key) for row in by_key] for key in keys], [*rows])
+                self._stage(file, [[row.get(key) for row in by_key] for key in keys], [*rows], list(keys.values()))
             self._stage_malformed(file, malformed)
-            file.rows += len(rows)
-            file.malformed += len(malformed)
-            file.ignored += len(batch) - len(rows) - len(malformed)
         file.columns = column_names(list(found))
-
-    def _parse_json(self, line: str) -> dict[str, str | None] | None:
-        """Returns the record of a line; None for a change event without one. Raises ValueError, TruncateError."""
-        decimal = self.config.source_decimal
-        return None if line.strip() == "null" else unwrap_event(parse_object(line, decimal), decimal)
 
     def _scan_sheet(self, file: LandedFile, content: bytes) -> None:
         """Stages the records of the first sheet of an Excel file. The first row that is not blank is the header."""
@@ -5186,12 +5134,10 @@ class FileReader:
         texts = ([cell_text(cell, self.config.source_decimal) for cell in row] for row in sheet.iter_rows())
         rows = (row for row in texts if any(row))
         file.columns = column_names([text or "" for text in next(rows, ())])
-        if not file.columns:
-            return
-        self._stage(file, file.columns, [()] * len(file.columns), ())
+        if file.columns:
+            self._stage(file, [()] * len(file.columns))
         while batch := list(itertools.islice(rows, BATCH)):
-            first, file.rows = file.rows + 1, file.rows + len(batch)
-            self._stage(file, file.columns, zip(*batch, strict=True), range(first, file.rows + 1))
+            self._stage(file, zip(*batch, strict=True))
 
 
 class CsvText(io.RawIOBase):
@@ -5241,11 +5187,6 @@ def landed_sha256(path: str) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def decompressed(path: str, content: Any) -> Any:
-    """Returns the content of a file, decompressed if its name ends in .gz."""
-    return gzip.GzipFile(fileobj=content) if path.endswith(".gz") else content
-
-
 def open_text(content: Any, encoding: str) -> TextIO:
     """Returns the text of a file. A byte order mark overrides the encoding."""
     binary = io.BufferedReader(content, BLOCK)
@@ -5271,13 +5212,10 @@ def zip_members(path: str) -> list[tuple[str, int]]:
             members = [(member.filename, member.file_size) for member in archive.infolist() if not member.is_dir()]
     except zipfile.BadZipFile as error:
         raise BadFileError(f"it cannot be read as a zip file: {error}") from None
-    if repeated := [name for name, number in Counter(name for name, _ in members).items() if number > 1]:
-        raise BadFileError(f"two of its files are called {repeated[0]}: unzip it, and rename one")
-    return [
-        (name, size)
-        for name, size in members
-        if not any(UNFINISHED.fullmatch(part) or part == "__MACOSX" for part in name.split("/"))
-    ]
+    [(repeated, number)] = Counter(name for name, _ in members).most_common(1) or [("", 0)]
+    if number > 1:
+        raise BadFileError(f"two of its files are called {repeated}: unzip it, and rename one")
+    return [(name, size) for name, size in members if not any(map(UNFINISHED.fullmatch, name.split("/")))]
 
 
 def read_header(text: TextIO, suffix: str, config: DataPipelineConfig) -> tuple[str, list[str]]:
@@ -5292,20 +5230,16 @@ def read_header(text: TextIO, suffix: str, config: DataPipelineConfig) -> tuple[
     if named := re.fullmatch(rf"({re.escape(quote)}?)sep=(.)\1[\r\n]*", first):
         first = next(lines, "")
 
-    def fields(delimiter: str, lines: Iterable[str], strict: bool) -> list[str]:
-        return next(csv.reader(lines, delimiter=delimiter, quotechar=quote, strict=strict), [])
-
     def fit(delimiter: str) -> tuple[bool, int]:
         """Returns whether no field contains a quote, and the number of fields."""
-        with contextlib.suppress(csv.Error):
-            found = fields(delimiter, [first], strict=False)
-            return not any(quote in field for field in found), len(found)
-        return False, 0
+        fields = next(csv.reader([first], delimiter=delimiter, quotechar=quote), [])
+        return not any(quote in field for field in fields), len(fields)
 
     candidates = [one for one in ("\t,;|" if suffix == ".tsv" else ",;\t|") if one != quote]
-    delimiter = config.source_delimiter or (named[2] if named else max(candidates, key=fit))
     try:
-        return delimiter, fields(delimiter, itertools.chain([first], lines), strict=True)
+        delimiter = config.source_delimiter or (named[2] if named else max(candidates, key=fit))
+        rows = csv.reader(itertools.chain([first], lines), delimiter=delimiter, quotechar=quote, strict=True)
+        return delimiter, next(rows, [])
     except csv.Error as error:
         raise BadFileError(f"its header cannot be read: {error}; is a quote not closed?") from None
 
@@ -5350,13 +5284,11 @@ def engine_type(column: pa.Field[Any], keep_binary: bool) -> pa.DataType:
     wider = {pa.uint8(): pa.int16(), pa.uint16(): pa.int32(), pa.uint32(): pa.int64(), pa.uint64(): pa.decimal128(20)}
     if pa.types.is_timestamp(kind):
         return pa.timestamp("us", kind.tz and "UTC")
-    if pa.types.is_float16(kind):
-        return pa.float32()
     if pa.types.is_null(kind) or pa.types.is_large_string(kind):
         return pa.string()
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return pa.binary() if keep_binary else pa.string()
-    if re.match("time|duration|month|decimal256|extension|fixed_size_binary", str(kind)):
+    if re.match("time|duration|month|halffloat|decimal256|extension|fixed_size_binary", str(kind)):
         raise BadFileError(f"its column {column.name} is {kind}, which Spark does not read")
     return wider.get(kind, kind)
 
@@ -5387,9 +5319,6 @@ def parse_object(line: str, decimal: str = ".") -> dict[str, str | None]:
             raise ValueError("a key is repeated")
         return dict(pairs)
 
-    def no_number(text: str) -> NoReturn:
-        raise ValueError(f"{text} is not a number")
-
     def as_text(value: Any) -> str | None:
         if isinstance(value, str):
             return value.removeprefix(NUMBER).replace(".", decimal) if value.startswith(NUMBER) else value
@@ -5398,7 +5327,7 @@ def parse_object(line: str, decimal: str = ".") -> dict[str, str | None]:
 
     # json calls NUMBER.__add__ with the text of each number: it stays text, with a prefix that tells it from a string.
     numbers: dict[str, Any] = dict.fromkeys(("parse_int", "parse_float"), NUMBER.__add__)
-    parsed = json.loads(line, object_pairs_hook=unique, parse_constant=no_number, **numbers)
+    parsed = json.loads(line, object_pairs_hook=unique, parse_constant=int, **numbers)  # raises for NaN and Infinity
     if not isinstance(parsed, dict):
         raise ValueError("it is not a JSON object")
     values = {name: as_text(value) for name, value in parsed.items()}
@@ -5406,8 +5335,9 @@ def parse_object(line: str, decimal: str = ".") -> dict[str, str | None]:
     return values
 
 
-class TruncateError(Exception):
-    """A change event that empties its table."""
+def parse_event(line: str, decimal: str) -> dict[str, str | None] | None:
+    """Returns the values of a JSON object, or of the record of a change event; None for an event without a record."""
+    return None if line.strip() == "null" else unwrap_event(parse_object(line, decimal), decimal)
 
 
 def unwrap_event(row: dict[str, str | None], decimal: str) -> dict[str, str | None] | None:
@@ -5417,7 +5347,7 @@ def unwrap_event(row: dict[str, str | None], decimal: str) -> dict[str, str | No
     https://debezium.io/documentation/reference/stable/connectors/postgresql.html#postgresql-events
 
     Raises:
-        TruncateError: the event empties the table.
+        BadFileError: the event empties the table.
         ValueError, OverflowError: `before`, `after` or `source` cannot be read.
     """
     if "payload" in row and row.keys() <= {"schema", "payload"}:
@@ -5428,7 +5358,10 @@ def unwrap_event(row: dict[str, str | None], decimal: str) -> dict[str, str | No
     if not operation or '"connector"' not in (row.get("source") or ""):
         return row
     if operation == "t":
-        raise TruncateError
+        raise BadFileError(
+            "it says that the source has truncated the table: land a new snapshot of it, move away all events before "
+            "the snapshot, and run with --reload --accept-missing-files"
+        )
     if operation not in ("c", "r", "u", "d"):
         return None
     record = parse_object(row.get("before" if operation == "d" else "after") or "{}", decimal)
@@ -5452,7 +5385,7 @@ def column_names(header: Sequence[str]) -> list[str]:
     lower = [name.lower() for name in found]
     if repeated := [name for name in found if lower.count(name.lower()) > 1]:
         raise BadFileError(f"two columns are called {repeated[0]}")
-    reserved = {*LANDED_COLUMNS, "_record", "_rescued_data"}
+    reserved = {*LANDED_COLUMNS, *MALFORMED_COLUMNS, "_rescued_data"}
     if ours := [name for name in lower if name in reserved or name.startswith("_typed_")]:
         raise BadFileError(f"a column is called {ours[0]}, a name that the pipeline needs itself")
     return found
@@ -5481,90 +5414,97 @@ def spark_text(text: str) -> str:
     return "'{}'".format(os.fsencode(text).decode(errors="replace").replace("\\", "\\\\").replace("'", "\\'"))
 
 
-@dataclass
-class Arrivals:
-    """The files of a source folder, compared with the ledger."""
+def check_listed(listed: Sequence[LandedFile], used: Sequence[LandedFile]) -> None:
+    """Checks the files in a source folder, before any is read. Raises ConfigurationError."""
+    for file in listed:
+        if re.fullmatch(r"controls?([.].*)?", file.top, re.IGNORECASE):
+            raise ConfigurationError(f"{file.path} looks like control totals: call it {CONTROLS}")
+    for file in used:
+        if file.problem:
+            raise ConfigurationError(f"cannot read {file.path}: {file.problem}; correct it, or move it away")
 
-    arrived: Sequence[LandedFile]  # not read before, or to be read again
-    known: Sequence[LandedFile] = ()
-    ledger: Sequence[LandedFile] = ()  # the entries that stay
-    gone: Sequence[LandedFile] = ()  # read before, and not there any more
-    again: set[str] = field(default_factory=set)  # the paths of files that replace the rows they gave before
-    replaced: Sequence[int] = ()  # the deliveries of these files so far
-    number: int = 0  # the `_delivery` of rows without a file; new files have higher ones
-    has_renamed: bool = False
+
+def check_read(
+    files: Sequence[LandedFile], gone: Sequence[LandedFile], replacing: Collection[str], config: DataPipelineConfig
+) -> None:
+    """Checks that no published rows are lost, and that no bad file is left out unless that is accepted.
+
+    Raises:
+        NotPublishedError: a file is gone, or could not be read.
+    """
+    present = {file.sha256 for file in files}
+    missing = [file for file in gone if file.sha256 not in present]
+    if missing and not config.accept_missing_files:
+        sources = ", ".join(dict.fromkeys(file.source for file in missing))
+        raise NotPublishedError(
+            f"this run needs all files of {sources}, and would lose the rows of files that are gone, nothing is "
+            f"published: {shorten([file.path for file in missing])}; put them back, or accept it with "
+            "--accept-missing-files"
+        )
+    lost = [file for file in files if file.path in replacing and file.problem and not file.is_repeated]
+    bad = lost or [file for file in files if file.is_bad and config.on_bad_file == "refuse"]
+    if bad:
+        more = f"; {len(bad) - 1} more cannot be read either" if bad[1:] else ""
+        lose = "since rows of it are published, and would be lost"
+        otherwise = lose if lost else "or leave it out with --on-bad-file quarantine"
+        raise NotPublishedError(
+            f"{bad[0].path} cannot be read, nothing is published: {bad[0].problem}{more}; correct it, {otherwise}"
+        )
 
 
 def compare_with_ledger(
-    root: str, files: Sequence[LandedFile], ledger: Sequence[LandedFile], reread: str | None
-) -> Arrivals:
-    """Compares files with the ledger. A file is known if the ledger has its path with equal size and time, or content.
+    root: str, files: Iterable[LandedFile], latest: Mapping[str, LandedFile], again: Collection[str], number: int
+) -> list[LandedFile]:
+    """Returns the ledger's entries of files that are as they were when they were read, and the other files.
 
-    Raises:
-        ConfigurationError: `reread` names no file.
+    Files in `again` keep the `_delivery` that they had. Those of new files are higher than `number`.
     """
-    latest = {file.path: file for file in ledger}  # the last one read, if a file was replaced
-    has_renamed = follow_renames(root, files, latest)
-    paths = {file.path for file in files}
-    again = {path for path in paths & latest.keys() if reread and fnmatch.fnmatchcase(path, reread)}
-    if reread and not again:
-        raise ConfigurationError(
-            f"reread names no file that was read and is still there: {reread}; give a path in the source folder, "
-            f"such as {next(iter(latest), 'transactions/2026-01.csv')}"
-        )
-    number = 1 + max((file.delivery for file in ledger), default=0)
-    arrived, known = [], []
+    compared, new_numbers = [], itertools.count(number + 1)
     for file in files:
         before = latest.get(file.path)
         if before and file.path in again:  # its records keep their place among the others
-            arrived.append(dataclasses.replace(file, delivery=before.delivery))
+            compared.append(dataclasses.replace(file, delivery=before.delivery))
         elif before and is_same_file(root, file, before):
             before.size, before.mtime_ns = file.size, file.mtime_ns
-            known.append(dataclasses.replace(before, rows=0, malformed=0))
+            compared.append(dataclasses.replace(before, rows=0, malformed=0))
         else:
-            arrived.append(dataclasses.replace(file, delivery=number + 1 + len(arrived)))
-    gone = [file for path, file in latest.items() if path not in paths]
-    if gone:
-        logger.info("Gone since they were read: %s", shorten([file.path for file in gone]))
-    stay = [file for file in ledger if file.path not in again]
-    replaced = [file.delivery for file in ledger if file.path in again]
-    return Arrivals(arrived, known, stay, gone, again, replaced, number, has_renamed)
+            compared.append(dataclasses.replace(file, delivery=next(new_numbers)))
+    return compared
 
 
-def follow_renames(root: str, files: Iterable[LandedFile], latest: dict[str, LandedFile]) -> bool:
+def follow_renames(root: str, files: Iterable[LandedFile], ledger: Sequence[LandedFile]) -> bool:
     """Gives the ledger's entries of renamed files their new paths, and returns whether there are any.
 
-    A renamed file has the size, time and content of a file that is gone. `latest` has the last entry of each path.
+    A renamed file has the content of a file that is gone.
     """
-    paths = {file.path for file in files}
-    gone = {(file.source, file.size, file.mtime_ns): file for path, file in latest.items() if path not in paths}
-    renamed = False
+    paths, latest = {file.path for file in files}, {file.path: file for file in ledger}
+    gone = {file.sha256: file for path, file in latest.items() if path not in paths and not file.problem}
+    sizes, renamed = {file.size for file in gone.values()}, {}
     for file in files:
-        before = gone.get((file.source, file.size, file.mtime_ns))
-        if before and file.path not in latest and is_same_content(root, file, before):
-            logger.info("%s is %s, renamed", file.path, before.path)
-            latest[file.path] = latest.pop(before.path)
-            before.path, renamed = file.path, True
-    return renamed
+        if file.path not in latest and file.size in sizes:
+            before = gone.get(content_sha256(root, file))
+            if before and before.source == file.source and before.path not in renamed:
+                logger.info("%s is %s, renamed", file.path, before.path)
+                renamed[before.path] = file.path
+    for file in ledger:
+        file.path = renamed.get(file.path, file.path)
+    return bool(renamed)
 
 
-def is_same_content(root: str, file: LandedFile, before: LandedFile) -> bool:
-    """Returns whether a file has the content that was read before."""
+def content_sha256(root: str, file: LandedFile) -> str:
+    """Returns the SHA-256 of a file; an empty text if it cannot be read."""
     with contextlib.suppress(BadFileError, OSError):
-        return landed_sha256(os.path.join(root, file.path)) == before.sha256
-    return False
+        return landed_sha256(os.path.join(root, file.path))
+    return ""
 
 
 def is_same_file(root: str, file: LandedFile, before: LandedFile) -> bool:
     """Returns whether a file is as it was when it was read: by size and time, or else by its content."""
-    if (file.size, file.mtime_ns) == (before.size, before.mtime_ns) or is_same_content(root, file, before):
+    if (file.size, file.mtime_ns) == (before.size, before.mtime_ns) or content_sha256(root, file) == before.sha256:
         return True
     text = "%s has other content than run %s has read: it is read as new; --reread %s replaces the rows it gave"
     logger.warning(text, file.path, before.run, shlex.quote(file.path))
     return False
-
-
-SAME_CONTENT = "it has the same content as "
 
 
 def leave_out_repeated(files: Iterable[LandedFile], ledger: Iterable[LandedFile] = ()) -> None:
@@ -5575,7 +5515,7 @@ def leave_out_repeated(files: Iterable[LandedFile], ledger: Iterable[LandedFile]
     kept = {(file.source, file.sha256): file for file in (*whole, *(file for file in latest if not file.problem))}
     for file in whole:
         if (same := kept[file.source, file.sha256]) is not file:
-            file.leave_out(f"{SAME_CONTENT}{same.path}", is_bad=False)
+            file.problem = f"{SAME_CONTENT}{same.path}"
 
 
 def report_delivery(files: Sequence[LandedFile], record: RunRecord) -> None:
@@ -5585,7 +5525,7 @@ def report_delivery(files: Sequence[LandedFile], record: RunRecord) -> None:
         if file.problem:
             delivery["left_out"][file.path] = file.problem
             # A repeated file loses no data, and would be reported at every run.
-            if not file.problem.startswith(SAME_CONTENT):
+            if not file.is_repeated:
                 record.anomalies.append(f"{file.path} is left out: {file.problem}")
             logger.warning("%s is left out: %s", file.path, file.problem)
             continue
@@ -5600,115 +5540,68 @@ def report_delivery(files: Sequence[LandedFile], record: RunRecord) -> None:
         logger.info("%s: {files:,} files, {rows:,} records, {bytes:,} bytes".format(**delivery), source)
 
 
-def union_parts(
-    engine: Engine, parts: Sequence[Part], files: Sequence[LandedFile], declared: Iterable[str] = ()
-) -> DataFrame:
-    """Returns the records of the parts, without those of files that are left out.
+def union_parts(engine: Engine, parts: Sequence[Part], declared: Iterable[str] = ()) -> DataFrame:
+    """Returns the records of the parts, with the columns of all of them.
 
-    The result has the columns of all parts. A column with several types becomes text. Declared columns that no part
-    has are null.
+    A column with several types becomes text. Declared columns that no part has are null.
     """
-    frames = [read_part(engine, part) for part in parts]
-    nothing = ", ".join(f"CAST(NULL AS {kind}) AS {name}" for name, kind in LANDED_COLUMNS.items())
-    frames = frames or [engine.spark.sql(f"SELECT {nothing} WHERE false")]
-    # Reads `dtypes` once, since each use is a call to Sail's server.
-    columns_of = [{name.lower(): (name, kind) for name, kind in frame.dtypes} for frame in frames]
     spellings: dict[str, str] = {}
-    kinds: dict[str, set[str]] = {}
-    for key, (name, kind) in (column for given in columns_of for column in given.items()):
-        spellings.setdefault(key, name)
-        kinds.setdefault(key, set()).add(kind)
-    for name in (name for name in declared if name.lower() not in spellings):
-        spellings[name.lower()], kinds[name.lower()] = name, {"string"}
+    types: dict[str, set[pa.DataType]] = collections.defaultdict(set)
+    for part in parts:
+        for name, kind in zip(part.columns, part.types, strict=True):
+            spellings.setdefault(name.lower(), name)
+            types[name.lower()].add(kind)
 
-    def aligned(frame: DataFrame, given: Mapping[str, tuple[str, str]]) -> DataFrame:
-        columns = []
-        for key, spelling in spellings.items():
-            [kind] = kinds[key] if len(kinds[key]) == 1 else ["string"]
-            name, given_kind = given.get(key, (None, ""))
-            value = "NULL" if name is None else quoted(name)
-            text = cast_to_text(value, given_kind) if kind == "string" else value
-            columns.append(F.expr(text).cast(kind).alias(spelling))
-        return frame.select(*columns)
+    def renamed(part: Part) -> DataFrame:
+        columns = {}
+        for number, (name, kind) in enumerate(zip(part.columns, part.types, strict=True)):
+            value = cast_to_text(f"c{number}", kind) if len(types[name.lower()]) > 1 else f"c{number}"
+            columns[spellings[name.lower()]] = value
+        return read_part(engine, part).select(*named_columns(columns), *LANDED_COLUMNS)
 
-    rows = functools.reduce(lambda one, other: one.unionByName(other), map(aligned, frames, columns_of))
-    left_out = [file.delivery for file in files if file.problem]
-    return rows.where(~F.col("_delivery").isin(left_out)) if left_out else rows
+    nothing = ", ".join(f"CAST(NULL AS {kind}) AS {name}" for name, kind in LANDED_COLUMNS.items())
+    frames = [*map(renamed, parts)] or [engine.spark.sql(f"SELECT {nothing} WHERE false")]
+    rows = functools.reduce(lambda one, other: one.unionByName(other, allowMissingColumns=True), frames)
+    missing = {name.lower(): name for name in declared if name.lower() not in spellings}
+    return rows.select("*", *named_columns(dict.fromkeys(missing.values(), "CAST(NULL AS STRING)")))
 
 
-def cast_to_text(value: str, kind: str) -> str:
+def cast_to_text(value: str, kind: pa.DataType) -> str:
     """Returns Spark SQL for the text of a value. Numbers have no exponent if possible, timestamps are in UTC."""
-    if kind in ("float", "double"):
+    if pa.types.is_floating(kind):
         plain = f"try_cast({value} AS DECIMAL(38,6))"
         return (
             f"CASE WHEN CAST({plain} AS {kind}) = {value} THEN CAST({plain} AS STRING) ELSE CAST({value} AS STRING) END"
         )
-    return f"concat({value}, 'Z')" if kind == "timestamp" else f"CAST({value} AS STRING)"
+    has_zone = pa.types.is_timestamp(kind) and kind.tz
+    return f"concat({value}, 'Z')" if has_zone else f"CAST({value} AS STRING)"
 
 
 def read_part(engine: Engine, part: Part) -> DataFrame:
-    """Returns the records of a part, under the names of their columns."""
-    is_text = all(str(kind) == "string" for kind in part.types)
+    """Returns the records of a part, under the names c0, c1 and so on."""
     columns = {**{f"c{number}": "string" for number, _ in enumerate(part.columns)}, **LANDED_COLUMNS}
     # Without a schema, Spark runs a job to find it.
+    is_text = all(kind == pa.string() for kind in part.types)
     schema = ", ".join(f"{name} {kind}" for name, kind in columns.items()) if is_text else None
-    rows = engine.read(f"file://{part.folder}", schema)
-    named = (F.col(f"c{number}").alias(name) for number, name in enumerate(part.columns))
-    return rows.select(*named, *LANDED_COLUMNS)
+    return engine.read(f"file://{part.folder}", schema)
 
 
-class KnownExport(NamedTuple):
-    """A kind of file that ready models read: its system, source, file name patterns, and columns in lower case."""
-
-    system: str
-    source: str
-    patterns: tuple[str, ...]
-    columns: frozenset[str]
-
-
-def known_exports() -> list[KnownExport]:
-    """Returns the sources of all ready models."""
-    return [
-        KnownExport(system, source, model.patterns.get(source, (source,)), frozenset(map(str.lower, columns)))
-        for system in ready_models()
-        for model in read_models(os.path.join(READY_MODELS, system)).values()
+def recognized_exports(files: Iterable[LandedFile]) -> Iterator[str]:
+    """Names the files that have at least 80 % of the columns that ready models declare, and these models."""
+    known = [
+        (system, source, model.patterns.get(source, (source,)), {name.lower() for name in columns})
+        for system, folder in ready_models().items()
+        for model in read_models(folder).values()
         for source, columns in model.columns.items()
         if columns
     ]
-
-
-def recognized_exports(
-    headers: Iterable[tuple[LandedFile, Sequence[str]]], models: str | None
-) -> Iterator[tuple[str, str]]:
-    """Returns the files that have at least 80 % of the columns of a known export, and how `models` can read them."""
-    known = known_exports()
-    for file, header in headers:
-        given = {name.strip().lower() for name in header}
-        shares = ((len(export.columns & given) / len(export.columns), len(export.columns), export) for export in known)
-        share, _, export = max(shares, default=(0.0, 0, None))
-        if export and share >= 0.8:
-            run = "" if models == export.system else f"run with --models {export.system}"
-            [found] = assign_sources([file], {"": Model("", "", {export.source: export.patterns})}, [])
-            rename = "" if found.source == export.source else f"rename it to match {' or '.join(export.patterns)}"
-            advice = ", and ".join(filter(None, (run, rename)))
-            yield f"{file.path} looks like the {export.source} export of {export.system}", advice
-
-
-def header_of(source: LandedFiles, file: LandedFile) -> list[str]:
-    """Returns the fields of the first line of a text file; none if it cannot be read."""
-    path, unreadable = os.path.join(source.root, file.path), (BadFileError, OSError, EOFError, UnicodeError, zlib.error)
-    with contextlib.suppress(*unreadable), open_landed(path) as content:
-        text = open_text(decompressed(path, content), source.config.source_encoding)
-        return read_header(text, file.suffix, source.config)[1]
-    return []
-
-
-def export_hint(source: LandedFiles) -> str:
-    """Returns hints to append to an error about a missing source: up to three files that look like known exports."""
-    texts = [file for file in source.listed if file.suffix in (".csv", ".tsv", ".txt") and not file.problem]
-    headers = [(file, header_of(source, file)) for file in {file.top: file for file in texts}.values()]
-    hints = [f"; {looks}: {advice}" for looks, advice in recognized_exports(headers, source.config.models) if advice]
-    return "".join(hints[:3])
+    for file in files:
+        given = {name.lower() for name in file.columns}
+        shares = ((len(export[3] & given) / len(export[3]), len(export[3]), export) for export in known)
+        share, _, (system, source, patterns, _) = max(shares, default=(0, 0, ("", "", (), ())))
+        if share >= 0.8:
+            reads = f"run with --models {system}, which reads files called {' or '.join(patterns)}"
+            yield f"{file.path} looks like the {source} export of {system}: {reads}"
 
 
 INSPECTED_BYTES = 100 * MILLION  # read from each source by --inspect-source, in whole files
@@ -5723,15 +5616,6 @@ OTHER_NAMES: Mapping[str, str] = {
     "supplier": "vendor brand", "category": "group department type", "price": "cost", "weight_kg": "weight",
     "stock_quantity": "stock inventory on_hand", "created_date": "created_at since date", "is_active": "active enabled",
 }  # fmt: skip
-# Formats of dates and times: Python's, which is tested on a sample, and the same one in Spark.
-TIME_FORMATS: Mapping[str, str] = {
-    f"{day}{time}": f"{spark_day}{spark_time}"
-    for day, spark_day in (
-        ("%Y%m%d", "yyyyMMdd"), ("%d.%m.%Y", "d.M.yyyy"), ("%m/%d/%Y", "M/d/yyyy"), ("%d/%m/%Y", "d/M/yyyy"),
-        ("%Y/%m/%d", "yyyy/M/d"), ("%d-%m-%Y", "d-M-yyyy"),
-    )
-    for time, spark_time in (("", ""), (" %H:%M", " H:mm"), (" %H:%M:%S", " H:mm:ss"))
-}  # fmt: skip
 
 
 def inspect_source(config: DataPipelineConfig) -> Iterator[str]:
@@ -5743,28 +5627,25 @@ def inspect_source(config: DataPipelineConfig) -> Iterator[str]:
     source = LandedFiles(config)
     engine = choose_engine(config, source)
     engine.check()
-    sample = list(sample_files(file for file in source.listed if not file.problem))
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(engine), contextlib.ExitStack() as stack:
         engine.start(os.devnull)
         check_rules(engine, source.tables)
-        source.parts = FileReader(source.root, folder, config).read(
-            sample, with_models={file.source for file in sample}
-        )
-        for origin, number in Counter(file.source for file in source.listed).items():
-            read = [file for file in sample if file.source == origin]
+        numbers = Counter(file.source for file in source.listed)
+        source.files = list(sample_files(file for file in source.listed if not file.problem))
+        source.parts = FileReader(source.root, folder, config).read(source.files, with_models=numbers)
+        for origin, number in numbers.items():
+            read = [file for file in source.files if file.source == origin]
             yield f"{origin}: {len(read)} of {number} files read"
             for file in read:
                 number_read = f"cannot be read: {file.problem}" if file.problem else f"{file.records:,} records"
                 malformed = f", of which {file.malformed:,} are malformed lines" if file.malformed else ""
                 yield f"  {file.path}: {number_read}{malformed}"
-        exports = list(recognized_exports(((file, file.columns) for file in sample), config.models))
-        yield from (": ".join(filter(None, export)) for export in exports)
-        records = source.records(engine, sample)
-        views = {name: stack.enter_context(engine.view(rows)) for name, rows in records.items()}
+        yield from (exports := list(recognized_exports(source.files)))
+        records = {origin: source.records(engine, origin) for origin in numbers}
         for name, inputs in source.inputs.items():
             yield from ("", f"{name}:")
-            if any(file.rows for file in sample if file.source in inputs) or not inputs:
-                yield from inspect_table(engine, source, name, records, views)
+            if any(file.rows for file in source.files if file.source in inputs) or not inputs:
+                yield from inspect_table(engine, source, name, lambda rows: stack.enter_context(engine.view(rows)))
             else:
                 yield "  there is no record to look at"
             if name not in source.models and not exports:
@@ -5780,24 +5661,20 @@ def sample_files(files: Iterable[LandedFile]) -> Iterator[LandedFile]:
             yield file
 
 
-def inspect_table(
-    engine: Engine, source: LandedFiles, name: str, records: Mapping[str, DataFrame], views: Mapping[str, str]
-) -> Iterator[str]:
+def inspect_table(engine: Engine, source: LandedFiles, name: str, view: Callable[[DataFrame], str]) -> Iterator[str]:
     """Reports how each column of a table is filled, and which rules the sample violates."""
-    table = TABLES[name]
+    table, contract = TABLES[name], dict(TABLES[name].columns())
     try:
-        rows = apply_model(engine.spark, source.models[name], views) if name in source.models else records[name]
+        rows = source.staged(engine, name, view)
         given = {column.strip().lower(): (column, kind) for column, kind in rows.dtypes}
         by = f"by {name}.sql" if name in source.models else "by its name"
         required = required_columns(table)
-        for column, kind in table.columns():
+        for column, kind in contract.items():
             absent = "nothing: this is required" if column in required else "nothing: null"
             filled = f"{given[column][0]} ({given[column][1]}), {by}" if column in given else absent
             yield f"  {column:<16} {kind:<14} ← {filled}"
-        unknown = [
-            column for column in given if column not in {**dict(table.columns()), **LANDED_COLUMNS, **CHANGE_COLUMNS}
-        ]
-        yield f"  unknown columns, which go to _rescued_data: {', '.join(unknown) or 'none'}"
+        unknown = given.keys() - {*contract, *LANDED_COLUMNS, *CHANGE_COLUMNS}
+        yield f"  unknown columns, which go to _rescued_data: {', '.join(sorted(unknown)) or 'none'}"
         typed = apply_contract(rows, table, source.config)
         yield from inspect_rules(typed, source.tables[name], source.config)
     except Exception as error:
@@ -5808,78 +5685,73 @@ def inspect_table(
 
 
 def inspect_rules(rows: DataFrame, table: Table, config: DataPipelineConfig) -> Iterator[str]:
-    """Reports the rules that rows violate. The three that reject the most have an example and advice."""
+    """Reports the rules that rows violate. Those that reject rows have an example and advice."""
     found = aggregate(rows, {"records": "count(1)", **violation_counts(table.rules, config)})
-    total = found.pop("records")
-    violated = sorted((rule for rule in table.rules if found[rule.name]), key=lambda rule: -found[rule.name])
-    rejecting = [rule for rule in violated if rule.rejects(config)]
-    for rule in rejecting[:3]:
-        [example] = rows.where(rule.is_violated(config)).limit(1).collect()
-        described = describe_example(table, rule, example.asDict())
-        yield f"  {rule.name}: {found[rule.name]:,} of {total:,} records are rejected{described}"
-    yield from (f"  {rule.name}: {found[rule.name]:,} records are rejected" for rule in rejecting[3:])
-    yield from (f"  {rule.name}: {found[rule.name]:,} are kept" for rule in violated if rule not in rejecting)
+    violated = [rule for rule in table.rules if found[rule.name]]
+    for rule in sorted(violated, key=lambda rule: (not rule.rejects(config), -found[rule.name])):
+        if rule.rejects(config):
+            [example] = rows.where(rule.is_violated(config)).limit(1).collect()
+            described = describe_example(table, rule, example.asDict())
+            yield f"  {rule.name}: {found[rule.name]:,} of {found['records']:,} records are rejected{described}"
+        else:
+            yield f"  {rule.name}: {found[rule.name]:,} are kept"
     yield "  repeated keys and keys without a parent are not looked for here"
 
 
 def proposed_model(name: str, records: Mapping[str, DataFrame]) -> Iterator[str]:
-    """Proposes a staging model, over the source of the table's name or over the most similar one."""
-    table, found = TABLES[name], {source: matched_columns(name, rows.columns) for source, rows in records.items()}
-    required = {*required_columns(table), *table.key}
-    over = name if found.get(name) else max(found, key=lambda source: len(required & found[source].keys()), default="")
-    if not found.get(over) or dict(table.columns()).keys() <= {column.lower() for column in records[over].columns}:
+    """Proposes a staging model, over the source of the table's name or over the one that has most of its columns."""
+    table, required = TABLES[name], required_columns(TABLES[name])
+    found = {source: matched_columns(name, rows.columns) for source, rows in records.items()}
+    over = name if found.get(name) else max(found, key=lambda source: len({*required} & {*found[source]}), default="")
+    if not found.get(over):
         return
-    sample = records[over].select(*map(quoted, found[over].values())).limit(1_000).collect()
-    columns, remarks = [], [f"{column}: nothing looks like it" for column in sorted(required - found[over].keys())]
-    for number, (column, landed) in enumerate(found[over].items()):
-        values = [str(row[number]).strip() for row in sample if row[number] is not None]
-        kind = dict(table.columns())[column]
-        if kind in ("date", "timestamp") and (also := fitting_formats(values)[1:]):
-            remarks.append(f"{column}: {' and '.join(map(repr, also))} would fit too: choose the right one")
-        if column == "status" and (others := {value.lower() for value in values} - {*STATUSES}):
-            remarks.append(f"{column}: map with CASE: {', '.join(sorted(others))}")
-        columns.append(f"{proposed_expression(landed, column, kind, values)} AS {column}")
+    values = {column: f"max(CAST({quoted(landed)} AS STRING))" for column, landed in found[over].items()}
+    examples = {column: (value or "").strip() for column, value in aggregate(records[over], values).items()}
+    columns = {}
+    for column, kind in table.columns():
+        if column in examples:
+            columns[column] = proposed_expression(found[over][column], column, kind, examples[column])
+        elif column in required:
+            columns[column] = "NULL"
+    if over == name and all(column == expression.lower() for column, expression in columns.items()):
+        return  # the source has these names and formats already
     # Customers or products are taken from another table's file, where each occurs many times.
     is_derived = over != name and name != "transactions"
-    columns += [] if is_derived else [", ".join(LANDED_COLUMNS)]
-    yield from (f"  a model to start from, {name}.sql:", "", *(f"    -- {remark}" for remark in remarks))
-    yield "    SELECT DISTINCT" if is_derived else "    SELECT"
-    yield from ("        " + ",\n        ".join(columns), f"    FROM {over}", "")
+    yield from (f"  a model to start from, {name}.sql:", "")
+    yield "    SELECT DISTINCT" if is_derived else f"    SELECT {', '.join(LANDED_COLUMNS)},"
+    for number, (column, expression) in enumerate(columns.items(), start=1):
+        comma = "," if number < len(columns) else ""
+        remark = f"for example {examples[column][:40]!r}" if column in examples else "what is it called here?"
+        yield f"        {expression} AS {column}{comma}  -- {remark}"
+    yield from (f"    FROM {over}", "")
 
 
 def matched_columns(name: str, landed: Iterable[str]) -> dict[str, str]:
     """Finds the landed column for each column of a table: by its name, a common name, or its last words."""
-    contract = [column for column, _ in TABLES[name].columns()]
+    contract, required = dict(TABLES[name].columns()), required_columns(TABLES[name])
     free = {re.sub(r"\W+", "_", column.strip().lower()): column for column in landed if column not in LANDED_COLUMNS}
-    found = {column: free.pop(column) for column in contract if column in free}
-    for column in sorted({*contract} - found.keys(), key=lambda column: column not in required_columns(TABLES[name])):
+    found = {}
+    for column in sorted(contract, key=lambda column: (column not in free, column not in required)):
         others = [column, *OTHER_NAMES.get(column, "").split()]
         endings = (plain for other in others if other != "id" for plain in free if plain.endswith(f"_{other}"))
-        near = difflib.get_close_matches(column, free, n=1, cutoff=0.8)
-        if match := next((plain for plain in (*others, *endings, *near) if plain in free), None):
+        if match := next((plain for plain in (*others, *endings) if plain in free), None):
             found[column] = free.pop(match)
-    return {column: found[column] for column in contract if column in found}
-
-
-def fitting_formats(values: Sequence[str]) -> list[str]:
-    """Returns Spark's formats of dates and times that fit all values. 03/04/2026 may be in March or in April."""
-    found = []
-    for format, spark_format in TIME_FORMATS.items():
-        with contextlib.suppress(ValueError):
-            if values and all(datetime.strptime(value, format) for value in values):
-                found.append(spark_format)
     return found
 
 
-def proposed_expression(landed: str, column: str, kind: str, values: Sequence[str]) -> str:
-    """Returns Spark SQL that makes a column of the contract from a landed column with these values."""
+def proposed_expression(landed: str, column: str, kind: str, example: str) -> str:
+    """Returns Spark SQL that makes a column of the contract from a landed column with values such as the example."""
     name = landed if re.fullmatch(r"[A-Za-z]\w*", landed) else quoted(landed)
-    if kind in ("date", "timestamp") and (formats := fitting_formats(values)):
+    fits = not example or re.fullmatch(TEXT_PATTERNS.get(kind, ".*"), example)
+    if kind in ("date", "timestamp") and not fits:
+        days = {".": "d.M.yyyy", "/": "M/d/yyyy", "-": "d-M-yyyy"}
+        day = days.get(example.lstrip("0123456789")[:1], "yyyyMMdd")
+        time = ("", " H:mm", " H:mm:ss")[min(example.count(":"), 2)]
         # Without a zone, so that the time zone of the settings applies.
-        return f"to_{'timestamp_ntz' if kind == 'timestamp' else kind}({name}, '{formats[0]}')"
-    if kind == "bigint" and not all(re.fullmatch(TEXT_PATTERNS[kind], value) for value in values):
-        return f"xxhash64(lower(trim({name})))"  # an id that is text, such as an email: the contract needs a BIGINT
-    return f"lower(trim({name}))" if column == "status" else name
+        return f"to_{'timestamp_ntz' if kind == 'timestamp' else kind}({name}, '{day}{time}')"
+    if kind == "bigint" and not fits:  # an id that is text, such as an email: the contract needs a BIGINT
+        return f"CASE WHEN {name} <> '' THEN xxhash64(lower(trim({name}))) END"
+    return f"lower(trim({name}))" if column == "status" and example not in STATUSES else name
 
 
 # ── Inspection ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -540,9 +540,14 @@ def test_tables_of_models_that_join_are_compared(shop: Shop, caplog: pytest.LogC
     ]  # fmt: skip
     assert record.arrived["transactions"].received == 2
     assert record.quality["transactions"].received == 5
+    orders = shop.source / "transactions/1.csv"
+    orders.rename(orders.with_name("first.csv"))
+    shop.land("transactions", "first.copy", *orders.with_name("first.csv").read_text().splitlines()[1:])
+    again = shop.run(verify_incremental=True)
+    assert again.rows["bronze.transactions"] == record.rows["bronze.transactions"], "it was renamed and copied"
     payments.unlink()
     shop.land("transactions", "3", "T10,1,P1,1,9.00,2026-02-01 10:00:00,,completed")
-    with pytest.raises(NotPublishedError, match=r"transactions\.sql needs all files .*: these are gone: payments\.csv"):
+    with pytest.raises(NotPublishedError, match=r"needs all files of payments, .* gone, .*: payments\.csv; put"):
         shop.run()
 
 
@@ -687,12 +692,16 @@ def test_renamed_file_is_known(shop: Shop, caplog: pytest.LogCaptureFixture) -> 
     caplog.set_level("INFO")
     first_night(shop)
     (shop.source / "transactions/1.csv").rename(shop.source / "transactions/first.csv")
-    assert shop.run().received == 0
+    assert shop.run().rows["bronze.transactions"] == 4
     assert "transactions/first.csv is transactions/1.csv, renamed" in caplog.text
+    caplog.clear()
+    assert shop.run().kind == "unchanged"
+    assert "1.csv" not in caplog.text, "nothing is gone"
     shop.land("transactions", "first", "T1,1,P1,1,30.00,2026-01-20 10:00:00,paypal,completed")
     shop.land("transactions", "2", "T9,1,P1,1,9.00,2026-02-01 10:00:00,paypal,completed")
-    shop.run(reread="transactions/first.csv")
+    shop.run(reread="transactions/first.csv", verify_incremental=True)
     assert shop.rows("SELECT transaction_id, amount FROM transactions_clean ORDER BY 1") == [("T1", 30), ("T9", 9)]
+    assert shop.run(reload=True).rows["bronze.transactions"] == 2
 
 
 @THOROUGH

@@ -161,7 +161,10 @@ def test_rules_are_inspected(small: Small, tmp_path: Path, spark: SparkSession) 
         ("- {name: Big Amount, violation: amount > 3}", "needs another name"),
         ("- {violation: amount > 3}", "the rule '' needs another name"),
         ("- {name: x, violation: 'true'}\n- {name: x, violation: 'false'}", None),
-        ("- name: x\n  violation: amount > 3\n  name: y\n  violation: amount > 4", "each once"),
+        (
+            "- name: x\n  violation: amount > 3\n  name: y\n  violation: amount > 4",
+            "has a rule with a field twice: begin each",
+        ),
         ("- {name: x, violation: amount > 3, severty: warn}", "the rule 'x' may have a name, violation, severity"),
         ("name: x\nviolation: amount > 3", "is no list of rules: begin each with '- name:'"),
         ("- amount > 3", "is no list of rules"),
@@ -194,8 +197,8 @@ def test_folder_of_rules(tmp_path: Path) -> None:
     ("violation", "message"),
     [
         ("no_such_function(amount)", "'x' cannot be used: .*no_such_function"),
-        ("device", "the rule 'x' (cannot be used|is neither true nor false)"),
-        ("amount + quantity", "the rule 'x' (cannot be used|is neither true nor false)"),
+        ("device", "the rule 'x' cannot be used"),
+        ("amount + quantity", "the rule 'x' cannot be used"),
     ],
 )
 def test_rules_that_the_engine_refuses(
@@ -214,4 +217,5 @@ def test_changed_rule_keeps_its_place(tmp_path: Path) -> None:
     changed = read_rules(DataPipelineConfig(rules=rules))["transactions"].rules
     assert [rule.name for rule in changed] == [rule.name for rule in TABLES["transactions"].rules]
     [before] = [rule for rule in TABLES["transactions"].rules if rule.name == "status_unknown"]
-    assert {*changed} - {*TABLES["transactions"].rules} == {before._replace(severity=WARN, is_own=True)}
+    own = before._replace(severity=WARN, advice="the shop has its own", is_own=True)
+    assert {*changed} - {*TABLES["transactions"].rules} == {own}
