@@ -34,6 +34,10 @@ The words of this module:
     source       where records come from: the generator, or landed files
     delivery     the records that a run receives
     model        a SELECT that makes a bronze table from landed files
+    bronze       records as received
+    silver       records that are valid, deduplicated and enriched
+    gold         aggregates
+    rule         a check on a row; a row that does not pass violates it
     quarantine   rejected rows, with the names of the rules that they violate
     orphan       a row whose foreign key has no parent
     gate         decides whether the data may be published
@@ -54,7 +58,13 @@ is machinery: engines, storage, landed files, inspection, run record and reporti
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Until main() takes over, Ctrl-C would print the stack trace of an import.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 if sys.version_info < (3, 11):  # before the imports, which an older Python may lack
     sys.stderr.write(f"Python 3.11 or newer is needed, not {sys.version.split()[0]}; run this with a newer one\n")
@@ -85,12 +95,10 @@ import itertools
 import json
 import logging
 import math
-import os
 import re
 import secrets
 import shlex
 import shutil
-import signal
 import socket
 import stat
 import statistics
@@ -111,7 +119,7 @@ from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     import duckdb
@@ -6073,6 +6081,9 @@ def write_table_changes(
     """Writes a row per inserted or deleted row, and two per updated one. Returns their numbers by `_change_type`.
 
     The types are those of Delta Lake's change data feed. Files that both snapshots link are not read.
+
+    Raises:
+        NotPublishedError: the old rows and the changes do not give the new rows.
     """
     old, new = (
         {os.stat(file).st_ino: file for file in snapshot.files(layer, table.name)} if snapshot else {}
@@ -6095,8 +6106,19 @@ def write_table_changes(
         )""",
     )
     os.makedirs(after.path(CHANGES, table.name))
-    file = sql_text(after.path(CHANGES, table.name, f"{after.run_id}-1.parquet"))
-    ask_duckdb(connection, f"COPY (FROM changes ORDER BY {key}, _change_type DESC) TO {file} (FORMAT parquet)")
+    file = after.path(CHANGES, table.name, f"{after.run_id}-1.parquet")
+    ask_duckdb(
+        connection, f"COPY (FROM changes ORDER BY {key}, _change_type DESC) TO {sql_text(file)} (FORMAT parquet)"
+    )
+    written = duckdb_rows([file], [("_change_type", "string"), *table.columns()])
+    removed, added = (
+        f"SELECT * EXCLUDE _change_type FROM ({written}) WHERE _change_type IN {types}"
+        for types in (("delete", "update_preimage"), ("insert", "update_postimage"))
+    )
+    one, other = f"(FROM old UNION ALL {added})", f"(FROM new UNION ALL {removed})"
+    differ = f"({one} EXCEPT ALL {other}) UNION ALL ({other} EXCEPT ALL {one})"
+    if ask_duckdb(connection, f"SELECT 1 FROM ({differ}) LIMIT 1"):
+        raise NotPublishedError(f"AUDIT FAILED, nothing is published: the changes of {table.name} do not give its rows")
     counts = ask_duckdb(connection, "SELECT _change_type, count(*) AS rows FROM changes GROUP BY 1 ORDER BY 1")
     return {row["_change_type"]: row["rows"] for row in counts}
 
@@ -6847,7 +6869,7 @@ def load_config(flags: argparse.Namespace, environment: Mapping[str, str]) -> Da
 def execute(flags: argparse.Namespace, config: DataPipelineConfig) -> None:
     """Does what the flags ask for instead of a run. Raises PipelineError if that cannot be done."""
     store = Store(config.root)
-    with writing(store.root, "cannot read or write data_dir"):
+    try:
         if flags.test_alert:
             if not config.alert_webhook:
                 raise ConfigurationError(f"there is no webhook to test: set {_variable('alert_webhook')}")
@@ -6864,6 +6886,13 @@ def execute(flags: argparse.Namespace, config: DataPipelineConfig) -> None:
         else:
             logger.info("Published again: %s", roll_back(store, flags.rollback, config.lock_timeout, config))
             save_report(store, store.runs.history())
+    except OSError as error:
+        if error.filename is None:  # standard output is full or closed, and Python would flush it again at exit
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        raise PipelineError(
+            f"cannot read or write {error.filename or 'standard output'}: {error.strerror}; "
+            "check the permissions and the free space of the disk"
+        ) from None
 
 
 def report_failure(error: BaseException, flags: argparse.Namespace | None, *, has_record: bool) -> int:

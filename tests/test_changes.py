@@ -419,6 +419,22 @@ def test_delete_flag_that_cannot_be_read_is_rejected(shop: Shop) -> None:  # noq
 
 
 @THOROUGH
+def test_changes_that_do_not_give_the_new_rows_are_refused(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    first = small_shop(shop)
+    land_events(shop, 1, [delete_of("transactions", {"id": 2}, 9)])
+    real = data_pipeline.ask_duckdb
+
+    def lose_a_row(connection: duckdb.DuckDBPyConnection, sql: str) -> Any:
+        lost = "COPY (FROM changes WHERE transaction_id <> '2' "
+        return real(connection, sql.replace("COPY (FROM changes ", lost) if "transaction_id" in sql else sql)
+
+    monkeypatch.setattr(data_pipeline, "ask_duckdb", lose_a_row)
+    with pytest.raises(NotPublishedError, match="the changes of transactions_clean do not give its rows"):
+        shop.run(changes=True)
+    assert Store(shop.config.root).published() == first.run_id
+
+
+@THOROUGH
 def test_overlapping_versions_fail_the_audit(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     real = data_pipeline.customers_history
 

@@ -246,6 +246,17 @@ sys.exit(data_pipeline.main())
 """
 
 
+INTERRUPTED_IMPORT = """
+import os, signal
+os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+def test_interrupt_during_imports(tmp_path: Path) -> None:
+    (tmp_path / "argparse.py").write_text(INTERRUPTED_IMPORT)
+    assert run(tmp_path, PYTHONPATH=str(tmp_path)) == (130, "")
+
+
 def inline_metadata() -> dict[str, Any]:
     """The metadata at the head of the module, as PEP 723 reads it."""
     text = Path(data_pipeline.__file__).read_text(encoding="utf-8")

@@ -554,3 +554,12 @@ def test_folder_that_cannot_be_read_is_one_line(flag: str, of_root: Path, caplog
     [line] = caplog.records
     assert "Permission denied" in line.getMessage() or "not permitted" in line.getMessage()
     assert str(of_root) in line.getMessage()
+
+
+def test_list_of_runs_that_cannot_be_written_is_one_line(store: Store) -> None:
+    command = [sys.executable, data_pipeline.__file__, "--list-runs", "--data-dir", store.root]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "cannot read or write standard output: No space left on device" in done.stderr
