@@ -630,10 +630,11 @@ def check_gate(run: Run, source: Source, cleaned: Mapping[str, Separated]) -> No
                 record_gate_failure(run, table, "received", 0, "no rows were received")
             for rule in table.rules:
                 if rule.severity == ABORT and (rows := quality.violations[rule.name]):
-                    message = f"{rows:,} rows violate the rule {rule.name}, which aborts a run"
-                    record_gate_failure(
-                        run, table, rule.name, rows, message, f"array_contains(_reasons, '{rule.name}')"
-                    )
+                    where = f"array_contains(_reasons, '{rule.name}')"
+                    [example, *_] = example_rows(run, table, where) or [{}]
+                    described = describe_example(table, rule, example)
+                    message = f"{rows:,} rows violate the rule {rule.name}, which aborts a run{described}"
+                    record_gate_failure(run, table, rule.name, rows, message, where)
             check_quarantine_rate(run, table)
         check_currency(run, cleaned["transactions"])
         if failures := run.record.gate_failures:
@@ -711,13 +712,12 @@ def check_currency(run: Run, cleaned: Separated) -> None:
 
 
 def record_gate_failure(run: Run, table: Table, rule: str, rows: int, message: str, where: str = "true") -> None:
-    """Records and logs a reason not to publish, with up to three quarantined rows as examples."""
+    """Records a reason not to publish, and logs up to three quarantined rows as examples."""
     examples = [json.dumps(row, default=str, ensure_ascii=False) for row in example_rows(run, table, where)]
     failure = {"table": table.name, "rule": rule, "rows": rows, "message": message, "examples": examples}
     run.record.gate_failures.append(failure)
-    logger.error("%s: %s", table.name, message)
     for example in examples:
-        logger.info("  for example %s", example)
+        logger.info("%s: for example %s", table.name, example)
 
 
 def build_silver(run: Run, cleaned: Mapping[str, Separated], affected: Affected | None) -> dict[str, DataFrame]:
@@ -1809,6 +1809,7 @@ class LandedFiles(Source):
         """Finds the files that have not been read before. Raises ConfigurationError."""
         if base is None:
             return True
+        self.check(base.ledger)
         has_renamed = follow_renames(self.root, self.files, base.ledger)
         latest = {file.path: file for file in base.ledger}  # the last one read, if a file was replaced
         paths, pattern = {file.path for file in self.files}, self.config.reread
@@ -1844,13 +1845,13 @@ class LandedFiles(Source):
             return False
         return any(file.source in self.inputs[name] for file in self.arrived)
 
-    def check(self) -> None:
-        """Checks that there are files for each table. Raises ConfigurationError."""
-        if not self.listed:
+    def check(self, ledger: Sequence[LandedFile] = ()) -> None:
+        """Checks that each table has files, or had some that are in the ledger. Raises ConfigurationError."""
+        if not self.listed and not ledger:
             raise ConfigurationError(
                 f"no file in {self.root} can be read: land CSV, JSON lines, Excel (.xlsx) or Parquet"
             )
-        landed = {file.source for file in self.files}
+        landed = {file.source for file in (*self.files, *ledger)}
         for name, inputs in self.inputs.items():
             model = self.models.get(name)
             missing = [source for source in inputs if source not in landed]
@@ -1894,8 +1895,11 @@ class LandedFiles(Source):
         report_delivery(arrived, run.record)
         check_read(self.files, self.gone, self.replacing, self.config)
         read = [file for file in arrived if not file.problem or file.is_repeated]
-        self.ledger = [*self.ledger, *(dataclasses.replace(file, run=run.record.run_id) for file in read)]
         self._warn_of_missing_columns()
+        for lost in lost_columns(read, self.ledger):
+            logger.warning("%s", lost)
+            run.record.anomalies.append(lost)
+        self.ledger = [*self.ledger, *(dataclasses.replace(file, run=run.record.run_id) for file in read)]
 
     def records(self, engine: Engine, source: str) -> DataFrame:
         """Returns the records of a source, with all columns that models declare or that files of any run had."""
@@ -1905,8 +1909,8 @@ class LandedFiles(Source):
         return union_parts(engine, parts, (*self.declared[source], *earlier))
 
     def _warn_of_missing_columns(self) -> None:
-        """Warns of columns that a model declares and no file has."""
-        for source in {file.source: None for file in self.arrived}:
+        """Warns of columns that a model declares and no file has, when a source is read for the first time."""
+        for source in sorted({file.source for file in self.arrived} - {file.source for file in self.ledger}):
             landed = {name.lower() for file in self.files if file.source == source for name in file.columns}
             missing = dict.fromkeys(name for name in self.declared[source] if name.lower() not in landed)
             if landed and missing:
@@ -5355,7 +5359,7 @@ def unwrap_event(row: dict[str, str | None], decimal: str) -> dict[str, str | No
     https://debezium.io/documentation/reference/stable/connectors/postgresql.html#postgresql-events
 
     Raises:
-        BadFileError: the event empties the table.
+        BadFileError: the event empties the table, or deletes a row without its key.
         ValueError, OverflowError: `before`, `after` or `source` cannot be read.
     """
     if "payload" in row and row.keys() <= {"schema", "payload"}:
@@ -5369,6 +5373,11 @@ def unwrap_event(row: dict[str, str | None], decimal: str) -> dict[str, str | No
         raise BadFileError(
             "it says that the source has truncated the table: land a new snapshot of it, move away all events before "
             "the snapshot, and run with --reload --accept-missing-files"
+        )
+    if operation == "d" and not row.get("before"):
+        raise BadFileError(
+            "it has a delete without a key in `before`: give the table a primary key or REPLICA IDENTITY FULL, and "
+            "correct or remove the event"
         )
     if operation not in ("c", "r", "u", "d"):
         return None
@@ -5524,6 +5533,26 @@ def leave_out_repeated(files: Iterable[LandedFile], ledger: Iterable[LandedFile]
     for file in whole:
         if (same := kept[file.source, file.sha256]) is not file:
             file.problem = f"{SAME_CONTENT}{same.path}"
+
+
+def lost_columns(files: Iterable[LandedFile], ledger: Iterable[LandedFile]) -> Iterator[str]:
+    """Returns a line for each file that lacks a column of the file of its source that was read before it.
+
+    Only files with a header are compared: the keys of JSON objects may differ from record to record.
+    """
+    before: dict[str, LandedFile] = {}
+    for file in (*ledger, *files):
+        if file.problem or not file.columns or FILE_FORMATS[file.suffix] == "json":
+            continue
+        earlier, before[file.source] = before.get(file.source, file), file
+        given, known = ({name.lower() for name in each.columns} for each in (file, earlier))
+        if not file.run and (lost := known - given):
+            new = (
+                f"; it has the new columns {', '.join(sorted(given - known))}: was one renamed?"
+                if given - known
+                else ""
+            )
+            yield f"{file.path} lacks the columns {', '.join(sorted(lost))}, which {earlier.path} had{new}"
 
 
 def report_delivery(files: Sequence[LandedFile], record: RunRecord) -> None:
@@ -6606,9 +6635,10 @@ def warn_of_anomalies(record: RunRecord, store: Store, factor: float) -> None:
 def compared_figures(record: RunRecord) -> dict[tuple[str, str, float], float]:
     """Returns the rows and quarantine rates of a run, by table, format and tolerance. Bronze has what arrived."""
     rows, rate = "{:,.0f} rows", "{:.2%} of the rows quarantined"
+    received = "{:,.0f} rows arrived" if record.arrived else rows
     # The arrivals of a full refresh on a base depend on when somebody starts it, so they are not compared.
     compared = {} if record.kind == "full" and record.arrived else record.delivered
-    figures = {(f"{BRONZE}.{name}", rows, 1.0): float(quality.received) for name, quality in compared.items()}
+    figures = {(f"{BRONZE}.{name}", received, 1.0): float(quality.received) for name, quality in compared.items()}
     figures |= {(name, rate, 0.001): quality.quarantine_rate for name, quality in compared.items()}
     derived = {name: count for name, count in record.rows.items() if not name.startswith((BRONZE, QUARANTINE))}
     return figures | {(name, rows, 1.0): float(count) for name, count in derived.items()}
@@ -6628,6 +6658,8 @@ def anomalies(record: RunRecord, history: Sequence[RunRecord], factor: float) ->
     found = []
     for (name, text, noise), value in compared_figures(record).items():
         values = [figures[name, text, noise] for figures in earlier if (name, text, noise) in figures]
+        if value and name.startswith(BRONZE):  # a file is no anomaly after nights without files
+            values = [*filter(None, values)]
         median = statistics.median(values or [value])
         if not 1 / factor <= (value + noise) / (median + noise) <= factor:
             found.append(f"{name}: {text.format(value)}, against {text.format(median)} in the last {len(values)} runs")

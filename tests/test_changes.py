@@ -127,6 +127,11 @@ def test_truncate() -> None:
         unwrap_event(data_pipeline.parse_object(json.dumps(POSTGRES | {"op": "t", "after": None})), ".")
 
 
+def test_delete_without_its_key() -> None:
+    with pytest.raises(BadFileError, match="a delete without a key in `before`: give the table a primary key"):
+        unwrap_event(data_pipeline.parse_object(json.dumps(POSTGRES | {"op": "d", "before": None})), ".")
+
+
 def day(number: int) -> datetime:
     return datetime(2026, 1, number)
 
