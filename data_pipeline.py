@@ -821,8 +821,9 @@ class Run:
                 )
             with self.step("start of the executors"):
                 self.engine.wait_for_executors()
-            with self.step("storage probe"):
-                check_shared_storage(self.engine, self.snapshot)
+            if self.snapshot.folder:
+                with self.step("storage probe"):
+                    check_shared_storage(self.engine, self.snapshot)
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
@@ -878,11 +879,18 @@ class Run:
 
     def cached(self, rows: DataFrame) -> DataFrame:
         """Caches rows until the end of the layer."""
-        return self._cached.enter_context(self.engine.cached(rows, self.snapshot.folder))
+        if not self.engine.keeps_rows:
+            return self.stored(rows)
+        rows = rows.persist()
+        self._cached.callback(rows.unpersist)
+        return rows
 
     def stored(self, rows: DataFrame) -> DataFrame:
         """Writes rows to files until the end of the layer. Unlike cached rows, they do not lengthen later plans."""
-        return self._cached.enter_context(self.engine.stored(rows, self.snapshot.folder))
+        path = self.temporary_folder(f".stored-{secrets.token_hex(4)}") + "/rows"
+        self.engine.save(rows, path)
+        # Without rows, Sail writes no files.
+        return self.engine.read(path, rows.schema) if os.path.exists(path) else rows.limit(0)
 
     def temporary_folder(self, name: str) -> str:
         """Makes a local folder (inside the snapshot if that is local) and removes it at the end of the layer."""
@@ -918,29 +926,27 @@ class Run:
             rows = self.engine.coalesced(rows, partition_count(received))
         elif layer == GOLD:
             rows = rows.coalesce(1).sortWithinPartitions(*map(sort_order, table.order))
-        uri = self.snapshot.table_uri(layer, table.name)
         counts = self._write_files(layer, table, rows, {"rows": "count(1)", **(metrics or {})})
         self.record.rows[name] = self.record.rows.get(name, 0) + counts["rows"]
         self.record.bytes[name] = self.snapshot.size(layer, table.name)
         # The number of rows includes those in linked files.
-        rows_written, folder = f"{self.record.rows[name]:,} rows", uri.removeprefix("file://")
+        rows_written, folder = f"{self.record.rows[name]:,} rows", self.snapshot.path(layer, table.name)
         logger.info("✓ Saved %s to: %s (%s, %.2f s)", table.name, folder, rows_written, time.perf_counter() - started)
         return counts
 
     def _write_files(self, layer: str, table: Table, rows: DataFrame, metrics: Mapping[str, str]) -> dict[str, Any]:
         """Writes the files of a table. Bronze files and files by month carry the run id: later snapshots link them."""
-        uri = self.snapshot.table_uri(layer, table.name)
+        path = self.snapshot.path(layer, table.name)
         # One file for each month takes longer to write. It only helps if later runs link the files.
         month = month_sql(table) if self.config.source_dir or self.config.incremental else ""
         if self.snapshot.folder is None or not (layer == BRONZE or month):
-            return self.engine.write(rows, uri, metrics)
-        staged = self.snapshot.table_uri(f".{layer}.{table.name}")
-        has_links = bool(self.snapshot.files(layer, table.name))
-        counts = self.engine.write(rows, staged, metrics, month)
-        self.snapshot.adopt(staged, layer, table.name, keep=counts["rows"] > 0 or not has_links)
-        if not self.snapshot.files(layer, table.name):  # without rows, there is no month
-            self.engine.write(rows.limit(0).coalesce(1), staged, {})
-            self.snapshot.adopt(staged, layer, table.name)
+            counts = self.engine.write(rows, path, metrics)
+        else:
+            staged = self.snapshot.path(f".{layer}.{table.name}")
+            counts = self.engine.write(rows, staged, metrics, month)
+            self.snapshot.adopt(staged, layer, table.name, keep=counts["rows"] > 0)
+        if self.snapshot.folder and not self.snapshot.files(layer, table.name):
+            self.snapshot.write_empty(layer, table)
         return counts
 
     def add_linked(self, layer: str, table: Table, rows: int) -> None:
@@ -950,11 +956,8 @@ class Run:
         self.record.bytes[name] = self.snapshot.size(layer, table.name)
 
     def read(self, layer: str, table: Table, files: Sequence[str] = ()) -> DataFrame:
-        """Returns a table of the snapshot, or only the rows of some of its files.
-
-        It has the declared schema, so that Spark does not have to read the schema from the files.
-        """
-        return self.engine.read(files or self.snapshot.table_uri(layer, table.name), table.schema_in(layer))
+        """Returns a table of the snapshot, or only the rows of some of its files."""
+        return self.snapshot.read(self.engine, layer, table, files)
 
 
 # ── Contract ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -3100,7 +3103,7 @@ class Base:
 
     def read(self, engine: Engine, layer: str, table: Table, files: Sequence[str] = ()) -> DataFrame:
         """Returns a table of the base, or only the rows of some of its files."""
-        return engine.read(files or self.snapshot.table_uri(layer, table.name), table.schema_in(layer))
+        return self.snapshot.read(engine, layer, table, files)
 
 
 def state_of(config: DataPipelineConfig, source: Source) -> dict[str, Any]:
@@ -3500,14 +3503,6 @@ def aggregate(rows: DataFrame, metrics: Mapping[str, str]) -> dict[str, Any]:
     return values.asDict()  # type: ignore[no-any-return]
 
 
-def write_parquet(rows: DataFrame, uri: str, month: str = "") -> None:
-    """Writes rows as Parquet: flat, or in a folder for each month."""
-    if month:
-        rows.withColumn("_month", F.expr(month)).write.mode("error").partitionBy("_month").parquet(uri)
-    else:
-        rows.write.mode("error").parquet(uri)
-
-
 def install_command(requirements: str) -> str:
     """Returns the command that installs a requirements file for this Python, from any folder."""
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), requirements)
@@ -3649,6 +3644,7 @@ class Engine(ABC):
 
     spark: SparkSession  # from `start` on
     shares_storage = False  # from `start` on: whether other machines write the tables
+    keeps_rows = True  # whether cached rows stay in memory; otherwise they are written to files
 
     def __init__(self, config: DataPipelineConfig, rows: int, given: SparkSession | None) -> None:
         self.config = config
@@ -3759,16 +3755,22 @@ class Engine(ABC):
             "SPARK_LOCAL_DIRS; the published data has not changed"
         )
 
-    def read(self, uri: str | Sequence[str], schema: Any = None) -> DataFrame:
+    def location(self, path: str) -> str:
+        """Returns the URI of a path, since Spark may have another default file system."""
+        return path if is_uri(path) else f"file://{path}"
+
+    def read(self, paths: str | Sequence[str], schema: Any = None) -> DataFrame:
         """Returns the rows of a Parquet table, or of some files. Without a schema, the engine reads it from them."""
         reader = self.spark.read if schema is None else self.spark.read.schema(schema)
-        return reader.parquet(*([uri] if isinstance(uri, str) else map(self.local_uri, uri)))
+        return reader.parquet(*map(self.location, [paths] if isinstance(paths, str) else paths))
 
-    def local_uri(self, path: str) -> str:
-        """Returns the URI of a file or folder of this machine."""
-        return f"file://{path}"
+    def save(self, rows: DataFrame, path: str, month: str = "") -> None:
+        """Writes rows as Parquet: flat, or in a folder for each month."""
+        if month:
+            rows = rows.withColumn("_month", F.expr(month))
+        rows.write.mode("error").parquet(self.location(path), partitionBy="_month" if month else None)
 
-    def write(self, rows: DataFrame, uri: str, metrics: Mapping[str, str], month: str = "") -> dict[str, Any]:
+    def write(self, rows: DataFrame, path: str, metrics: Mapping[str, str], month: str = "") -> dict[str, Any]:
         """Writes rows as Parquet, and returns the metrics over them.
 
         With `month`, a text in Spark SQL, the rows of each month are in files of a folder `_month=2026-01`.
@@ -3779,26 +3781,8 @@ class Engine(ABC):
         # is repeated because a machine was lost, it would count twice.
         observation = Observation()
         observed = rows.observe(observation, F.expr(f"to_json({named_struct(metrics)}) AS metrics"))
-        write_parquet(observed, uri, month)
+        self.save(observed, path, month)
         return json.loads(observation.get["metrics"])  # type: ignore[no-any-return]
-
-    @contextlib.contextmanager
-    def cached(self, rows: DataFrame, folder: str | None) -> Iterator[DataFrame]:
-        """Caches rows until the end of the block. An engine that caches on disk uses the folder."""
-        persisted = rows.persist()
-        try:
-            yield persisted
-        finally:
-            persisted.unpersist()
-
-    @contextlib.contextmanager
-    def stored(self, rows: DataFrame, folder: str | None) -> Iterator[DataFrame]:
-        """Writes rows to files until the end of the block. Unlike cached rows, they have no plan."""
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            path = f"{temporary}/rows"
-            write_parquet(rows, self.local_uri(path))
-            # Without rows, Sail writes no files.
-            yield self.read(self.local_uri(path), rows.schema) if os.path.exists(path) else rows.limit(0)
 
     @contextlib.contextmanager
     def view(self, rows: DataFrame) -> Iterator[str]:
@@ -4004,6 +3988,8 @@ class Spark(Engine):
 class Sail(Engine):
     """Sail, an engine in Rust, as a server for Spark Connect within this process."""
 
+    keeps_rows = False
+
     def start(self, spark_log: str, temporary_folder: str = "") -> None:
         super().start(spark_log, temporary_folder)
         # Sail replaces the SIGINT handler below Python. Setting Python's handler again restores it.
@@ -4035,39 +4021,18 @@ class Sail(Engine):
     def describe(self) -> str:
         return f"Sail {importlib.metadata.version('pysail')}, as Spark {self.spark.version},"
 
-    def read(self, uri: str | Sequence[str], schema: Any = None) -> DataFrame:
-        return super().read(uri.removeprefix("file://") if isinstance(uri, str) else uri, schema)
+    def location(self, path: str) -> str:
+        """Returns a path without a scheme, since Sail would decode %41 in a URI."""
+        return path.removeprefix("file://")
 
-    def local_uri(self, path: str) -> str:
-        """Returns the path, since Sail would decode %41 in a URI."""
-        return path
-
-    def write(self, rows: DataFrame, uri: str, metrics: Mapping[str, str], month: str = "") -> dict[str, Any]:
-        """Writes rows, and reads them back to count them: Sail cannot count while it writes.
-
-        Sail writes no file for a table without rows. Then this method writes an empty file with the columns.
-        """
-        uri = uri.removeprefix("file://")
-        write_parquet(rows, uri, month)
-        counts = aggregate(self.read(uri, rows.schema), metrics)
-        if not counts["rows"] and not is_uri(uri) and not os.path.exists(uri):
-            import pyarrow.parquet
-            from pyspark.sql.pandas.types import to_arrow_schema
-
-            os.makedirs(uri)
-            empty = to_arrow_schema(rows.schema).empty_table()
-            pyarrow.parquet.write_table(empty, f"{uri}/part-0.parquet", store_decimal_as_integer=True)
-        return counts
+    def write(self, rows: DataFrame, path: str, metrics: Mapping[str, str], month: str = "") -> dict[str, Any]:
+        """Writes rows, and reads them back to count them: Sail cannot count while it writes."""
+        self.save(rows, path, month)
+        return aggregate(self.read(path, rows.schema), metrics)
 
     def coalesced(self, rows: DataFrame, partitions: int) -> DataFrame:
         """Returns the rows in one partition, or unchanged: Sail hangs if a large table is coalesced to two."""
         return rows if partitions > 1 else rows.coalesce(partitions)
-
-    @contextlib.contextmanager
-    def cached(self, rows: DataFrame, folder: str | None) -> Iterator[DataFrame]:
-        """Stores the rows: Sail keeps nothing in memory."""
-        with self.stored(rows, folder) as stored:
-            yield stored
 
 
 def check_shared_storage(engine: Engine, snapshot: Snapshot) -> None:
@@ -4075,26 +4040,22 @@ def check_shared_storage(engine: Engine, snapshot: Snapshot) -> None:
 
     If the folder is not shared, Spark reports success, but the rows stay on the machines of the executors.
     """
-    lines, spark, uri, root = 10_000, engine.spark, snapshot.table_uri("probe"), engine.config.root
+    rows, root, probe = 10_000, engine.config.root, snapshot.path("probe")
     advice = (
         "use one folder that all machines share (by NFS, for example), or a URI such as hdfs:// or s3a://; workers "
         "must run as the user of this process, with write access"
     )
     try:
-        spark.sql(f"SELECT CAST(id AS STRING) FROM range({lines})").write.text(uri)
-        seen = snapshot.count_and_remove_lines("probe")
-        if seen is None:
-            seen = spark.read.text(uri).count()
-            context = spark.sparkContext
-            folder: Any = context._jvm.org.apache.hadoop.fs.Path(uri)  # type: ignore[union-attr]
-            folder.getFileSystem(context._jsc.hadoopConfiguration()).delete(folder, True)
+        engine.save(engine.spark.range(rows), probe)
+        seen = sum(map(parquet_rows, snapshot.files("probe")))
     except Exception as error:
         if engine.is_infrastructure_failure(error):
             raise
         raise PipelineError(f"cannot use data_dir {root}: {root_cause(error)}; {advice}") from error
-    if seen != lines:
+    shutil.rmtree(probe, ignore_errors=True)
+    if seen != rows:
         raise PipelineError(
-            f"data_dir {root} is not shared: the executors wrote {lines:,} lines there, and {seen:,} of "
+            f"data_dir {root} is not shared: the executors wrote {rows:,} rows there, and {seen:,} of "
             f"them are on this machine; {advice}"
         )
 
@@ -4354,24 +4315,26 @@ class Snapshot:
         """Returns a path in the snapshot."""
         return "/".join((self.root, *names))
 
-    def table_uri(self, *names: str) -> str:
-        """Returns the URI of a table. It has a scheme, since the engine may have another default file system."""
-        return ("file://" if self.folder else "") + self.path(*names)
+    def read(self, engine: Engine, layer: str, table: Table, files: Sequence[str] = ()) -> DataFrame:
+        """Returns a table, or only the rows of some of its files.
 
-    def count_and_remove_lines(self, name: str) -> int | None:
-        """Counts the lines of the text files in a folder and removes it. Returns None if only the engine can do it."""
-        if self.folder is None:
-            return None
-        lines = sum(len(file.read_text().splitlines()) for file in Path(self.folder, name).glob("[!._]*"))
-        shutil.rmtree(Path(self.folder, name), ignore_errors=True)
-        return lines
+        It has the declared schema, so that Spark does not have to read the schema from the files.
+        """
+        return engine.read(files or self.path(layer, table.name), table.schema_in(layer))
+
+    def write_empty(self, layer: str, table: Table) -> None:
+        """Writes a file without rows for a table that has no files: the engine has written none."""
+        os.makedirs(self.path(layer, table.name), exist_ok=True)
+        file = sql_text(self.path(layer, table.name, f"{self.run_id}-0.parquet"))
+        with duckdb_connection(self.root) as connection:
+            connection.execute(f"COPY ({duckdb_rows([], table.columns(layer))}) TO {file} (FORMAT parquet)")
 
     def adopt(self, staged: str, layer: str, name: str, *, keep: bool = True) -> None:
         """Moves the files of a staged table into a table of the snapshot, or removes them.
 
         Their names begin with their month, if they have one, and the run id.
         """
-        folder, target = Path(staged.removeprefix("file://")), Path(self.path(layer, name))
+        folder, target = Path(staged), Path(self.path(layer, name))
         target.mkdir(parents=True, exist_ok=True)
         first = 1 + len(self.files(layer, name))
         for number, file in enumerate(sorted(folder.rglob("[!.]*.parquet")) if keep else (), start=first):
@@ -5591,7 +5554,7 @@ def read_part(engine: Engine, part: Part) -> DataFrame:
     # Without a schema, Spark runs a job to find it.
     is_text = all(kind == pa.string() for kind in part.types)
     schema = ", ".join(f"{name} {kind}" for name, kind in columns.items()) if is_text else None
-    return engine.read(f"file://{part.folder}", schema)
+    return engine.read(part.folder, schema)
 
 
 def recognized_exports(files: Iterable[LandedFile]) -> Iterator[str]:
