@@ -3468,17 +3468,7 @@ CLUSTER_FAILED = (
     "SparkContext was shut down|stopped SparkContext|Master removed our application|ExecutorLostFailure|FetchFailed"
 )
 DISK_FULL = "No space left on device|Disk quota exceeded"
-# Texts of Spark's errors about mistakes in the environment, and what to do.
-MISTAKES: Mapping[str, str] = {
-    "System memory .* must be at least": "give Java more, with --driver-memory in PYSPARK_SUBMIT_ARGS, "
-    "spark.driver.memory in spark-defaults.conf, or -Xmx in _JAVA_OPTIONS",
-    "JAVA_GATEWAY_EXITED|Too many open files": "see the limits that `ulimit -n`, `-u` and `-v` show, and the options "
-    "of Java in _JAVA_OPTIONS, JAVA_TOOL_OPTIONS and SPARK_SUBMIT_OPTS",
-    "SPARK_HOME may not be configured correctly": "correct SPARK_HOME, or unset it",
-    r"hadoop\.fs\.\S+ not found": "give Spark Hadoop's jar for data_dir "
-    "with spark.jars.packages in spark-defaults.conf",
-    "No FileSystem for scheme": "correct data_dir: no file system of Spark has this scheme",
-}
+NO_FILE_SYSTEM = r"hadoop\.fs\.\S+ not found|No FileSystem for scheme"
 
 
 def partition_count(rows: int, rows_each: int = ROWS_PER_FILE) -> int:
@@ -3557,11 +3547,6 @@ def start_failure(error: Exception, spark_log: str) -> str:
     return root_cause(error)
 
 
-def advice_on(error: Exception) -> str | None:
-    """Returns what to do about a mistake in the environment; None for other errors."""
-    return next((advice for mistake, advice in MISTAKES.items() if re.search(mistake, str(error))), None)
-
-
 def log_reference(spark_log: str) -> str:
     """Returns a text to append to a message: the name of Spark's own log, or nothing if the log is empty."""
     return f"; Spark's own log: {spark_log}" if os.path.isfile(spark_log) and os.path.getsize(spark_log) else ""
@@ -3584,12 +3569,10 @@ def choose_engine(
         raise ConfigurationError(
             "engine spark does not use Spark Connect: unset SPARK_REMOTE, or pass a session of Spark in this process"
         )
-    if config.engine == "sail" and spark is not None and not is_remote:
-        raise ConfigurationError("engine sail cannot use a session of Spark: choose engine spark, or pass none")
-    if config.engine == "sail" and not is_local(config.spark_master or ""):
+    if config.engine == "sail" and ((spark and not is_remote) or not is_local(config.spark_master or "")):
         raise ConfigurationError(
-            f"engine sail runs within this process, and on no cluster: leave spark_master {config.spark_master} "
-            "out, or choose engine spark"
+            "engine sail runs within this process, and on no cluster or session of Spark: leave spark_master out and "
+            "pass no session, or choose engine spark"
         )
     if spark is not None and (spark.is_stopped if is_remote else is_stopped(spark)):  # type: ignore[attr-defined]
         raise PipelineError("the session that was passed is stopped: pass one that runs, or none")
@@ -3625,15 +3608,6 @@ def is_stopped(spark: SparkSession) -> bool:
 def is_local(master: str) -> bool:
     """Returns whether the master stands for threads of this machine."""
     return not master or master.startswith("local")
-
-
-def configured_master(config: DataPipelineConfig) -> str:
-    """Returns `spark_master` or `SPARK_MASTER`. If both are empty, Spark chooses. Raises ConfigurationError."""
-    master = config.spark_master or os.environ.get("SPARK_MASTER") or None
-    try:
-        return parse_setting("spark_master", master) or ""
-    except ConfigurationError as error:
-        raise ConfigurationError(f"SPARK_MASTER: {error}") from None
 
 
 class Engine(ABC):
@@ -3741,19 +3715,19 @@ class Engine(ABC):
         return bool(re.search(f"{CLUSTER_FAILED}|{DISK_FULL}", str(error)))
 
     def explain(self, error: Exception, step: str, spark_log: str) -> PipelineError | None:
-        """Explains a failure of machines, disks or settings in a step; returns None for other errors."""
-        if advice := advice_on(error):
-            return PipelineError(f"{root_cause(error)}, in {step}: {advice}{log_reference(spark_log)}")
-        full = re.search(DISK_FULL, str(error))
-        if full is None:
-            return None
-        task = re.search(r"\(TID \d+\) \((\S+) executor", str(error))
-        machine = f" on {task[1]}" if task else ""
-        return PipelineError(
-            f"the disk of {self.config.root}, or of Spark's own files{machine}, is full ({full[0]}, in {step}): "
-            "free some room, or choose another folder with --data-dir, or for Spark's own files with "
-            "SPARK_LOCAL_DIRS; the published data has not changed"
-        )
+        """Explains a failure of disks or storage in a step; returns None for other errors."""
+        if full := re.search(DISK_FULL, str(error)):
+            return PipelineError(
+                f"the disk of {self.config.root}, or of Spark's own files, is full ({full[0]}, in {step}): free some "
+                "room, or choose another folder with --data-dir, or for Spark's own files with SPARK_LOCAL_DIRS; the "
+                "published data has not changed"
+            )
+        if re.search(NO_FILE_SYSTEM, str(error)):
+            return PipelineError(
+                f"{root_cause(error)}, in {step}: correct data_dir, or give Spark Hadoop's jar for it with "
+                f"spark.jars.packages in spark-defaults.conf{log_reference(spark_log)}"
+            )
+        return None
 
     def location(self, path: str) -> str:
         """Returns the URI of a path, since Spark may have another default file system."""
@@ -3810,36 +3784,33 @@ class Spark(Engine):
         super().__init__(config, rows, given)
         self.lost = threading.Event()  # set when a cluster has had no executor for too long
         self.temporary_folder = ""  # for Java and Spark; if empty, they choose one
-        self.master = configured_master(config)  # if empty, Spark chooses it
+        # If empty, Spark chooses it.
+        self.master = parse_setting("spark_master", config.spark_master or os.environ.get("SPARK_MASTER") or None) or ""
 
     def check(self) -> None:
         if os.environ.get("SPARK_HOME"):
             check_packages("requirements.txt", "findspark")
         if self.given is None:
-            check_java()
+            if starts_jvm():
+                check_java()
             scheme, _, servers = self.master.partition("://")
             if scheme == "spark":
                 check_reachable("no Spark master", servers, "choose another with --spark-master")
 
     def create_session(self, spark_log: str) -> SparkSession:
-        import_spark()  # before anything else imports pyspark
-        from py4j.protocol import Py4JError
-        from pyspark.errors import PySparkException
-
         # By default, Spark's workers use the `python3` of the PATH.
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
         try:
             if starts_jvm():
+                import_spark()  # before anything else imports pyspark
                 self.launch_jvm(spark_log)
             spark = self.builder(self.options()).getOrCreate()
-        except (Py4JError, PySparkException) as error:
-            advice = advice_on(error) or (
-                "correct its settings: the master must run this version of Spark; --driver-host or SPARK_LOCAL_IP must "
-                "be an address of this machine"
-            )
+        except Exception as error:  # of Java, Spark, Py4J, findspark or the system
             raise PipelineError(
                 f"Spark does not start{' on ' if self.master else ''}{self.master}: {start_failure(error, spark_log)}; "
-                f"{advice}{log_reference(spark_log)}"
+                "correct SPARK_HOME, Spark's settings (such as --driver-memory in PYSPARK_SUBMIT_ARGS), or the limits "
+                "that `ulimit -n`, `-u` and `-v` show; the master must run this version of Spark; --driver-host or "
+                f"SPARK_LOCAL_IP must be an address of this machine{log_reference(spark_log)}"
             ) from error
         _Py4JCache.install(spark.sparkContext._jvm)
         return spark
@@ -3858,7 +3829,9 @@ class Spark(Engine):
         self.shares_storage = not is_local(self.master)
         if self.shares_storage:
             self.tag_jobs()
-            self._started.enter_context(self.watched())
+            ended = threading.Event()
+            self._started.callback(ended.set)
+            call_in_thread(self.watch, ended)
 
     def launch_jvm(self, spark_log: str) -> None:
         """Launches the JVM, whose output is Spark's own log, before the session needs it."""
@@ -3921,34 +3894,16 @@ class Spark(Engine):
         with contextlib.suppress(Py4JError):  # Java has ended, and the jobs with it
             self.spark.sparkContext.cancelJobsWithTag(self._tag)
 
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
+    def watch(self, ended: threading.Event) -> None:
         """Cancels the jobs of the run if there is no executor for too long. Spark itself would wait for ever."""
-        from py4j.protocol import Py4JError
-
-        ended = threading.Event()
-
-        def watch() -> None:
-            last_seen = time.monotonic()
-            with contextlib.suppress(Py4JError):  # Spark has ended: then the jobs fail by themselves
-                while not ended.wait(1):
-                    if self.executors():
-                        last_seen = time.monotonic()
-                    elif time.monotonic() - last_seen > self.config.cluster_timeout:
-                        self.lost.set()
-                    if self.lost.is_set():
-                        self.cancel_jobs()
-
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            watcher.join()
-            with contextlib.suppress(Py4JError):
+        last_seen = time.monotonic()
+        while not ended.wait(1):
+            if self.executors():
+                last_seen = time.monotonic()
+            elif time.monotonic() - last_seen > self.config.cluster_timeout:
+                self.lost.set()
+            if self.lost.is_set():
                 self.cancel_jobs()
-                self.spark.sparkContext.removeJobTag(self._tag)
 
     def executors(self) -> int:
         """Returns the number of live executors."""
@@ -4076,21 +4031,19 @@ def spark_home() -> Path:
 
 
 def import_spark() -> None:
-    """Imports the Spark of `SPARK_HOME`, if set. Raises PipelineError if another version was imported before."""
-    home = os.environ.get("SPARK_HOME")
-    if not home or not starts_jvm():  # spark-submit has made its own Spark importable already
-        return
-    import findspark
+    """Imports the Spark of `SPARK_HOME`, if set. Raises ImportError if another version was imported before."""
+    if home := os.environ.get("SPARK_HOME"):
+        import findspark
 
-    findspark.init(home)
-    import pyspark
+        findspark.init(home)
+        import pyspark
 
-    version = ".".join(map(str, spark_version(spark_home())))
-    if not pyspark.__version__.startswith(version):  # a notebook, for example, has imported another one
-        raise PipelineError(
-            f"SPARK_HOME {home} is Spark {version}, but pyspark {pyspark.__version__} was imported from "
-            f"{os.path.dirname(pyspark.__file__)}: unset SPARK_HOME, or set it to that version"
-        )
+        version = ".".join(map(str, spark_version(Path(home))))
+        if not pyspark.__version__.startswith(version):  # a notebook, for example, has imported another one
+            folder = os.path.dirname(pyspark.__file__)
+            raise ImportError(
+                f"SPARK_HOME {home} is Spark {version}, but pyspark {pyspark.__version__} was imported from {folder}"
+            )
 
 
 def spark_version(home: Path) -> tuple[int, ...]:
@@ -4113,42 +4066,32 @@ def java_home(spark: tuple[int, ...]) -> Path | None:
 
 
 def java_version(home: Path) -> str:
-    """Returns the version of Java from its file `release`, or else by running it, which takes 0.1 s."""
-    java = home / "bin" / "java"
-    if not os.access(java, os.X_OK) or java.is_dir():
-        raise PipelineError(f"no Java in {home}: it has no bin/java to run; correct JAVA_HOME, or unset it")
-    release = home / "release"
-    text = release.read_text(errors="replace") if release.is_file() else ""
-    if "JAVA_VERSION=" not in text:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            text = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=10, check=False).stderr
+    """Returns the version of Java from its file `release`, or by running it (0.1 s). Raises PipelineError."""
+    release, java, text = home / "release", home / "bin" / "java", ""
+    with contextlib.suppress(OSError):
+        text = release.read_text(errors="replace") if release.is_file() else ""
+        if "JAVA_VERSION=" not in text:
+            text = subprocess.run([java, "-version"], capture_output=True, text=True, check=False).stderr
     version = re.search(r'version(?:="| ")(\d[\w.]*)', text, re.IGNORECASE)
     if version is None:
-        raise PipelineError(f"the Java in {home} does not say its version; set JAVA_HOME to a working Java")
+        raise PipelineError(f"no Java in {home}: it has no bin/java to run; correct JAVA_HOME, or unset it")
     return version[1]
 
 
 def check_java() -> None:
     """Finds a Java that this version of Spark supports, and sets `JAVA_HOME`. Raises PipelineError."""
-    if not starts_jvm():
-        return
     spark = spark_version(spark_home())
-    oldest, newest = (8, 22) if spark < (4,) else (17, 999)
     name = f"Spark {'.'.join(map(str, spark))}"
-    wanted = f"{name} needs Java {oldest} " + (f"to {newest}" if newest < 99 else "or newer")
     if spark < (3, 5):
         raise PipelineError(f"{name} in {spark_home()} is too old: 3.5 or newer is needed; set SPARK_HOME to one")
-    if spark < (4,) and sys.version_info >= (3, 14):
-        logger.warning(
-            "%s is made for Python up to 3.11, and tested up to 3.13: this is %d.%d", name, *sys.version_info[:2]
-        )
+    oldest, newest, wanted = (8, 22, "Java 8 to 22") if spark < (4,) else (17, math.inf, "Java 17 or newer")
     home = java_home(spark)
     if home is None:
         bring = f"run `{install_command('requirements.txt')}`, or " if spark < (4,) else ""
-        raise PipelineError(f"no Java found: {wanted}; {bring}install one and set JAVA_HOME to it")
+        raise PipelineError(f"no Java found: {name} needs {wanted}; {bring}install one and set JAVA_HOME to it")
     version = java_version(home)
     if not oldest <= int(version.removeprefix("1.").partition(".")[0]) <= newest:
-        raise PipelineError(f"{wanted}, but {home} is Java {version}; set JAVA_HOME to one that fits")
+        raise PipelineError(f"{name} needs {wanted}, but {home} is Java {version}; set JAVA_HOME to one that fits")
     os.environ["JAVA_HOME"] = str(home)
 
 
@@ -4191,30 +4134,24 @@ def archive_options(java: Path, spark: Path) -> list[str]:
     or does not fit its version or the jars. A dynamic archive (`-XX:ArchiveClassesAtExit`) is as fast, but Java crashes
     with it when a flight recorder runs, and may not start at all.
     """
-    version = java_version(java)
+    version, path = java_version(java), class_path(spark)
     # Java makes no archive if a folder of the class path contains files, such as Spark's settings.
-    folders = (folder for folder in class_path(spark).split(":") if os.path.isdir(folder))
-    if int(version.partition(".")[0]) < 17 or any(map(os.listdir, folders)):
+    if int(version.partition(".")[0]) < 17 or any(map(os.listdir, filter(os.path.isdir, path.split(":")))):
         return []
-    parts = (ARCHIVE_FORMAT, java, spark, version, (spark / "jars").stat().st_mtime_ns, class_path(spark))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "data_pipeline")
-    archive = cache / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.jsa"
-    options = []
+    parts = (ARCHIVE_FORMAT, java, spark, version, (spark / "jars").stat().st_mtime_ns, path)
+    name = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    archive = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "data_pipeline", f"{name}.jsa")
     try:
-        cache.mkdir(parents=True, exist_ok=True)
         if archive.exists():
-            options = [f"-XX:SharedArchiveFile={archive}", "-Xlog:cds=off", "-Xlog:cds+dynamic=off"]
-            os.utime(archive)
-        elif shutil.disk_usage(cache).free > 2_000 * MILLION:
-            (classes := archive.with_suffix(f".{secrets.token_hex(4)}")).touch()
-            atexit.register(make_archive_later, archive, classes, java, spark)
-            options = [f"-XX:DumpLoadedClassList={classes}"]
-        for file in cache.iterdir():  # archives unused for 30 days, and files of killed processes
-            if file.stat().st_mtime < time.time() - (30 if file.suffix == ".jsa" else 1) * 86_400:
-                file.unlink()
+            os.utime(archive)  # shows that it is in use
+            return [f"-XX:SharedArchiveFile={archive}", "-Xlog:cds=off", "-Xlog:cds+dynamic=off"]
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        (classes := archive.with_suffix(f".{secrets.token_hex(4)}")).touch()
     except OSError as error:
         logger.debug("Archive of classes: %s", error)
-    return options
+        return []
+    atexit.register(make_archive_later, archive, classes, java, spark)
+    return [f"-XX:DumpLoadedClassList={classes}"]
 
 
 def make_archive_later(*arguments: Path) -> None:
@@ -4229,7 +4166,7 @@ def make_archive_later(*arguments: Path) -> None:
 
 
 def make_archive(archive: str, classes: str, java: str, spark: str) -> None:
-    """Makes the archive from the list of classes unless it exists, and removes the list."""
+    """Makes the archive from the list of classes. Removes the list, and what was not used for 30 days."""
     time.sleep(3)  # Java ends after Python, and then writes the list
     listed, made = Path(classes), Path(f"{classes}.made")
     entries = (entry for jar in Path(spark, "jars").glob("*.jar") for entry in zipfile.ZipFile(jar).namelist())
@@ -4238,13 +4175,15 @@ def make_archive(archive: str, classes: str, java: str, spark: str) -> None:
     lines = [line for line in listed.read_text().splitlines(keepends=True) if "[SPECIES_RESOLVE]" not in line]
     listed.write_text("".join(line for line in lines if line.split()[0] not in versioned))
     options = (f"-XX:SharedClassListFile={classes}", f"-XX:SharedArchiveFile={made}")
+    has_room = shutil.disk_usage(listed.parent).free > 2_000 * MILLION
     try:
-        if lines and not Path(archive).exists():
+        if lines and has_room and not Path(archive).exists():
             subprocess.run([f"{java}/bin/java", "-Xshare:dump", *options, "-cp", class_path(Path(spark))], check=True)
             made.replace(archive)
     finally:
-        listed.unlink()
-        made.unlink(missing_ok=True)
+        for file in listed.parent.iterdir():
+            if file in (listed, made) or file.stat().st_mtime < time.time() - 30 * 86_400:
+                file.unlink()
 
 
 # ── Storage ──────────────────────────────────────────────────────────────────────────────────────────────────────

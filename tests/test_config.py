@@ -97,7 +97,7 @@ def test_master_from_the_environment(master: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("SPARK_MASTER", master)
     check(DataPipelineConfig())
     monkeypatch.setenv("SPARK_MASTER", f"{master} x")
-    with pytest.raises(ConfigurationError, match="SPARK_MASTER"):
+    with pytest.raises(ConfigurationError, match="spark_master must be"):
         check(DataPipelineConfig())
     check(DataPipelineConfig(spark_master="local"))
 
