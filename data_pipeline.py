@@ -183,9 +183,6 @@ class Stopped(KeyboardInterrupt):
         self.exit_code = 128 + number
 
 
-stop_signals: list[int] = []  # the signal that asks this process to end
-
-
 def interruption(error: BaseException | None) -> BaseException | None:
     """Returns the interrupt that led to an error, or None. Py4J may replace the interrupt with another error."""
     while error and not isinstance(error, KeyboardInterrupt):
@@ -811,8 +808,10 @@ class Run:
             runs, run_id = self.snapshot.store.runs, self.record.run_id
             self.engine.start(runs.spark_log(run_id), runs.temporary_folder(run_id))
             prepared.result()
-        self.record.versions |= self.engine.versions()
-        logger.info("%s on Python %s", self.engine.describe(), sys.version.split()[0])
+        versions = self.engine.versions()
+        self.record.versions |= versions
+        engine = ", ".join(f"{name.title()} {versions[name]}" for name in ("sail", "spark") if name in versions)
+        logger.info("%s on Python %s", engine, sys.version.split()[0])
         if self.engine.shares_storage:
             if self.config.source_dir and not self.snapshot.folder:
                 raise ConfigurationError(
@@ -821,15 +820,12 @@ class Run:
                 )
             with self.step("start of the executors"):
                 self.engine.wait_for_executors()
-            if self.snapshot.folder:
-                with self.step("storage probe"):
+                if self.snapshot.folder:
                     check_shared_storage(self.engine, self.snapshot)
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
         """Times a step. `record.current_step` is the step that began last, or the first one that failed."""
-        if stop_signals:
-            raise Stopped(stop_signals[0])
         started = time.perf_counter()
         self.record.started_after[name] = started - self._started
         if not self._failed.is_set():
@@ -871,7 +867,8 @@ class Run:
             deadline = time.monotonic() + (STOP_WITHIN if interruption(error) else math.inf)
             # Cancels repeatedly, because a thread may start its next job after the first call.
             while not all(future.done() for future in futures) and time.monotonic() < deadline:
-                self.engine.cancel_jobs()
+                with contextlib.suppress(Exception):  # the engine has ended, and the jobs with it
+                    self.engine.cancel_jobs()
                 time.sleep(0.05)
             raise
         pool.shutdown()
@@ -927,11 +924,10 @@ class Run:
         elif layer == GOLD:
             rows = rows.coalesce(1).sortWithinPartitions(*map(sort_order, table.order))
         counts = self._write_files(layer, table, rows, {"rows": "count(1)", **(metrics or {})})
-        self.record.rows[name] = self.record.rows.get(name, 0) + counts["rows"]
-        self.record.bytes[name] = self.snapshot.size(layer, table.name)
+        self.add_rows(layer, table, counts["rows"])
+        path, seconds = self.snapshot.path(layer, table.name), time.perf_counter() - started
         # The number of rows includes those in linked files.
-        rows_written, folder = f"{self.record.rows[name]:,} rows", self.snapshot.path(layer, table.name)
-        logger.info("✓ Saved %s to: %s (%s, %.2f s)", table.name, folder, rows_written, time.perf_counter() - started)
+        logger.info("✓ Saved %s to: %s (%s rows, %.2f s)", table.name, path, f"{self.record.rows[name]:,}", seconds)
         return counts
 
     def _write_files(self, layer: str, table: Table, rows: DataFrame, metrics: Mapping[str, str]) -> dict[str, Any]:
@@ -944,16 +940,19 @@ class Run:
         else:
             staged = self.snapshot.path(f".{layer}.{table.name}")
             counts = self.engine.write(rows, staged, metrics, month)
-            self.snapshot.adopt(staged, layer, table.name, keep=counts["rows"] > 0)
+            if counts["rows"]:
+                self.snapshot.adopt(staged, layer, table.name)
+            shutil.rmtree(staged, ignore_errors=True)
         if self.snapshot.folder and not self.snapshot.files(layer, table.name):
             self.snapshot.write_empty(layer, table)
         return counts
 
-    def add_linked(self, layer: str, table: Table, rows: int) -> None:
-        """Adds to the record the rows of a table that are in linked files."""
+    def add_rows(self, layer: str, table: Table, rows: int) -> None:
+        """Adds to the record the rows of a table that are in new or linked files."""
         name = f"{layer}.{table.name}"
         self.record.rows[name] = self.record.rows.get(name, 0) + rows
-        self.record.bytes[name] = self.snapshot.size(layer, table.name)
+        files = self.snapshot.files(layer, table.name)
+        self.record.bytes[name] = sum(map(os.path.getsize, files)) if self.snapshot.folder else None
 
     def read(self, layer: str, table: Table, files: Sequence[str] = ()) -> DataFrame:
         """Returns a table of the snapshot, or only the rows of some of its files."""
@@ -3161,9 +3160,7 @@ def find_base(config: DataPipelineConfig, source: Source, store: Store) -> Base 
     published = store.published()
     if published is None:
         return None
-    found = None
-    with contextlib.suppress(*([PipelineError] if config.reload else [])):
-        found = Snapshot(store, published).read_state()
+    found = Snapshot(store, published).read_state()
     if found is None:  # the snapshot of an earlier version, or storage without links
         if source.continues:
             logger.info("Everything is received anew: the published snapshot is gone, or of an earlier version")
@@ -3260,7 +3257,7 @@ def write_bronze(run: Run, table: Table, change: BronzeChange) -> Counter[str]:
         run.write(BRONZE, table, change.kept)
     elif run.base:
         run.snapshot.link(run.base.snapshot.files(BRONZE, table.name), BRONZE, table.name)
-        run.add_linked(BRONZE, table, run.base.record.rows[f"{BRONZE}.{table.name}"])
+        run.add_rows(BRONZE, table, run.base.record.rows[f"{BRONZE}.{table.name}"])
     if change.added is None:
         return Counter()
     return Counter(run.write(BRONZE, table, change.added, metrics))
@@ -3398,7 +3395,7 @@ def carry_months_over(run: Run, affected: Affected | None, rows: DataFrame) -> D
     of_month = {file: re.match(r"\d{4}-\d\d(?=-)", os.path.basename(file)) for file in files}
     linked = {file: found[0] for file, found in of_month.items() if found and found[0] not in months}
     run.snapshot.link(linked, SILVER, table.name)
-    run.add_linked(SILVER, table, sum(map(parquet_rows, linked)))
+    run.add_rows(SILVER, table, sum(map(parquet_rows, linked)))
     run.record.months = {"written": len(months), "linked": len({*linked.values()})}
     if rewritten := [file for file in files if file not in linked]:
         others = with_keys(base.read(run.engine, SILVER, table, rewritten), table, affected.keys, how="left_anti")
@@ -3468,7 +3465,6 @@ CLUSTER_FAILED = (
     "SparkContext was shut down|stopped SparkContext|Master removed our application|ExecutorLostFailure|FetchFailed"
 )
 DISK_FULL = "No space left on device|Disk quota exceeded"
-NO_FILE_SYSTEM = r"hadoop\.fs\.\S+ not found|No FileSystem for scheme"
 
 
 def partition_count(rows: int, rows_each: int = ROWS_PER_FILE) -> int:
@@ -3539,14 +3535,6 @@ def root_cause(error: Exception) -> str:
     return (causes or lines[:1])[-1][:300]
 
 
-def start_failure(error: Exception, spark_log: str) -> str:
-    """Returns why Spark did not start. The reason is in Spark's log if Java ended before Python had connected."""
-    with contextlib.suppress(OSError), open(spark_log, encoding="utf-8", errors="replace") as log:
-        if logged := re.search('(?:Exception in thread "main" |initialization of VM\n)(.*)', log.read()):
-            return logged[1]
-    return root_cause(error)
-
-
 def log_reference(spark_log: str) -> str:
     """Returns a text to append to a message: the name of Spark's own log, or nothing if the log is empty."""
     return f"; Spark's own log: {spark_log}" if os.path.isfile(spark_log) and os.path.getsize(spark_log) else ""
@@ -3560,8 +3548,7 @@ def choose_engine(
     It uses the session given, or the running session of this process if there is one.
 
     Raises:
-        ConfigurationError: a master or a Spark Connect server that cannot be used.
-        PipelineError: the session is stopped.
+        ConfigurationError: a master or a session that the engine cannot use.
     """
     spark = spark or running_session()
     is_remote = type(spark).__module__.startswith("pyspark.sql.connect")
@@ -3574,8 +3561,6 @@ def choose_engine(
             "engine sail runs within this process, and on no cluster or session of Spark: leave spark_master out and "
             "pass no session, or choose engine spark"
         )
-    if spark is not None and (spark.is_stopped if is_remote else is_stopped(spark)):  # type: ignore[attr-defined]
-        raise PipelineError("the session that was passed is stopped: pass one that runs, or none")
     engine: type[Engine] = Sail if config.engine == "sail" else Spark
     return engine(config, max(rows_before, sum(source.expected_rows.values())), spark)
 
@@ -3599,12 +3584,6 @@ def running_session() -> SparkSession | None:
     return None
 
 
-def is_stopped(spark: SparkSession) -> bool:
-    """Returns whether a session was stopped, by Python or by Java."""
-    context = spark.sparkContext._jsc
-    return context is None or context.sc().isStopped()
-
-
 def is_local(master: str) -> bool:
     """Returns whether the master stands for threads of this machine."""
     return not master or master.startswith("local")
@@ -3618,6 +3597,7 @@ class Engine(ABC):
 
     spark: SparkSession  # from `start` on
     shares_storage = False  # from `start` on: whether other machines write the tables
+    lost = ""  # says that a cluster has had no executor for too long
     keeps_rows = True  # whether cached rows stay in memory; otherwise they are written to files
 
     def __init__(self, config: DataPipelineConfig, rows: int, given: SparkSession | None) -> None:
@@ -3639,6 +3619,7 @@ class Engine(ABC):
         if config.source_dir:  # Spark 4 turns ANSI mode on; models are written for all versions
             self.settings = {**self.settings, "spark.sql.ansi.enabled": "false"}
         self._started = contextlib.ExitStack()
+        self.master = config.spark_master or os.environ.get("SPARK_MASTER") or ""  # if empty, Spark chooses it
         self._tag = f"data_pipeline-{secrets.token_hex(4)}"
 
     @abstractmethod
@@ -3696,10 +3677,6 @@ class Engine(ABC):
         """Returns the versions of the engine's parts that are known so far."""
         return {"spark": self.spark.version} if hasattr(self, "spark") else {}
 
-    def describe(self) -> str:
-        """Returns the engine's name and version, for the log."""
-        return f"Spark {self.spark.version}"
-
     def wait_for_executors(self) -> None:
         """Waits for the executors of a cluster."""
 
@@ -3712,20 +3689,24 @@ class Engine(ABC):
 
     def is_infrastructure_failure(self, error: Exception) -> bool:
         """Returns whether machines or disks caused an error, and not the data."""
-        return bool(re.search(f"{CLUSTER_FAILED}|{DISK_FULL}", str(error)))
+        return bool(self.lost or re.search(f"{CLUSTER_FAILED}|{DISK_FULL}", str(error)))
 
     def explain(self, error: Exception, step: str, spark_log: str) -> PipelineError | None:
-        """Explains a failure of disks or storage in a step; returns None for other errors."""
-        if full := re.search(DISK_FULL, str(error)):
+        """Explains a failure of disks or of a cluster in a step; returns None for other errors."""
+        cluster, disk = (re.search(pattern, str(error)) for pattern in (CLUSTER_FAILED, DISK_FULL))
+        gave_up = f"gave up on the run ({cluster[0]})" if cluster and self.shares_storage else ""
+        if problem := self.lost or gave_up:
             return PipelineError(
-                f"the disk of {self.config.root}, or of Spark's own files, is full ({full[0]}, in {step}): free some "
+                f"{self.master} {problem}, in {step}: see on the master's page and in the workers' logs "
+                "that there are workers with enough memory and cores, that they reach this machine (--driver-host), "
+                "and that their executors do not die (--executor-memory); the published data has not changed"
+                f"{log_reference(spark_log)}"
+            )
+        if disk:
+            return PipelineError(
+                f"the disk of {self.config.root}, or of Spark's own files, is full ({disk[0]}, in {step}): free some "
                 "room, or choose another folder with --data-dir, or for Spark's own files with SPARK_LOCAL_DIRS; the "
                 "published data has not changed"
-            )
-        if re.search(NO_FILE_SYSTEM, str(error)):
-            return PipelineError(
-                f"{root_cause(error)}, in {step}: correct data_dir, or give Spark Hadoop's jar for it with "
-                f"spark.jars.packages in spark-defaults.conf{log_reference(spark_log)}"
             )
         return None
 
@@ -3780,16 +3761,10 @@ class Spark(Engine):
     Executors of a cluster may be missing, die, or see another disk.
     """
 
-    def __init__(self, config: DataPipelineConfig, rows: int, given: SparkSession | None) -> None:
-        super().__init__(config, rows, given)
-        self.lost = threading.Event()  # set when a cluster has had no executor for too long
-        self.temporary_folder = ""  # for Java and Spark; if empty, they choose one
-        # If empty, Spark chooses it.
-        self.master = parse_setting("spark_master", config.spark_master or os.environ.get("SPARK_MASTER") or None) or ""
+    temporary_folder = ""  # for Java and Spark; if empty, they choose one
 
     def check(self) -> None:
-        if os.environ.get("SPARK_HOME"):
-            check_packages("requirements.txt", "findspark")
+        check_packages("requirements.txt", "findspark" if os.environ.get("SPARK_HOME") else "pyspark")
         if self.given is None:
             if starts_jvm():
                 check_java()
@@ -3807,12 +3782,13 @@ class Spark(Engine):
             spark = self.builder(self.options()).getOrCreate()
         except Exception as error:  # of Java, Spark, Py4J, findspark or the system
             raise PipelineError(
-                f"Spark does not start{' on ' if self.master else ''}{self.master}: {start_failure(error, spark_log)}; "
+                f"Spark does not start{' on ' if self.master else ''}{self.master}: {root_cause(error)}; "
                 "correct SPARK_HOME, Spark's settings (such as --driver-memory in PYSPARK_SUBMIT_ARGS), or the limits "
                 "that `ulimit -n`, `-u` and `-v` show; the master must run this version of Spark; --driver-host or "
                 f"SPARK_LOCAL_IP must be an address of this machine{log_reference(spark_log)}"
             ) from error
-        _Py4JCache.install(spark.sparkContext._jvm)
+        for name in ("functions", "org.apache.spark.sql.functions", "PythonUtils", "py4j"):  # of Spark 3.5 and Spark 4
+            setattr(spark.sparkContext._jvm, name, _Py4JCache(getattr(spark.sparkContext._jvm, name)))
         return spark
 
     def start(self, spark_log: str, temporary_folder: str = "") -> None:
@@ -3889,10 +3865,7 @@ class Spark(Engine):
         self.spark.sparkContext.addJobTag(self._tag)
 
     def cancel_jobs(self) -> None:
-        from py4j.protocol import Py4JError
-
-        with contextlib.suppress(Py4JError):  # Java has ended, and the jobs with it
-            self.spark.sparkContext.cancelJobsWithTag(self._tag)
+        self.spark.sparkContext.cancelJobsWithTag(self._tag)
 
     def watch(self, ended: threading.Event) -> None:
         """Cancels the jobs of the run if there is no executor for too long. Spark itself would wait for ever."""
@@ -3901,8 +3874,8 @@ class Spark(Engine):
             if self.executors():
                 last_seen = time.monotonic()
             elif time.monotonic() - last_seen > self.config.cluster_timeout:
-                self.lost.set()
-            if self.lost.is_set():
+                self.lost = f"left the run without an executor for {self.config.cluster_timeout:g} s"
+            if self.lost:
                 self.cancel_jobs()
 
     def executors(self) -> int:
@@ -3920,24 +3893,6 @@ class Spark(Engine):
             before = there
             time.sleep(3)
         logger.info("Executors on %s: %d", self.master, there)
-
-    def is_infrastructure_failure(self, error: Exception) -> bool:
-        return self.lost.is_set() or super().is_infrastructure_failure(error)
-
-    def explain(self, error: Exception, step: str, spark_log: str) -> PipelineError | None:
-        failure = re.search(CLUSTER_FAILED, str(error))
-        if self.lost.is_set():
-            problem = f"left the run without an executor for {self.config.cluster_timeout:g} s"
-        elif failure and self.shares_storage:
-            problem = f"gave up on the run ({failure[0]})"
-        else:
-            return super().explain(error, step, spark_log)
-        return PipelineError(
-            f"{self.master} {problem}, in {step}: see on the master's page and in the workers' logs that there are "
-            "workers with enough memory and cores, that they reach this machine (--driver-host), and that their "
-            "executors do not die (--executor-memory); the published data has not changed"
-            f"{log_reference(spark_log)}"
-        )
 
 
 class Sail(Engine):
@@ -3973,9 +3928,6 @@ class Sail(Engine):
     def versions(self) -> dict[str, str | None]:
         return {**super().versions(), "sail": importlib.metadata.version("pysail")}
 
-    def describe(self) -> str:
-        return f"Sail {importlib.metadata.version('pysail')}, as Spark {self.spark.version},"
-
     def location(self, path: str) -> str:
         """Returns a path without a scheme, since Sail would decode %41 in a URI."""
         return path.removeprefix("file://")
@@ -3995,23 +3947,22 @@ def check_shared_storage(engine: Engine, snapshot: Snapshot) -> None:
 
     If the folder is not shared, Spark reports success, but the rows stay on the machines of the executors.
     """
-    rows, root, probe = 10_000, engine.config.root, snapshot.path("probe")
-    advice = (
-        "use one folder that all machines share (by NFS, for example), or a URI such as hdfs:// or s3a://; workers "
-        "must run as the user of this process, with write access"
-    )
+    rows, probe, problem = 10_000, snapshot.path("probe"), ""
     try:
         engine.save(engine.spark.range(rows), probe)
-        seen = sum(map(parquet_rows, snapshot.files("probe")))
+        if (seen := sum(map(parquet_rows, snapshot.files("probe")))) != rows:
+            problem = (
+                f"is not shared: the executors wrote {rows:,} rows there, and {seen:,} of them are on this machine"
+            )
     except Exception as error:
         if engine.is_infrastructure_failure(error):
             raise
-        raise PipelineError(f"cannot use data_dir {root}: {root_cause(error)}; {advice}") from error
+        problem = f"cannot be used: {root_cause(error)}"
     shutil.rmtree(probe, ignore_errors=True)
-    if seen != rows:
+    if problem:
         raise PipelineError(
-            f"data_dir {root} is not shared: the executors wrote {rows:,} rows there, and {seen:,} of "
-            f"them are on this machine; {advice}"
+            f"data_dir {engine.config.root} {problem}; use one folder that all machines share (by NFS, for example), "
+            "or a URI such as hdfs:// or s3a://; workers must run as the user of this process, with write access"
         )
 
 
@@ -4021,13 +3972,9 @@ def starts_jvm() -> bool:
 
 
 def spark_home() -> Path:
-    """Returns Spark's folder without importing Spark: `SPARK_HOME`, or the pip package. Raises PipelineError."""
-    if home := os.environ.get("SPARK_HOME"):
-        return Path(home)
+    """Returns Spark's folder without importing Spark: `SPARK_HOME`, or the pip package, which has to be there."""
     spec = importlib.util.find_spec("pyspark")
-    if spec is None or spec.origin is None:
-        raise PipelineError(f"no Spark found: run `{install_command('requirements.txt')}`, or set SPARK_HOME")
-    return Path(spec.origin).parent
+    return Path(os.environ.get("SPARK_HOME") or os.path.dirname(spec.origin))  # type: ignore[union-attr, arg-type]
 
 
 def import_spark() -> None:
@@ -4040,10 +3987,7 @@ def import_spark() -> None:
 
         version = ".".join(map(str, spark_version(Path(home))))
         if not pyspark.__version__.startswith(version):  # a notebook, for example, has imported another one
-            folder = os.path.dirname(pyspark.__file__)
-            raise ImportError(
-                f"SPARK_HOME {home} is Spark {version}, but pyspark {pyspark.__version__} was imported from {folder}"
-            )
+            raise ImportError(f"SPARK_HOME is Spark {version}, but pyspark {pyspark.__version__} was imported before")
 
 
 def spark_version(home: Path) -> tuple[int, ...]:
@@ -4110,21 +4054,8 @@ class _Py4JCache:
         setattr(self, name, found)
         return found
 
-    @classmethod
-    def install(cls, jvm: Any) -> None:
-        """Caches the members that pyspark uses most. The names are those of Spark 3.5 and of Spark 4."""
-        for name in ("functions", "org.apache.spark.sql.functions", "PythonUtils", "py4j"):
-            setattr(jvm, name, cls(getattr(jvm, name)))
-
 
 ARCHIVE_FORMAT = 2  # increase when the way archives are made changes
-
-
-def class_path(spark: Path) -> str:
-    """Returns the class path of Spark's launcher. Java only uses an archive that was made with the same class path."""
-    configuration = os.environ.get("SPARK_CONF_DIR") or spark / "conf"
-    added = (os.environ.get(name) for name in ("HADOOP_CONF_DIR", "YARN_CONF_DIR", "SPARK_DIST_CLASSPATH"))
-    return ":".join(filter(None, (str(configuration), f"{spark}/jars/*", *added)))
 
 
 def archive_options(java: Path, spark: Path) -> list[str]:
@@ -4134,11 +4065,13 @@ def archive_options(java: Path, spark: Path) -> list[str]:
     or does not fit its version or the jars. A dynamic archive (`-XX:ArchiveClassesAtExit`) is as fast, but Java crashes
     with it when a flight recorder runs, and may not start at all.
     """
-    version, path = java_version(java), class_path(spark)
-    # Java makes no archive if a folder of the class path contains files, such as Spark's settings.
-    if int(version.partition(".")[0]) < 17 or any(map(os.listdir, filter(os.path.isdir, path.split(":")))):
+    version, conf = java_version(java), Path(os.environ.get("SPARK_CONF_DIR") or spark / "conf")
+    added = ("HADOOP_CONF_DIR", "YARN_CONF_DIR", "SPARK_DIST_CLASSPATH")
+    # Java makes no archive if a folder of the class path contains files, such as settings of Spark or Hadoop.
+    if int(version.partition(".")[0]) < 17 or any(map(os.environ.get, added)) or [*conf.glob("*")]:
         return []
-    parts = (ARCHIVE_FORMAT, java, spark, version, (spark / "jars").stat().st_mtime_ns, path)
+    class_path = f"{conf}:{spark}/jars/*"  # of Spark's launcher; the archive has to be made with the same one
+    parts = (ARCHIVE_FORMAT, java, spark, version, (spark / "jars").stat().st_mtime_ns, class_path)
     name = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     archive = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "data_pipeline", f"{name}.jsa")
     try:
@@ -4150,11 +4083,11 @@ def archive_options(java: Path, spark: Path) -> list[str]:
     except OSError as error:
         logger.debug("Archive of classes: %s", error)
         return []
-    atexit.register(make_archive_later, archive, classes, java, spark)
+    atexit.register(make_archive_later, archive, classes, java, class_path)
     return [f"-XX:DumpLoadedClassList={classes}"]
 
 
-def make_archive_later(*arguments: Path) -> None:
+def make_archive_later(*arguments: Path | str) -> None:
     """Starts a background process that makes the archive once this process has ended."""
     home, module = os.path.split(os.path.abspath(__file__))
     program = "import os, sys; os.nice(19); sys.stdin.read(); "
@@ -4165,11 +4098,13 @@ def make_archive_later(*arguments: Path) -> None:
         subprocess.Popen(command, cwd=home, stdin=end, stdout=null, stderr=null, start_new_session=True)
 
 
-def make_archive(archive: str, classes: str, java: str, spark: str) -> None:
+def make_archive(archive: str, classes: str, java: str, class_path: str) -> None:
     """Makes the archive from the list of classes. Removes the list, and what was not used for 30 days."""
     time.sleep(3)  # Java ends after Python, and then writes the list
     listed, made = Path(classes), Path(f"{classes}.made")
-    entries = (entry for jar in Path(spark, "jars").glob("*.jar") for entry in zipfile.ZipFile(jar).namelist())
+    entries = (
+        entry for jar in glob.glob(f"{class_path.partition(':')[2]}.jar") for entry in zipfile.ZipFile(jar).namelist()
+    )
     versioned = {found[1] for entry in entries if (found := re.match(r"META-INF/versions/\d+/(.+)\.class", entry))}
     # Removes method handle species and classes of META-INF/versions: with them, a flight recorder crashes Java.
     lines = [line for line in listed.read_text().splitlines(keepends=True) if "[SPECIES_RESOLVE]" not in line]
@@ -4178,7 +4113,7 @@ def make_archive(archive: str, classes: str, java: str, spark: str) -> None:
     has_room = shutil.disk_usage(listed.parent).free > 2_000 * MILLION
     try:
         if lines and has_room and not Path(archive).exists():
-            subprocess.run([f"{java}/bin/java", "-Xshare:dump", *options, "-cp", class_path(Path(spark))], check=True)
+            subprocess.run([f"{java}/bin/java", "-Xshare:dump", *options, "-cp", class_path], check=True)
             made.replace(archive)
     finally:
         for file in listed.parent.iterdir():
@@ -4206,28 +4141,23 @@ def sha256(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def names_by_run(*folders: str) -> list[str]:
-    """Returns the names in the folders that begin with a run id, oldest first."""
-    found: list[str] = []
-    for folder in folders:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            found += filter(RUN_ID.match, os.listdir(folder))
-    return sorted(found)
+def run_ids(folder: str, suffix: str = "") -> list[str]:
+    """Returns the run ids in a folder, oldest first. A name counts if it is a run id and the suffix, and no more."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        found = (name.removesuffix(suffix) for name in os.listdir(folder) if name.endswith(suffix))
+        return sorted(filter(RUN_ID.fullmatch, found))
+    return []
 
 
 @contextlib.contextmanager
 def writing(path: str, problem: str = "cannot write to data_dir") -> Iterator[None]:
-    """Raises PipelineError if the block cannot write a path of the data folder. The message names its owner."""
+    """Raises PipelineError if the block cannot write a path of the data folder."""
     try:
         yield
     except OSError as error:
-        owner, advice = "", "run this as a user who may write there"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            advice = "free some room"
-        else:
-            with contextlib.suppress(OSError, KeyError):  # the path is missing, or its owner has no name
-                owner = f", which belongs to {Path(path).owner()}"
-        reason = f"{error.strerror or error}: {path}{owner}"
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "free some room" if is_full else "run this as a user who may write there"
+        reason = f"{error.strerror or error}: {path}"
         raise PipelineError(f"{problem}: {reason}; choose another with --data-dir, or {advice}") from None
 
 
@@ -4268,31 +4198,34 @@ class Snapshot:
         with duckdb_connection(self.root) as connection:
             connection.execute(f"COPY ({duckdb_rows([], table.columns(layer))}) TO {file} (FORMAT parquet)")
 
-    def adopt(self, staged: str, layer: str, name: str, *, keep: bool = True) -> None:
-        """Moves the files of a staged table into a table of the snapshot, or removes them.
+    def adopt(self, staged: str, layer: str, name: str) -> None:
+        """Moves the files of a staged table into a table of the snapshot.
 
         Their names begin with their month, if they have one, and the run id.
         """
-        folder, target = Path(staged), Path(self.path(layer, name))
+        target = Path(self.path(layer, name))
         target.mkdir(parents=True, exist_ok=True)
         first = 1 + len(self.files(layer, name))
-        for number, file in enumerate(sorted(folder.rglob("[!.]*.parquet")) if keep else (), start=first):
-            month = f"{file.parent.name.removeprefix('_month=')}-" if file.parent != folder else ""
+        for number, file in enumerate(sorted(Path(staged).rglob("[!.]*.parquet")), start=first):
+            month = f"{file.parent.name.removeprefix('_month=')}-" if file.parent != Path(staged) else ""
             file.rename(target / f"{month}{self.run_id}-{number}.parquet")
-        shutil.rmtree(folder, ignore_errors=True)
 
     def files(self, *names: str) -> list[str]:
         """Returns the paths of a table's data files, in order. The list is empty if only the engine can reach them."""
         return sorted(glob.glob(os.path.join(glob.escape(self.path(*names)), "*.parquet"))) if self.folder else []
 
+    def is_linked(self, file: str) -> bool:
+        """Returns whether a data file is a link to one that an earlier run has written."""
+        found = RUN_ID.search(os.path.basename(file))
+        return found is not None and found[0] != self.run_id
+
     def written_files(self, *names: str) -> list[str]:
         """Returns the paths of the data files that the run of this snapshot has written. The others are links."""
-        by_run = ((file, RUN_ID.search(os.path.basename(file))) for file in self.files(*names))
-        return [file for file, found in by_run if found is None or found[0] == self.run_id]
+        return [file for file in self.files(*names) if not self.is_linked(file)]
 
-    def size(self, *names: str) -> int | None:
-        """Returns the bytes of a table's files; None if only the engine can reach them."""
-        return sum(map(os.path.getsize, self.files(*names))) if self.folder else None
+    def all_files(self) -> list[str]:
+        """Returns the paths of the data files of all tables."""
+        return [file for layer, table in SNAPSHOT_TABLES for file in self.files(layer, table.name)]
 
     def save_state(self, state: Mapping[str, Any], ledger: Iterable[LandedFile]) -> None:
         """Writes what the tables depend on, and the ledger of landed files. Both are published with the tables."""
@@ -4307,16 +4240,10 @@ class Snapshot:
         """Returns what `save_state` has written; None for a snapshot of an earlier version."""
         if not os.path.exists(self.path("_state.json")):
             return None
-        try:
-            state, files = (
-                json.loads(Path(self.path(name)).read_text(encoding="utf-8", errors="surrogateescape"))
-                for name in ("_state.json", "_files.json")
-            )
-        except (OSError, ValueError) as error:
-            raise PipelineError(
-                f"the published snapshot {self.run_id} is damaged ({error}): publish another one with --rollback, or "
-                "let bronze begin again with --reload"
-            ) from None
+        state, files = (
+            json.loads(Path(self.path(name)).read_text(encoding="utf-8", errors="surrogateescape"))
+            for name in ("_state.json", "_files.json")
+        )
         known = {field.name for field in dataclasses.fields(LandedFile)}
         return state, [LandedFile(**{name: file[name] for name in known & file.keys()}) for file in files]
 
@@ -4328,23 +4255,20 @@ class Snapshot:
 
     def checksums(self, known: Mapping[str, str] = {}) -> dict[str, str]:
         """Returns the SHA-256 of each data file by its path in the snapshot. `known` has those of the linked files."""
-        parts = [(layer, table.name) for layer, table in SNAPSHOT_TABLES]
-        paths = {os.path.relpath(file, self.folder): file for part in parts for file in self.files(*part)}
-        # A new file may have the same name as a file of the base.
-        written = {file for part in parts for file in self.written_files(*part)}
 
         def checksum(path: str) -> str:
-            return (paths[path] not in written and known.get(path)) or sha256(paths[path])
+            # A new file may have the same name as a file of the base.
+            return (self.is_linked(path) and known.get(path)) or sha256(self.path(path))
 
+        paths = [os.path.relpath(file, self.root) for file in self.all_files()]
         with concurrent.futures.ThreadPoolExecutor() as pool:
             return dict(zip(paths, pool.map(checksum, paths), strict=True))
 
     def make_read_only(self) -> None:
         """Protects the data files, since later snapshots link them."""
-        for layer, table in SNAPSHOT_TABLES:
-            for file in self.written_files(layer, table.name):
-                with contextlib.suppress(PermissionError):  # a file of another user, on a cluster
-                    os.chmod(file, 0o444)
+        for file in self.all_files():
+            with contextlib.suppress(PermissionError):  # a file of another user, on a cluster
+                os.chmod(file, 0o444)
 
 
 class RunRecords:
@@ -4377,10 +4301,13 @@ class RunRecords:
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             return f"unreadable record ({type(error).__name__}: {error})"
 
+    def ids(self) -> list[str]:
+        """Returns the ids of the runs that have a record, oldest first."""
+        return run_ids(self.folder, ".json")
+
     def all(self, newest: int = 0) -> Iterator[tuple[str, RunRecord | str]]:
         """Returns run ids, oldest first: all, or the `newest`. A text instead of a record says why it is unreadable."""
-        run_ids = [name.removesuffix(".json") for name in names_by_run(self.folder) if name.endswith(".json")]
-        return ((run_id, self._read(run_id)) for run_id in run_ids[-newest:])
+        return ((run_id, self._read(run_id)) for run_id in self.ids()[-newest:])
 
     def get(self, run_id: str | None) -> RunRecord | None:
         """Returns the record of a run; None if it is missing or unreadable."""
@@ -4393,11 +4320,10 @@ class RunRecords:
 
     def expire(self, keep: int, but: Collection[str]) -> None:
         """Removes old records and logs. Keeps those of the newest runs, and of the runs in `but`."""
-        by_run = itertools.groupby(names_by_run(self.folder), key=lambda name: name.partition(".")[0])
-        runs = [(run_id, list(names)) for run_id, names in by_run if RUN_ID.fullmatch(run_id)]
-        for name in itertools.chain.from_iterable(names for run_id, names in runs[:-keep] if run_id not in but):
-            if name.endswith((".json", ".spark.log")):
-                os.unlink(f"{self.folder}/{name}")
+        for run_id in self.ids()[:-keep]:
+            if run_id not in but:
+                for path in (self.spark_log(run_id), self.path(run_id)):
+                    Path(path).unlink(missing_ok=True)
 
 
 class Store:
@@ -4462,11 +4388,7 @@ class Store:
             with best_effort(f"{self.path('.lock')} does not name this process"):
                 os.write(file.fileno(), holder.encode())
             self._lock_file = file
-            try:
-                yield
-            finally:
-                self._lock_file = None
-                file.truncate(0)
+            yield
 
     def lost_lock(self) -> LockedError | None:
         """Returns an error if the lock file was removed or replaced: then another run may be writing."""
@@ -4480,13 +4402,10 @@ class Store:
 
     def next_run_id(self) -> str:
         """Returns a new id. Ids rise from run to run, even if the clock was set back."""
-        now = _now()
-        newest = max((name[:16] for name in names_by_run(self.path("runs"), self.path("snapshots"))), default="")
-        if newest >= f"{now:{RUN_TIME}}":
+        now, newest = _now(), max((*self.runs.ids(), *self.snapshots()), default="")[:16]
+        if newest:
             last = datetime.strptime(newest, RUN_TIME).replace(tzinfo=timezone.utc)
-            if last > now:
-                logger.warning("The clock is earlier than the last run (%s): run ids continue from that time", last)
-            now = last + timedelta(seconds=1)
+            now = max(now, last + timedelta(seconds=1))
         return f"{now:{RUN_TIME}}-{secrets.token_hex(2)}"
 
     @contextlib.contextmanager
@@ -4510,9 +4429,8 @@ class Store:
 
     def snapshots(self, status: str | None = None) -> list[str]:
         """Returns the run ids of the snapshots, oldest first: those with the status, or all."""
-        # The whole name has to match, so that a user's copy, such as <run id>.backup, is never removed.
-        found = filter(RUN_ID.fullmatch, names_by_run(self.path("snapshots")))
-        return [name for name in found if status is None or os.path.exists(self.path("snapshots", name, status))]
+        folder = self.path("snapshots")
+        return [name for name in run_ids(folder) if os.path.exists(f"{folder}/{name}/{status or ''}")]
 
     def published(self) -> str | None:
         """Returns the run id of the published snapshot."""
@@ -4559,10 +4477,8 @@ class Store:
             with best_effort(f"Cannot remove {folder}"):
                 for status in (AUDITED, REFUSED):  # first, so that a partly removed snapshot has no mark
                     Path(folder, status).unlink(missing_ok=True)
-                # The next run removes the rest, since it has no mark.
-                shutil.rmtree(folder, ignore_errors=True)
-                if os.path.exists(folder):
-                    logger.warning("Cannot remove all of %s: are there files of another user?", folder)
+                if os.path.isdir(folder):  # the next run tries again to remove the rest
+                    shutil.rmtree(folder)
 
     def expire_snapshots(self, keep: int) -> None:
         """Removes old snapshots. Keeps the newest audited ones, the newest refused one, and the published one."""
@@ -6826,18 +6742,21 @@ def report_failure(error: BaseException, flags: argparse.Namespace | None, *, ha
 def stoppable(is_over: Callable[[], bool]) -> Iterator[None]:
     """Raises Stopped in the block at the first SIGINT or SIGTERM, unless `is_over()`; ignores later signals.
 
-    Python loses an exception that is raised in a finalizer. Then the next step of the run raises it.
+    Python loses an exception that is raised in a finalizer. Then the signal is sent again.
     """
+    stopped_by: list[int] = []
     report_lost = sys.unraisablehook
 
-    def lost(unraisable: Any) -> None:
-        if not isinstance(unraisable.exc_value, Stopped):
-            report_lost(unraisable)
-
     def stop(number: int, _: Any) -> None:
-        if not stop_signals and not is_over():
-            stop_signals.append(number)
+        if not stopped_by and not is_over():
+            stopped_by.append(number)
             raise Stopped(number)
+
+    def lost(unraisable: Any) -> None:
+        if isinstance(unraisable.exc_value, Stopped):
+            threading.Timer(0.1, os.kill, [os.getpid(), stopped_by.pop()]).start()  # once the finalizer has ended
+        else:
+            report_lost(unraisable)
 
     # Signals that the parent process ignores stay ignored.
     numbers = (signal.SIGINT, signal.SIGTERM)
@@ -6850,8 +6769,7 @@ def stoppable(is_over: Callable[[], bool]) -> Iterator[None]:
     finally:
         sys.unraisablehook = report_lost
         for number, handler in previous.items():
-            signal.signal(number, signal.SIG_IGN if stop_signals else handler)  # a stopped process is about to end
-        stop_signals.clear()
+            signal.signal(number, signal.SIG_IGN if stopped_by else handler)  # a stopped process is about to end
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

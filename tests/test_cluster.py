@@ -217,7 +217,7 @@ def test_audit_blames_the_data_only_while_there_are_machines(
     )
     assert engine.is_infrastructure_failure(RuntimeError(died))
     if lost:
-        engine.lost.set()
+        engine.lost = "left the run without an executor for 5 s"
     with pytest.raises(AnalysisException if lost else NotPublishedError):
         audit(run)
 
