@@ -3551,17 +3551,13 @@ def choose_engine(
         ConfigurationError: a master or a session that the engine cannot use.
     """
     spark = spark or running_session()
-    is_remote = type(spark).__module__.startswith("pyspark.sql.connect")
-    if config.engine == "spark" and (is_remote or (spark is None and os.environ.get("SPARK_REMOTE"))):
+    is_sail, is_remote = config.engine == "sail", type(spark).__module__.startswith("pyspark.sql.connect")
+    if (spark and is_remote != is_sail) or (is_sail and not is_local(config.spark_master or "")):
         raise ConfigurationError(
-            "engine spark does not use Spark Connect: unset SPARK_REMOTE, or pass a session of Spark in this process"
+            "engine sail runs within this process, and engine spark does not use Spark Connect: choose the other "
+            "engine, or leave out spark_master and the session"
         )
-    if config.engine == "sail" and ((spark and not is_remote) or not is_local(config.spark_master or "")):
-        raise ConfigurationError(
-            "engine sail runs within this process, and on no cluster or session of Spark: leave spark_master out and "
-            "pass no session, or choose engine spark"
-        )
-    engine: type[Engine] = Sail if config.engine == "sail" else Spark
+    engine: type[Engine] = Sail if is_sail else Spark
     return engine(config, max(rows_before, sum(source.expected_rows.values())), spark)
 
 
@@ -3615,9 +3611,8 @@ class Engine(ABC):
             # The default, INT96, is deprecated and has no statistics, so readers could not skip row groups by time.
             "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
             "spark.sql.timestampType": "TIMESTAMP_LTZ",  # the TIMESTAMP of the contract
+            "spark.sql.ansi.enabled": "false",  # Spark 4 turns it on; models are written for all versions
         }
-        if config.source_dir:  # Spark 4 turns ANSI mode on; models are written for all versions
-            self.settings = {**self.settings, "spark.sql.ansi.enabled": "false"}
         self._started = contextlib.ExitStack()
         self.master = config.spark_master or os.environ.get("SPARK_MASTER") or ""  # if empty, Spark chooses it
         self._tag = f"data_pipeline-{secrets.token_hex(4)}"
@@ -3780,15 +3775,16 @@ class Spark(Engine):
                 import_spark()  # before anything else imports pyspark
                 self.launch_jvm(spark_log)
             spark = self.builder(self.options()).getOrCreate()
+            jvm = spark.sparkContext._jvm
+            for name in ("functions", "org.apache.spark.sql.functions", "PythonUtils", "py4j"):  # of Spark 3.5 and 4
+                setattr(jvm, name, _Py4JCache(getattr(jvm, name)))
         except Exception as error:  # of Java, Spark, Py4J, findspark or the system
             raise PipelineError(
-                f"Spark does not start{' on ' if self.master else ''}{self.master}: {root_cause(error)}; "
-                "correct SPARK_HOME, Spark's settings (such as --driver-memory in PYSPARK_SUBMIT_ARGS), or the limits "
-                "that `ulimit -n`, `-u` and `-v` show; the master must run this version of Spark; --driver-host or "
+                f"Spark does not start{' on ' if self.master else ''}{self.master}: {root_cause(error)}; correct "
+                "SPARK_HOME, Spark's settings (such as --driver-memory in PYSPARK_SUBMIT_ARGS), or the limits that "
+                "`ulimit -n`, `-u` and `-v` show; the master must run this version of Spark; --driver-host or "
                 f"SPARK_LOCAL_IP must be an address of this machine{log_reference(spark_log)}"
             ) from error
-        for name in ("functions", "org.apache.spark.sql.functions", "PythonUtils", "py4j"):  # of Spark 3.5 and Spark 4
-            setattr(spark.sparkContext._jvm, name, _Py4JCache(getattr(spark.sparkContext._jvm, name)))
         return spark
 
     def start(self, spark_log: str, temporary_folder: str = "") -> None:
@@ -3822,9 +3818,8 @@ class Spark(Engine):
 
     def options(self) -> dict[str, Any]:
         """Returns the settings of a new session that cannot be set on a running one."""
-        debug = self.config.log_level == "DEBUG"
         options = {
-            "spark.ui.showConsoleProgress": str(debug and sys.stderr.isatty()).lower(),
+            "spark.ui.showConsoleProgress": "false",
             # The web interface is useless for a run that takes seconds.
             "spark.ui.enabled": str(not self.startup_dominates).lower(),
             "spark.driver.defaultJavaOptions": shlex.join(self.jvm_options()),

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyspark
 import pytest
@@ -295,9 +296,9 @@ def test_archive_of_classes(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists(), "no classes are listed where Java cannot make an archive"
 
 
-def test_spark_connect_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_pipeline, "running_session", lambda: None)
-    monkeypatch.setenv("SPARK_REMOTE", "sc://a:15002")
-    config = DataPipelineConfig(engine="spark")
-    with pytest.raises(data_pipeline.ConfigurationError, match="unset SPARK_REMOTE"):
-        data_pipeline.choose_engine(config, data_pipeline.open_source(config))
+def test_session_of_the_other_engine_is_refused() -> None:
+    for engine, module in {"spark": "pyspark.sql.connect.session", "sail": "pyspark.sql.session"}.items():
+        session: Any = type("SparkSession", (), {"__module__": module})()
+        config = DataPipelineConfig(engine=engine)
+        with pytest.raises(data_pipeline.ConfigurationError, match="choose the other engine, or leave out"):
+            choose_engine(config, open_source(config), session)
