@@ -819,9 +819,7 @@ class Run:
                     "machines share, or leave the master out"
                 )
             with self.step("start of the executors"):
-                self.engine.wait_for_executors()
-                if self.snapshot.folder:
-                    check_shared_storage(self.engine, self.snapshot)
+                check_cluster(self.engine, self.snapshot)
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
@@ -3672,9 +3670,6 @@ class Engine(ABC):
         """Returns the versions of the engine's parts that are known so far."""
         return {"spark": self.spark.version} if hasattr(self, "spark") else {}
 
-    def wait_for_executors(self) -> None:
-        """Waits for the executors of a cluster."""
-
     def tag_jobs(self) -> None:
         """Tags the jobs of this thread, so that `cancel_jobs` leaves other jobs of the session alone."""
 
@@ -3866,28 +3861,12 @@ class Spark(Engine):
         """Cancels the jobs of the run if there is no executor for too long. Spark itself would wait for ever."""
         last_seen = time.monotonic()
         while not ended.wait(1):
-            if self.executors():
+            if count_executors(self.spark):
                 last_seen = time.monotonic()
             elif time.monotonic() - last_seen > self.config.cluster_timeout:
                 self.lost = f"left the run without an executor for {self.config.cluster_timeout:g} s"
             if self.lost:
                 self.cancel_jobs()
-
-    def executors(self) -> int:
-        """Returns the number of live executors."""
-        context = self.spark.sparkContext._jsc.sc()
-        # Spark counts the driver too.
-        return 0 if context.isStopped() else context.getExecutorMemoryStatus().size() - 1
-
-    def wait_for_executors(self) -> None:
-        """Waits for the first executor, and then until their number has not risen for three seconds."""
-        # Some clusters start no executor before the first job.
-        self.spark.sql("SELECT count(*) FROM range(1)").collect()
-        before = 0
-        while (there := self.executors()) > before:
-            before = there
-            time.sleep(3)
-        logger.info("Executors on %s: %d", self.master, there)
 
 
 class Sail(Engine):
@@ -3937,11 +3916,30 @@ class Sail(Engine):
         return rows if partitions > 1 else rows.coalesce(partitions)
 
 
-def check_shared_storage(engine: Engine, snapshot: Snapshot) -> None:
-    """Raises PipelineError if this process does not see what the engine writes to the snapshot.
+def count_executors(spark: SparkSession) -> int:
+    """Returns the number of live executors of a cluster."""
+    context: Any = spark.sparkContext._jsc.sc()
+    # Spark counts the driver too.
+    return 0 if context.isStopped() else context.getExecutorMemoryStatus().size() - 1
+
+
+def check_cluster(engine: Engine, snapshot: Snapshot) -> None:
+    """Waits for the executors of a cluster, and checks that this process sees what they write to the snapshot.
 
     If the folder is not shared, Spark reports success, but the rows stay on the machines of the executors.
+
+    Raises:
+        PipelineError: the folder is not shared, or cannot be written.
     """
+    # Some clusters start no executor before the first job. The others follow within seconds.
+    engine.spark.sql("SELECT count(*) FROM range(1)").collect()
+    before = 0
+    while (there := count_executors(engine.spark)) > before:
+        before = there
+        time.sleep(3)
+    logger.info("Executors on %s: %d", engine.master, there)
+    if snapshot.folder is None:  # all machines reach a URI
+        return
     rows, probe, problem = 10_000, snapshot.path("probe"), ""
     try:
         engine.save(engine.spark.range(rows), probe)

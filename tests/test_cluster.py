@@ -37,7 +37,7 @@ from data_pipeline import (
     Spark,
     Store,
     audit,
-    check_shared_storage,
+    check_cluster,
     choose_engine,
     open_source,
     preflight,
@@ -244,7 +244,7 @@ def test_probe_leaves_nothing(
     engine = choose_engine(config, open_source(config), spark)
     with contextlib.closing(engine):
         engine.start(os.devnull)
-        check_shared_storage(engine, Snapshot(Store(f"{tmp_path}/data"), report.run_id))
+        check_cluster(engine, Snapshot(Store(f"{tmp_path}/data"), report.run_id))
     assert list(tmp_path.glob("data/snapshots/*")) == [tmp_path / "data/snapshots" / report.run_id]
     assert list(tmp_path.glob("data/snapshots/*/*")) == []
 
