@@ -3502,14 +3502,13 @@ def check_packages(requirements: str, *modules: str) -> None:
 
 def check_reachable(problem: str, servers: str, alternative: str) -> None:
     """Raises PipelineError if no server of the list host:port,… answers. Spark itself would retry for minutes."""
-    errors: list[str] = []
     for server in servers.split(","):
         address = urllib.parse.urlsplit(f"//{server}")
         try:
             return socket.create_connection((address.hostname or "", address.port or 0), timeout=10).close()
         except (OSError, ValueError) as error:
-            errors.append(str(error))
-    raise PipelineError(f"{problem} at {servers} ({'; '.join(errors)}): start it, or {alternative}")
+            problem += f" at {server} ({error})"
+    raise PipelineError(f"{problem}: start it, or {alternative}")
 
 
 def call_in_thread(function: Callable[..., Result], *arguments: Any) -> concurrent.futures.Future[Result]:
