@@ -6241,7 +6241,7 @@ def recording(record: RunRecord, store: Store, engine: Engine) -> Iterator[None]
     """Saves the record of a run at its start and at its end, even if it fails.
 
     Raises:
-        PipelineError: the run failed because of machines, disks or settings; it replaces the engine's own error.
+        PipelineError: the run failed because of machines or disks; it replaces the engine's own error.
     """
     logger.info("STARTING DATA PIPELINE EXECUTION")
     logger.info("Run %s as of %s, into %s", record.run_id, record.config["as_of_date"], store.root)
