@@ -941,7 +941,7 @@ class Run:
             if counts["rows"]:
                 self.snapshot.adopt(staged, layer, table.name)
             shutil.rmtree(staged, ignore_errors=True)
-        if self.snapshot.folder and not self.snapshot.files(layer, table.name):
+        if not counts["rows"]:
             self.snapshot.write_empty(layer, table)
         return counts
 
@@ -4184,10 +4184,13 @@ class Snapshot:
         return engine.read(files or self.path(layer, table.name), table.schema_in(layer))
 
     def write_empty(self, layer: str, table: Table) -> None:
-        """Writes a file without rows for a table that has no files: the engine has written none."""
-        os.makedirs(self.path(layer, table.name), exist_ok=True)
-        file = sql_text(self.path(layer, table.name, f"{self.run_id}-0.parquet"))
-        with duckdb_connection(self.root) as connection:
+        """Writes a file without rows if a table has no files on this machine, because the engine has written none."""
+        folder = self.path(layer, table.name).removeprefix("file://")
+        if is_uri(folder) or glob.glob(f"{glob.escape(folder)}/*.parquet"):
+            return
+        os.makedirs(folder, exist_ok=True)
+        file = sql_text(f"{folder}/{self.run_id}-0.parquet")
+        with duckdb_connection(folder) as connection:
             connection.execute(f"COPY ({duckdb_rows([], table.columns(layer))}) TO {file} (FORMAT parquet)")
 
     def adopt(self, staged: str, layer: str, name: str) -> None:
