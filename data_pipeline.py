@@ -183,9 +183,6 @@ class Stopped(KeyboardInterrupt):
         self.exit_code = 128 + number
 
 
-stop_signals: list[int] = []  # the signal that asks this process to end
-
-
 def interruption(error: BaseException | None) -> BaseException | None:
     """Returns the interrupt that led to an error, or None. Py4J may replace the interrupt with another error."""
     while error and not isinstance(error, KeyboardInterrupt):
@@ -811,8 +808,10 @@ class Run:
             runs, run_id = self.snapshot.store.runs, self.record.run_id
             self.engine.start(runs.spark_log(run_id), runs.temporary_folder(run_id))
             prepared.result()
-        self.record.versions |= self.engine.versions()
-        logger.info("%s on Python %s", self.engine.describe(), sys.version.split()[0])
+        versions = self.engine.versions()
+        self.record.versions |= versions
+        engine = ", ".join(f"{name.title()} {versions[name]}" for name in ("sail", "spark") if name in versions)
+        logger.info("%s on Python %s", engine, sys.version.split()[0])
         if self.engine.shares_storage:
             if self.config.source_dir and not self.snapshot.folder:
                 raise ConfigurationError(
@@ -820,15 +819,11 @@ class Run:
                     "machines share, or leave the master out"
                 )
             with self.step("start of the executors"):
-                self.engine.wait_for_executors()
-            with self.step("storage probe"):
-                check_shared_storage(self.engine, self.snapshot)
+                check_cluster(self.engine, self.snapshot)
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
         """Times a step. `record.current_step` is the step that began last, or the first one that failed."""
-        if stop_signals:
-            raise Stopped(stop_signals[0])
         started = time.perf_counter()
         self.record.started_after[name] = started - self._started
         if not self._failed.is_set():
@@ -870,7 +865,8 @@ class Run:
             deadline = time.monotonic() + (STOP_WITHIN if interruption(error) else math.inf)
             # Cancels repeatedly, because a thread may start its next job after the first call.
             while not all(future.done() for future in futures) and time.monotonic() < deadline:
-                self.engine.cancel_jobs()
+                with contextlib.suppress(Exception):  # the engine has ended, and the jobs with it
+                    self.engine.cancel_jobs()
                 time.sleep(0.05)
             raise
         pool.shutdown()
@@ -878,11 +874,18 @@ class Run:
 
     def cached(self, rows: DataFrame) -> DataFrame:
         """Caches rows until the end of the layer."""
-        return self._cached.enter_context(self.engine.cached(rows, self.snapshot.folder))
+        if not self.engine.keeps_rows:
+            return self.stored(rows)
+        rows = rows.persist()
+        self._cached.callback(rows.unpersist)
+        return rows
 
     def stored(self, rows: DataFrame) -> DataFrame:
         """Writes rows to files until the end of the layer. Unlike cached rows, they do not lengthen later plans."""
-        return self._cached.enter_context(self.engine.stored(rows, self.snapshot.folder))
+        path = self.temporary_folder(f".stored-{secrets.token_hex(4)}") + "/rows"
+        self.engine.save(rows, path)
+        # Without rows, Sail writes no files.
+        return self.engine.read(path, rows.schema) if os.path.exists(path) else rows.limit(0)
 
     def temporary_folder(self, name: str) -> str:
         """Makes a local folder (inside the snapshot if that is local) and removes it at the end of the layer."""
@@ -918,43 +921,40 @@ class Run:
             rows = self.engine.coalesced(rows, partition_count(received))
         elif layer == GOLD:
             rows = rows.coalesce(1).sortWithinPartitions(*map(sort_order, table.order))
-        uri = self.snapshot.table_uri(layer, table.name)
         counts = self._write_files(layer, table, rows, {"rows": "count(1)", **(metrics or {})})
-        self.record.rows[name] = self.record.rows.get(name, 0) + counts["rows"]
-        self.record.bytes[name] = self.snapshot.size(layer, table.name)
+        self.add_rows(layer, table, counts["rows"])
+        path, seconds = self.snapshot.path(layer, table.name), time.perf_counter() - started
         # The number of rows includes those in linked files.
-        rows_written, folder = f"{self.record.rows[name]:,} rows", uri.removeprefix("file://")
-        logger.info("✓ Saved %s to: %s (%s, %.2f s)", table.name, folder, rows_written, time.perf_counter() - started)
+        logger.info("✓ Saved %s to: %s (%s rows, %.2f s)", table.name, path, f"{self.record.rows[name]:,}", seconds)
         return counts
 
     def _write_files(self, layer: str, table: Table, rows: DataFrame, metrics: Mapping[str, str]) -> dict[str, Any]:
         """Writes the files of a table. Bronze files and files by month carry the run id: later snapshots link them."""
-        uri = self.snapshot.table_uri(layer, table.name)
+        path = self.snapshot.path(layer, table.name)
         # One file for each month takes longer to write. It only helps if later runs link the files.
         month = month_sql(table) if self.config.source_dir or self.config.incremental else ""
         if self.snapshot.folder is None or not (layer == BRONZE or month):
-            return self.engine.write(rows, uri, metrics)
-        staged = self.snapshot.table_uri(f".{layer}.{table.name}")
-        has_links = bool(self.snapshot.files(layer, table.name))
-        counts = self.engine.write(rows, staged, metrics, month)
-        self.snapshot.adopt(staged, layer, table.name, keep=counts["rows"] > 0 or not has_links)
-        if not self.snapshot.files(layer, table.name):  # without rows, there is no month
-            self.engine.write(rows.limit(0).coalesce(1), staged, {})
-            self.snapshot.adopt(staged, layer, table.name)
+            counts = self.engine.write(rows, path, metrics)
+        else:
+            staged = self.snapshot.path(f".{layer}.{table.name}")
+            counts = self.engine.write(rows, staged, metrics, month)
+            if counts["rows"]:
+                self.snapshot.adopt(staged, layer, table.name)
+            shutil.rmtree(staged, ignore_errors=True)
+        if not counts["rows"]:
+            self.snapshot.write_empty(layer, table)
         return counts
 
-    def add_linked(self, layer: str, table: Table, rows: int) -> None:
-        """Adds to the record the rows of a table that are in linked files."""
+    def add_rows(self, layer: str, table: Table, rows: int) -> None:
+        """Adds to the record the rows of a table that are in new or linked files."""
         name = f"{layer}.{table.name}"
         self.record.rows[name] = self.record.rows.get(name, 0) + rows
-        self.record.bytes[name] = self.snapshot.size(layer, table.name)
+        files = self.snapshot.files(layer, table.name)
+        self.record.bytes[name] = sum(map(os.path.getsize, files)) if self.snapshot.folder else None
 
     def read(self, layer: str, table: Table, files: Sequence[str] = ()) -> DataFrame:
-        """Returns a table of the snapshot, or only the rows of some of its files.
-
-        It has the declared schema, so that Spark does not have to read the schema from the files.
-        """
-        return self.engine.read(files or self.snapshot.table_uri(layer, table.name), table.schema_in(layer))
+        """Returns a table of the snapshot, or only the rows of some of its files."""
+        return self.snapshot.read(self.engine, layer, table, files)
 
 
 # ── Contract ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -3104,7 +3104,7 @@ class Base:
 
     def read(self, engine: Engine, layer: str, table: Table, files: Sequence[str] = ()) -> DataFrame:
         """Returns a table of the base, or only the rows of some of its files."""
-        return engine.read(files or self.snapshot.table_uri(layer, table.name), table.schema_in(layer))
+        return self.snapshot.read(engine, layer, table, files)
 
 
 def state_of(config: DataPipelineConfig, source: Source) -> dict[str, Any]:
@@ -3162,9 +3162,7 @@ def find_base(config: DataPipelineConfig, source: Source, store: Store) -> Base 
     published = store.published()
     if published is None:
         return None
-    found = None
-    with contextlib.suppress(*([PipelineError] if config.reload else [])):
-        found = Snapshot(store, published).read_state()
+    found = Snapshot(store, published).read_state()
     if found is None:  # the snapshot of an earlier version, or storage without links
         if source.continues:
             logger.info("Everything is received anew: the published snapshot is gone, or of an earlier version")
@@ -3261,7 +3259,7 @@ def write_bronze(run: Run, table: Table, change: BronzeChange) -> Counter[str]:
         run.write(BRONZE, table, change.kept)
     elif run.base:
         run.snapshot.link(run.base.snapshot.files(BRONZE, table.name), BRONZE, table.name)
-        run.add_linked(BRONZE, table, run.base.record.rows[f"{BRONZE}.{table.name}"])
+        run.add_rows(BRONZE, table, run.base.record.rows[f"{BRONZE}.{table.name}"])
     if change.added is None:
         return Counter()
     return Counter(run.write(BRONZE, table, change.added, metrics))
@@ -3399,7 +3397,7 @@ def carry_months_over(run: Run, affected: Affected | None, rows: DataFrame) -> D
     of_month = {file: re.match(r"\d{4}-\d\d(?=-)", os.path.basename(file)) for file in files}
     linked = {file: found[0] for file, found in of_month.items() if found and found[0] not in months}
     run.snapshot.link(linked, SILVER, table.name)
-    run.add_linked(SILVER, table, sum(map(parquet_rows, linked)))
+    run.add_rows(SILVER, table, sum(map(parquet_rows, linked)))
     run.record.months = {"written": len(months), "linked": len({*linked.values()})}
     if rewritten := [file for file in files if file not in linked]:
         others = with_keys(base.read(run.engine, SILVER, table, rewritten), table, affected.keys, how="left_anti")
@@ -3469,17 +3467,6 @@ CLUSTER_FAILED = (
     "SparkContext was shut down|stopped SparkContext|Master removed our application|ExecutorLostFailure|FetchFailed"
 )
 DISK_FULL = "No space left on device|Disk quota exceeded"
-# Texts of Spark's errors about mistakes in the environment, and what to do.
-MISTAKES: Mapping[str, str] = {
-    "System memory .* must be at least": "give Java more, with --driver-memory in PYSPARK_SUBMIT_ARGS, "
-    "spark.driver.memory in spark-defaults.conf, or -Xmx in _JAVA_OPTIONS",
-    "JAVA_GATEWAY_EXITED|Too many open files": "see the limits that `ulimit -n`, `-u` and `-v` show, and the options "
-    "of Java in _JAVA_OPTIONS, JAVA_TOOL_OPTIONS and SPARK_SUBMIT_OPTS",
-    "SPARK_HOME may not be configured correctly": "correct SPARK_HOME, or unset it",
-    r"hadoop\.fs\.\S+ not found": "give Spark Hadoop's jar for data_dir "
-    "with spark.jars.packages in spark-defaults.conf",
-    "No FileSystem for scheme": "correct data_dir: no file system of Spark has this scheme",
-}
 
 
 def partition_count(rows: int, rows_each: int = ROWS_PER_FILE) -> int:
@@ -3504,14 +3491,6 @@ def aggregate(rows: DataFrame, metrics: Mapping[str, str]) -> dict[str, Any]:
     return values.asDict()  # type: ignore[no-any-return]
 
 
-def write_parquet(rows: DataFrame, uri: str, month: str = "") -> None:
-    """Writes rows as Parquet: flat, or in a folder for each month."""
-    if month:
-        rows.withColumn("_month", F.expr(month)).write.mode("error").partitionBy("_month").parquet(uri)
-    else:
-        rows.write.mode("error").parquet(uri)
-
-
 def install_command(requirements: str) -> str:
     """Returns the command that installs a requirements file for this Python, from any folder."""
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), requirements)
@@ -3527,14 +3506,13 @@ def check_packages(requirements: str, *modules: str) -> None:
 
 def check_reachable(problem: str, servers: str, alternative: str) -> None:
     """Raises PipelineError if no server of the list host:port,… answers. Spark itself would retry for minutes."""
-    errors: list[str] = []
     for server in servers.split(","):
         address = urllib.parse.urlsplit(f"//{server}")
         try:
             return socket.create_connection((address.hostname or "", address.port or 0), timeout=10).close()
         except (OSError, ValueError) as error:
-            errors.append(str(error))
-    raise PipelineError(f"{problem} at {servers} ({'; '.join(errors)}): start it, or {alternative}")
+            problem += f" at {server} ({error})"
+    raise PipelineError(f"{problem}: start it, or {alternative}")
 
 
 def call_in_thread(function: Callable[..., Result], *arguments: Any) -> concurrent.futures.Future[Result]:
@@ -3558,19 +3536,6 @@ def root_cause(error: Exception) -> str:
     return (causes or lines[:1])[-1][:300]
 
 
-def start_failure(error: Exception, spark_log: str) -> str:
-    """Returns why Spark did not start. The reason is in Spark's log if Java ended before Python had connected."""
-    with contextlib.suppress(OSError), open(spark_log, encoding="utf-8", errors="replace") as log:
-        if logged := re.search('(?:Exception in thread "main" |initialization of VM\n)(.*)', log.read()):
-            return logged[1]
-    return root_cause(error)
-
-
-def advice_on(error: Exception) -> str | None:
-    """Returns what to do about a mistake in the environment; None for other errors."""
-    return next((advice for mistake, advice in MISTAKES.items() if re.search(mistake, str(error))), None)
-
-
 def log_reference(spark_log: str) -> str:
     """Returns a text to append to a message: the name of Spark's own log, or nothing if the log is empty."""
     return f"; Spark's own log: {spark_log}" if os.path.isfile(spark_log) and os.path.getsize(spark_log) else ""
@@ -3584,25 +3549,16 @@ def choose_engine(
     It uses the session given, or the running session of this process if there is one.
 
     Raises:
-        ConfigurationError: a master or a Spark Connect server that cannot be used.
-        PipelineError: the session is stopped.
+        ConfigurationError: a master or a session that the engine cannot use.
     """
     spark = spark or running_session()
-    is_remote = type(spark).__module__.startswith("pyspark.sql.connect")
-    if config.engine == "spark" and (is_remote or (spark is None and os.environ.get("SPARK_REMOTE"))):
+    is_sail, is_remote = config.engine == "sail", type(spark).__module__.startswith("pyspark.sql.connect")
+    if (spark and is_remote != is_sail) or (is_sail and not is_local(config.spark_master or "")):
         raise ConfigurationError(
-            "engine spark does not use Spark Connect: unset SPARK_REMOTE, or pass a session of Spark in this process"
+            "engine sail runs within this process, and engine spark does not use Spark Connect: choose the other "
+            "engine, or leave out spark_master and the session"
         )
-    if config.engine == "sail" and spark is not None and not is_remote:
-        raise ConfigurationError("engine sail cannot use a session of Spark: choose engine spark, or pass none")
-    if config.engine == "sail" and not is_local(config.spark_master or ""):
-        raise ConfigurationError(
-            f"engine sail runs within this process, and on no cluster: leave spark_master {config.spark_master} "
-            "out, or choose engine spark"
-        )
-    if spark is not None and (spark.is_stopped if is_remote else is_stopped(spark)):  # type: ignore[attr-defined]
-        raise PipelineError("the session that was passed is stopped: pass one that runs, or none")
-    engine: type[Engine] = Sail if config.engine == "sail" else Spark
+    engine: type[Engine] = Sail if is_sail else Spark
     return engine(config, max(rows_before, sum(source.expected_rows.values())), spark)
 
 
@@ -3625,24 +3581,9 @@ def running_session() -> SparkSession | None:
     return None
 
 
-def is_stopped(spark: SparkSession) -> bool:
-    """Returns whether a session was stopped, by Python or by Java."""
-    context = spark.sparkContext._jsc
-    return context is None or context.sc().isStopped()
-
-
 def is_local(master: str) -> bool:
     """Returns whether the master stands for threads of this machine."""
     return not master or master.startswith("local")
-
-
-def configured_master(config: DataPipelineConfig) -> str:
-    """Returns `spark_master` or `SPARK_MASTER`. If both are empty, Spark chooses. Raises ConfigurationError."""
-    master = config.spark_master or os.environ.get("SPARK_MASTER") or None
-    try:
-        return parse_setting("spark_master", master) or ""
-    except ConfigurationError as error:
-        raise ConfigurationError(f"SPARK_MASTER: {error}") from None
 
 
 class Engine(ABC):
@@ -3653,6 +3594,8 @@ class Engine(ABC):
 
     spark: SparkSession  # from `start` on
     shares_storage = False  # from `start` on: whether other machines write the tables
+    lost = ""  # says that a cluster has had no executor for too long
+    keeps_rows = True  # whether cached rows stay in memory; otherwise they are written to files
 
     def __init__(self, config: DataPipelineConfig, rows: int, given: SparkSession | None) -> None:
         self.config = config
@@ -3669,10 +3612,10 @@ class Engine(ABC):
             # The default, INT96, is deprecated and has no statistics, so readers could not skip row groups by time.
             "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
             "spark.sql.timestampType": "TIMESTAMP_LTZ",  # the TIMESTAMP of the contract
+            "spark.sql.ansi.enabled": "false",  # Spark 4 turns it on; models are written for all versions
         }
-        if config.source_dir:  # Spark 4 turns ANSI mode on; models are written for all versions
-            self.settings = {**self.settings, "spark.sql.ansi.enabled": "false"}
         self._started = contextlib.ExitStack()
+        self.master = config.spark_master or os.environ.get("SPARK_MASTER") or ""  # if empty, Spark chooses it
         self._tag = f"data_pipeline-{secrets.token_hex(4)}"
 
     @abstractmethod
@@ -3730,13 +3673,6 @@ class Engine(ABC):
         """Returns the versions of the engine's parts that are known so far."""
         return {"spark": self.spark.version} if hasattr(self, "spark") else {}
 
-    def describe(self) -> str:
-        """Returns the engine's name and version, for the log."""
-        return f"Spark {self.spark.version}"
-
-    def wait_for_executors(self) -> None:
-        """Waits for the executors of a cluster."""
-
     def tag_jobs(self) -> None:
         """Tags the jobs of this thread, so that `cancel_jobs` leaves other jobs of the session alone."""
 
@@ -3746,33 +3682,43 @@ class Engine(ABC):
 
     def is_infrastructure_failure(self, error: Exception) -> bool:
         """Returns whether machines or disks caused an error, and not the data."""
-        return bool(re.search(f"{CLUSTER_FAILED}|{DISK_FULL}", str(error)))
+        return bool(self.lost or re.search(f"{CLUSTER_FAILED}|{DISK_FULL}", str(error)))
 
     def explain(self, error: Exception, step: str, spark_log: str) -> PipelineError | None:
-        """Explains a failure of machines, disks or settings in a step; returns None for other errors."""
-        if advice := advice_on(error):
-            return PipelineError(f"{root_cause(error)}, in {step}: {advice}{log_reference(spark_log)}")
-        full = re.search(DISK_FULL, str(error))
-        if full is None:
-            return None
-        task = re.search(r"\(TID \d+\) \((\S+) executor", str(error))
-        machine = f" on {task[1]}" if task else ""
-        return PipelineError(
-            f"the disk of {self.config.root}, or of Spark's own files{machine}, is full ({full[0]}, in {step}): "
-            "free some room, or choose another folder with --data-dir, or for Spark's own files with "
-            "SPARK_LOCAL_DIRS; the published data has not changed"
-        )
+        """Explains a failure of disks or of a cluster in a step; returns None for other errors."""
+        cluster, disk = (re.search(pattern, str(error)) for pattern in (CLUSTER_FAILED, DISK_FULL))
+        gave_up = f"gave up on the run ({cluster[0]})" if cluster and self.shares_storage else ""
+        if problem := self.lost or gave_up:
+            return PipelineError(
+                f"{self.master} {problem}, in {step}: see on the master's page and in the workers' logs "
+                "that there are workers with enough memory and cores, that they reach this machine (--driver-host), "
+                "and that their executors do not die (--executor-memory); the published data has not changed"
+                f"{log_reference(spark_log)}"
+            )
+        if disk:
+            return PipelineError(
+                f"the disk of {self.config.root}, or of Spark's own files, is full ({disk[0]}, in {step}): free some "
+                "room, or choose another folder with --data-dir, or for Spark's own files with SPARK_LOCAL_DIRS; the "
+                "published data has not changed"
+            )
+        return None
 
-    def read(self, uri: str | Sequence[str], schema: Any = None) -> DataFrame:
+    def location(self, path: str) -> str:
+        """Returns the URI of a path, since Spark may have another default file system."""
+        return path if is_uri(path) else f"file://{path}"
+
+    def read(self, paths: str | Sequence[str], schema: Any = None) -> DataFrame:
         """Returns the rows of a Parquet table, or of some files. Without a schema, the engine reads it from them."""
         reader = self.spark.read if schema is None else self.spark.read.schema(schema)
-        return reader.parquet(*([uri] if isinstance(uri, str) else map(self.local_uri, uri)))
+        return reader.parquet(*map(self.location, [paths] if isinstance(paths, str) else paths))
 
-    def local_uri(self, path: str) -> str:
-        """Returns the URI of a file or folder of this machine."""
-        return f"file://{path}"
+    def save(self, rows: DataFrame, path: str, month: str = "") -> None:
+        """Writes rows as Parquet: flat, or in a folder for each month."""
+        if month:
+            rows = rows.withColumn("_month", F.expr(month))
+        rows.write.mode("error").parquet(self.location(path), partitionBy="_month" if month else None)
 
-    def write(self, rows: DataFrame, uri: str, metrics: Mapping[str, str], month: str = "") -> dict[str, Any]:
+    def write(self, rows: DataFrame, path: str, metrics: Mapping[str, str], month: str = "") -> dict[str, Any]:
         """Writes rows as Parquet, and returns the metrics over them.
 
         With `month`, a text in Spark SQL, the rows of each month are in files of a folder `_month=2026-01`.
@@ -3783,26 +3729,8 @@ class Engine(ABC):
         # is repeated because a machine was lost, it would count twice.
         observation = Observation()
         observed = rows.observe(observation, F.expr(f"to_json({named_struct(metrics)}) AS metrics"))
-        write_parquet(observed, uri, month)
+        self.save(observed, path, month)
         return json.loads(observation.get["metrics"])  # type: ignore[no-any-return]
-
-    @contextlib.contextmanager
-    def cached(self, rows: DataFrame, folder: str | None) -> Iterator[DataFrame]:
-        """Caches rows until the end of the block. An engine that caches on disk uses the folder."""
-        persisted = rows.persist()
-        try:
-            yield persisted
-        finally:
-            persisted.unpersist()
-
-    @contextlib.contextmanager
-    def stored(self, rows: DataFrame, folder: str | None) -> Iterator[DataFrame]:
-        """Writes rows to files until the end of the block. Unlike cached rows, they have no plan."""
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            path = f"{temporary}/rows"
-            write_parquet(rows, self.local_uri(path))
-            # Without rows, Sail writes no files.
-            yield self.read(self.local_uri(path), rows.schema) if os.path.exists(path) else rows.limit(0)
 
     @contextlib.contextmanager
     def view(self, rows: DataFrame) -> Iterator[str]:
@@ -3826,42 +3754,35 @@ class Spark(Engine):
     Executors of a cluster may be missing, die, or see another disk.
     """
 
-    def __init__(self, config: DataPipelineConfig, rows: int, given: SparkSession | None) -> None:
-        super().__init__(config, rows, given)
-        self.lost = threading.Event()  # set when a cluster has had no executor for too long
-        self.temporary_folder = ""  # for Java and Spark; if empty, they choose one
-        self.master = configured_master(config)  # if empty, Spark chooses it
+    temporary_folder = ""  # for Java and Spark; if empty, they choose one
 
     def check(self) -> None:
-        if os.environ.get("SPARK_HOME"):
-            check_packages("requirements.txt", "findspark")
+        check_packages("requirements.txt", "findspark" if os.environ.get("SPARK_HOME") else "pyspark")
         if self.given is None:
-            check_java()
+            if starts_jvm():
+                check_java()
             scheme, _, servers = self.master.partition("://")
             if scheme == "spark":
                 check_reachable("no Spark master", servers, "choose another with --spark-master")
 
     def create_session(self, spark_log: str) -> SparkSession:
-        import_spark()  # before anything else imports pyspark
-        from py4j.protocol import Py4JError
-        from pyspark.errors import PySparkException
-
         # By default, Spark's workers use the `python3` of the PATH.
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
         try:
             if starts_jvm():
+                import_spark()  # before anything else imports pyspark
                 self.launch_jvm(spark_log)
             spark = self.builder(self.options()).getOrCreate()
-        except (Py4JError, PySparkException) as error:
-            advice = advice_on(error) or (
-                "correct its settings: the master must run this version of Spark; --driver-host or SPARK_LOCAL_IP must "
-                "be an address of this machine"
-            )
+            jvm = spark.sparkContext._jvm
+            for name in ("functions", "org.apache.spark.sql.functions", "PythonUtils", "py4j"):  # of Spark 3.5 and 4
+                setattr(jvm, name, _Py4JCache(getattr(jvm, name)))
+        except Exception as error:  # of Java, Spark, Py4J, findspark or the system
             raise PipelineError(
-                f"Spark does not start{' on ' if self.master else ''}{self.master}: {start_failure(error, spark_log)}; "
-                f"{advice}{log_reference(spark_log)}"
+                f"Spark does not start{' on ' if self.master else ''}{self.master}: {root_cause(error)}; correct "
+                "SPARK_HOME, Spark's settings (such as --driver-memory in PYSPARK_SUBMIT_ARGS), or the limits that "
+                "`ulimit -n`, `-u` and `-v` show; the master must run this version of Spark; --driver-host or "
+                f"SPARK_LOCAL_IP must be an address of this machine{log_reference(spark_log)}"
             ) from error
-        _Py4JCache.install(spark.sparkContext._jvm)
         return spark
 
     def start(self, spark_log: str, temporary_folder: str = "") -> None:
@@ -3878,7 +3799,9 @@ class Spark(Engine):
         self.shares_storage = not is_local(self.master)
         if self.shares_storage:
             self.tag_jobs()
-            self._started.enter_context(self.watched())
+            ended = threading.Event()
+            self._started.callback(ended.set)
+            call_in_thread(self.watch, ended)
 
     def launch_jvm(self, spark_log: str) -> None:
         """Launches the JVM, whose output is Spark's own log, before the session needs it."""
@@ -3893,9 +3816,8 @@ class Spark(Engine):
 
     def options(self) -> dict[str, Any]:
         """Returns the settings of a new session that cannot be set on a running one."""
-        debug = self.config.log_level == "DEBUG"
         options = {
-            "spark.ui.showConsoleProgress": str(debug and sys.stderr.isatty()).lower(),
+            "spark.ui.showConsoleProgress": "false",
             # The web interface is useless for a run that takes seconds.
             "spark.ui.enabled": str(not self.startup_dominates).lower(),
             "spark.driver.defaultJavaOptions": shlex.join(self.jvm_options()),
@@ -3936,77 +3858,24 @@ class Spark(Engine):
         self.spark.sparkContext.addJobTag(self._tag)
 
     def cancel_jobs(self) -> None:
-        from py4j.protocol import Py4JError
+        self.spark.sparkContext.cancelJobsWithTag(self._tag)
 
-        with contextlib.suppress(Py4JError):  # Java has ended, and the jobs with it
-            self.spark.sparkContext.cancelJobsWithTag(self._tag)
-
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
+    def watch(self, ended: threading.Event) -> None:
         """Cancels the jobs of the run if there is no executor for too long. Spark itself would wait for ever."""
-        from py4j.protocol import Py4JError
-
-        ended = threading.Event()
-
-        def watch() -> None:
-            last_seen = time.monotonic()
-            with contextlib.suppress(Py4JError):  # Spark has ended: then the jobs fail by themselves
-                while not ended.wait(1):
-                    if self.executors():
-                        last_seen = time.monotonic()
-                    elif time.monotonic() - last_seen > self.config.cluster_timeout:
-                        self.lost.set()
-                    if self.lost.is_set():
-                        self.cancel_jobs()
-
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            watcher.join()
-            with contextlib.suppress(Py4JError):
+        last_seen = time.monotonic()
+        while not ended.wait(1):
+            if count_executors(self.spark):
+                last_seen = time.monotonic()
+            elif time.monotonic() - last_seen > self.config.cluster_timeout:
+                self.lost = f"left the run without an executor for {self.config.cluster_timeout:g} s"
+            if self.lost:
                 self.cancel_jobs()
-                self.spark.sparkContext.removeJobTag(self._tag)
-
-    def executors(self) -> int:
-        """Returns the number of live executors."""
-        context = self.spark.sparkContext._jsc.sc()
-        # Spark counts the driver too.
-        return 0 if context.isStopped() else context.getExecutorMemoryStatus().size() - 1
-
-    def wait_for_executors(self) -> None:
-        """Waits for the first executor, and then until their number has not risen for three seconds."""
-        # Some clusters start no executor before the first job.
-        self.spark.sql("SELECT count(*) FROM range(1)").collect()
-        before = 0
-        while (there := self.executors()) > before:
-            before = there
-            time.sleep(3)
-        logger.info("Executors on %s: %d", self.master, there)
-
-    def is_infrastructure_failure(self, error: Exception) -> bool:
-        return self.lost.is_set() or super().is_infrastructure_failure(error)
-
-    def explain(self, error: Exception, step: str, spark_log: str) -> PipelineError | None:
-        failure = re.search(CLUSTER_FAILED, str(error))
-        if self.lost.is_set():
-            problem = f"left the run without an executor for {self.config.cluster_timeout:g} s"
-        elif failure and self.shares_storage:
-            problem = f"gave up on the run ({failure[0]})"
-        else:
-            return super().explain(error, step, spark_log)
-        return PipelineError(
-            f"{self.master} {problem}, in {step}: see on the master's page and in the workers' logs that there are "
-            "workers with enough memory and cores, that they reach this machine (--driver-host), and that their "
-            "executors do not die (--executor-memory); the published data has not changed"
-            f"{log_reference(spark_log)}"
-        )
 
 
 class Sail(Engine):
     """Sail, an engine in Rust, as a server for Spark Connect within this process."""
+
+    keeps_rows = False
 
     def start(self, spark_log: str, temporary_folder: str = "") -> None:
         super().start(spark_log, temporary_folder)
@@ -4036,70 +3905,60 @@ class Sail(Engine):
     def versions(self) -> dict[str, str | None]:
         return {**super().versions(), "sail": importlib.metadata.version("pysail")}
 
-    def describe(self) -> str:
-        return f"Sail {importlib.metadata.version('pysail')}, as Spark {self.spark.version},"
+    def location(self, path: str) -> str:
+        """Returns a path without a scheme, since Sail would decode %41 in a URI."""
+        return path.removeprefix("file://")
 
-    def read(self, uri: str | Sequence[str], schema: Any = None) -> DataFrame:
-        return super().read(uri.removeprefix("file://") if isinstance(uri, str) else uri, schema)
-
-    def local_uri(self, path: str) -> str:
-        """Returns the path, since Sail would decode %41 in a URI."""
-        return path
-
-    def write(self, rows: DataFrame, uri: str, metrics: Mapping[str, str], month: str = "") -> dict[str, Any]:
-        """Writes rows, and reads them back to count them: Sail cannot count while it writes.
-
-        Sail writes no file for a table without rows. Then this method writes an empty file with the columns.
-        """
-        uri = uri.removeprefix("file://")
-        write_parquet(rows, uri, month)
-        counts = aggregate(self.read(uri, rows.schema), metrics)
-        if not counts["rows"] and not is_uri(uri) and not os.path.exists(uri):
-            import pyarrow.parquet
-            from pyspark.sql.pandas.types import to_arrow_schema
-
-            os.makedirs(uri)
-            empty = to_arrow_schema(rows.schema).empty_table()
-            pyarrow.parquet.write_table(empty, f"{uri}/part-0.parquet", store_decimal_as_integer=True)
-        return counts
+    def write(self, rows: DataFrame, path: str, metrics: Mapping[str, str], month: str = "") -> dict[str, Any]:
+        """Writes rows, and reads them back to count them: Sail cannot count while it writes."""
+        self.save(rows, path, month)
+        return aggregate(self.read(path, rows.schema), metrics)
 
     def coalesced(self, rows: DataFrame, partitions: int) -> DataFrame:
         """Returns the rows in one partition, or unchanged: Sail hangs if a large table is coalesced to two."""
         return rows if partitions > 1 else rows.coalesce(partitions)
 
-    @contextlib.contextmanager
-    def cached(self, rows: DataFrame, folder: str | None) -> Iterator[DataFrame]:
-        """Stores the rows: Sail keeps nothing in memory."""
-        with self.stored(rows, folder) as stored:
-            yield stored
+
+def count_executors(spark: SparkSession) -> int:
+    """Returns the number of live executors of a cluster."""
+    context: Any = spark.sparkContext._jsc.sc()
+    # Spark counts the driver too.
+    return 0 if context.isStopped() else context.getExecutorMemoryStatus().size() - 1
 
 
-def check_shared_storage(engine: Engine, snapshot: Snapshot) -> None:
-    """Raises PipelineError if this process does not see what the engine writes to the snapshot.
+def check_cluster(engine: Engine, snapshot: Snapshot) -> None:
+    """Waits for the executors of a cluster, and checks that this process sees what they write to the snapshot.
 
     If the folder is not shared, Spark reports success, but the rows stay on the machines of the executors.
+
+    Raises:
+        PipelineError: the folder is not shared, or cannot be written.
     """
-    lines, spark, uri, root = 10_000, engine.spark, snapshot.table_uri("probe"), engine.config.root
-    advice = (
-        "use one folder that all machines share (by NFS, for example), or a URI such as hdfs:// or s3a://; workers "
-        "must run as the user of this process, with write access"
-    )
+    # Some clusters start no executor before the first job. The others follow within seconds.
+    engine.spark.sql("SELECT count(*) FROM range(1)").collect()
+    before = 0
+    while (there := count_executors(engine.spark)) > before:
+        before = there
+        time.sleep(3)
+    logger.info("Executors on %s: %d", engine.master, there)
+    if snapshot.folder is None:  # all machines reach a URI
+        return
+    rows, probe, problem = 10_000, snapshot.path("probe"), ""
     try:
-        spark.sql(f"SELECT CAST(id AS STRING) FROM range({lines})").write.text(uri)
-        seen = snapshot.count_and_remove_lines("probe")
-        if seen is None:
-            seen = spark.read.text(uri).count()
-            context = spark.sparkContext
-            folder: Any = context._jvm.org.apache.hadoop.fs.Path(uri)  # type: ignore[union-attr]
-            folder.getFileSystem(context._jsc.hadoopConfiguration()).delete(folder, True)
+        engine.save(engine.spark.range(rows), probe)
+        if (seen := sum(map(parquet_rows, snapshot.files("probe")))) != rows:
+            problem = (
+                f"is not shared: the executors wrote {rows:,} rows there, and {seen:,} of them are on this machine"
+            )
     except Exception as error:
         if engine.is_infrastructure_failure(error):
             raise
-        raise PipelineError(f"cannot use data_dir {root}: {root_cause(error)}; {advice}") from error
-    if seen != lines:
+        problem = f"cannot be used: {root_cause(error)}"
+    shutil.rmtree(probe, ignore_errors=True)
+    if problem:
         raise PipelineError(
-            f"data_dir {root} is not shared: the executors wrote {lines:,} lines there, and {seen:,} of "
-            f"them are on this machine; {advice}"
+            f"data_dir {engine.config.root} {problem}; use one folder that all machines share (by NFS, for example), "
+            "or a URI such as hdfs:// or s3a://; workers must run as the user of this process, with write access"
         )
 
 
@@ -4109,31 +3968,22 @@ def starts_jvm() -> bool:
 
 
 def spark_home() -> Path:
-    """Returns Spark's folder without importing Spark: `SPARK_HOME`, or the pip package. Raises PipelineError."""
-    if home := os.environ.get("SPARK_HOME"):
-        return Path(home)
+    """Returns Spark's folder without importing Spark: `SPARK_HOME`, or the pip package, which has to be there."""
     spec = importlib.util.find_spec("pyspark")
-    if spec is None or spec.origin is None:
-        raise PipelineError(f"no Spark found: run `{install_command('requirements.txt')}`, or set SPARK_HOME")
-    return Path(spec.origin).parent
+    return Path(os.environ.get("SPARK_HOME") or os.path.dirname(spec.origin))  # type: ignore[union-attr, arg-type]
 
 
 def import_spark() -> None:
-    """Imports the Spark of `SPARK_HOME`, if set. Raises PipelineError if another version was imported before."""
-    home = os.environ.get("SPARK_HOME")
-    if not home or not starts_jvm():  # spark-submit has made its own Spark importable already
-        return
-    import findspark
+    """Imports the Spark of `SPARK_HOME`, if set. Raises ImportError if another version was imported before."""
+    if home := os.environ.get("SPARK_HOME"):
+        import findspark
 
-    findspark.init(home)
-    import pyspark
+        findspark.init(home)
+        import pyspark
 
-    version = ".".join(map(str, spark_version(spark_home())))
-    if not pyspark.__version__.startswith(version):  # a notebook, for example, has imported another one
-        raise PipelineError(
-            f"SPARK_HOME {home} is Spark {version}, but pyspark {pyspark.__version__} was imported from "
-            f"{os.path.dirname(pyspark.__file__)}: unset SPARK_HOME, or set it to that version"
-        )
+        version = ".".join(map(str, spark_version(Path(home))))
+        if not pyspark.__version__.startswith(version):  # a notebook, for example, has imported another one
+            raise ImportError(f"SPARK_HOME is Spark {version}, but pyspark {pyspark.__version__} was imported before")
 
 
 def spark_version(home: Path) -> tuple[int, ...]:
@@ -4156,42 +4006,32 @@ def java_home(spark: tuple[int, ...]) -> Path | None:
 
 
 def java_version(home: Path) -> str:
-    """Returns the version of Java from its file `release`, or else by running it, which takes 0.1 s."""
-    java = home / "bin" / "java"
-    if not os.access(java, os.X_OK) or java.is_dir():
-        raise PipelineError(f"no Java in {home}: it has no bin/java to run; correct JAVA_HOME, or unset it")
-    release = home / "release"
-    text = release.read_text(errors="replace") if release.is_file() else ""
-    if "JAVA_VERSION=" not in text:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            text = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=10, check=False).stderr
+    """Returns the version of Java from its file `release`, or by running it (0.1 s). Raises PipelineError."""
+    release, java, text = home / "release", home / "bin" / "java", ""
+    with contextlib.suppress(OSError):
+        text = release.read_text(errors="replace") if release.is_file() else ""
+        if "JAVA_VERSION=" not in text:
+            text = subprocess.run([java, "-version"], capture_output=True, text=True, check=False).stderr
     version = re.search(r'version(?:="| ")(\d[\w.]*)', text, re.IGNORECASE)
     if version is None:
-        raise PipelineError(f"the Java in {home} does not say its version; set JAVA_HOME to a working Java")
+        raise PipelineError(f"no Java in {home}: it has no bin/java to run; correct JAVA_HOME, or unset it")
     return version[1]
 
 
 def check_java() -> None:
     """Finds a Java that this version of Spark supports, and sets `JAVA_HOME`. Raises PipelineError."""
-    if not starts_jvm():
-        return
     spark = spark_version(spark_home())
-    oldest, newest = (8, 22) if spark < (4,) else (17, 999)
     name = f"Spark {'.'.join(map(str, spark))}"
-    wanted = f"{name} needs Java {oldest} " + (f"to {newest}" if newest < 99 else "or newer")
     if spark < (3, 5):
         raise PipelineError(f"{name} in {spark_home()} is too old: 3.5 or newer is needed; set SPARK_HOME to one")
-    if spark < (4,) and sys.version_info >= (3, 14):
-        logger.warning(
-            "%s is made for Python up to 3.11, and tested up to 3.13: this is %d.%d", name, *sys.version_info[:2]
-        )
+    oldest, newest, wanted = (8, 22, "Java 8 to 22") if spark < (4,) else (17, math.inf, "Java 17 or newer")
     home = java_home(spark)
     if home is None:
         bring = f"run `{install_command('requirements.txt')}`, or " if spark < (4,) else ""
-        raise PipelineError(f"no Java found: {wanted}; {bring}install one and set JAVA_HOME to it")
+        raise PipelineError(f"no Java found: {name} needs {wanted}; {bring}install one and set JAVA_HOME to it")
     version = java_version(home)
     if not oldest <= int(version.removeprefix("1.").partition(".")[0]) <= newest:
-        raise PipelineError(f"{wanted}, but {home} is Java {version}; set JAVA_HOME to one that fits")
+        raise PipelineError(f"{name} needs {wanted}, but {home} is Java {version}; set JAVA_HOME to one that fits")
     os.environ["JAVA_HOME"] = str(home)
 
 
@@ -4210,21 +4050,8 @@ class _Py4JCache:
         setattr(self, name, found)
         return found
 
-    @classmethod
-    def install(cls, jvm: Any) -> None:
-        """Caches the members that pyspark uses most. The names are those of Spark 3.5 and of Spark 4."""
-        for name in ("functions", "org.apache.spark.sql.functions", "PythonUtils", "py4j"):
-            setattr(jvm, name, cls(getattr(jvm, name)))
-
 
 ARCHIVE_FORMAT = 2  # increase when the way archives are made changes
-
-
-def class_path(spark: Path) -> str:
-    """Returns the class path of Spark's launcher. Java only uses an archive that was made with the same class path."""
-    configuration = os.environ.get("SPARK_CONF_DIR") or spark / "conf"
-    added = (os.environ.get(name) for name in ("HADOOP_CONF_DIR", "YARN_CONF_DIR", "SPARK_DIST_CLASSPATH"))
-    return ":".join(filter(None, (str(configuration), f"{spark}/jars/*", *added)))
 
 
 def archive_options(java: Path, spark: Path) -> list[str]:
@@ -4234,33 +4061,29 @@ def archive_options(java: Path, spark: Path) -> list[str]:
     or does not fit its version or the jars. A dynamic archive (`-XX:ArchiveClassesAtExit`) is as fast, but Java crashes
     with it when a flight recorder runs, and may not start at all.
     """
-    version = java_version(java)
-    # Java makes no archive if a folder of the class path contains files, such as Spark's settings.
-    folders = (folder for folder in class_path(spark).split(":") if os.path.isdir(folder))
-    if int(version.partition(".")[0]) < 17 or any(map(os.listdir, folders)):
+    version, conf = java_version(java), Path(os.environ.get("SPARK_CONF_DIR") or spark / "conf")
+    added = ("HADOOP_CONF_DIR", "YARN_CONF_DIR", "SPARK_DIST_CLASSPATH")
+    # Java makes no archive if a folder of the class path contains files, such as settings of Spark or Hadoop.
+    if int(version.partition(".")[0]) < 17 or any(map(os.environ.get, added)) or [*conf.glob("*")]:
         return []
-    parts = (ARCHIVE_FORMAT, java, spark, version, (spark / "jars").stat().st_mtime_ns, class_path(spark))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "data_pipeline")
-    archive = cache / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.jsa"
-    options = []
+    class_path = f"{conf}:{spark}/jars/*"  # of Spark's launcher; the archive has to be made with the same one
+    parts = (ARCHIVE_FORMAT, java, spark, version, (spark / "jars").stat().st_mtime_ns, class_path)
+    name = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    archive = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "data_pipeline", f"{name}.jsa")
     try:
-        cache.mkdir(parents=True, exist_ok=True)
         if archive.exists():
-            options = [f"-XX:SharedArchiveFile={archive}", "-Xlog:cds=off", "-Xlog:cds+dynamic=off"]
-            os.utime(archive)
-        elif shutil.disk_usage(cache).free > 2_000 * MILLION:
-            (classes := archive.with_suffix(f".{secrets.token_hex(4)}")).touch()
-            atexit.register(make_archive_later, archive, classes, java, spark)
-            options = [f"-XX:DumpLoadedClassList={classes}"]
-        for file in cache.iterdir():  # archives unused for 30 days, and files of killed processes
-            if file.stat().st_mtime < time.time() - (30 if file.suffix == ".jsa" else 1) * 86_400:
-                file.unlink()
+            os.utime(archive)  # shows that it is in use
+            return [f"-XX:SharedArchiveFile={archive}", "-Xlog:cds=off", "-Xlog:cds+dynamic=off"]
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        (classes := archive.with_suffix(f".{secrets.token_hex(4)}")).touch()
     except OSError as error:
         logger.debug("Archive of classes: %s", error)
-    return options
+        return []
+    atexit.register(make_archive_later, archive, classes, java, class_path)
+    return [f"-XX:DumpLoadedClassList={classes}"]
 
 
-def make_archive_later(*arguments: Path) -> None:
+def make_archive_later(*arguments: Path | str) -> None:
     """Starts a background process that makes the archive once this process has ended."""
     home, module = os.path.split(os.path.abspath(__file__))
     program = "import os, sys; os.nice(19); sys.stdin.read(); "
@@ -4271,23 +4094,27 @@ def make_archive_later(*arguments: Path) -> None:
         subprocess.Popen(command, cwd=home, stdin=end, stdout=null, stderr=null, start_new_session=True)
 
 
-def make_archive(archive: str, classes: str, java: str, spark: str) -> None:
-    """Makes the archive from the list of classes unless it exists, and removes the list."""
+def make_archive(archive: str, classes: str, java: str, class_path: str) -> None:
+    """Makes the archive from the list of classes. Removes the list, and what was not used for 30 days."""
     time.sleep(3)  # Java ends after Python, and then writes the list
     listed, made = Path(classes), Path(f"{classes}.made")
-    entries = (entry for jar in Path(spark, "jars").glob("*.jar") for entry in zipfile.ZipFile(jar).namelist())
+    entries = (
+        entry for jar in glob.glob(f"{class_path.partition(':')[2]}.jar") for entry in zipfile.ZipFile(jar).namelist()
+    )
     versioned = {found[1] for entry in entries if (found := re.match(r"META-INF/versions/\d+/(.+)\.class", entry))}
     # Removes method handle species and classes of META-INF/versions: with them, a flight recorder crashes Java.
     lines = [line for line in listed.read_text().splitlines(keepends=True) if "[SPECIES_RESOLVE]" not in line]
     listed.write_text("".join(line for line in lines if line.split()[0] not in versioned))
     options = (f"-XX:SharedClassListFile={classes}", f"-XX:SharedArchiveFile={made}")
+    has_room = shutil.disk_usage(listed.parent).free > 2_000 * MILLION
     try:
-        if lines and not Path(archive).exists():
-            subprocess.run([f"{java}/bin/java", "-Xshare:dump", *options, "-cp", class_path(Path(spark))], check=True)
+        if lines and has_room and not Path(archive).exists():
+            subprocess.run([f"{java}/bin/java", "-Xshare:dump", *options, "-cp", class_path], check=True)
             made.replace(archive)
     finally:
-        listed.unlink()
-        made.unlink(missing_ok=True)
+        for file in listed.parent.iterdir():
+            if file in (listed, made) or file.stat().st_mtime < time.time() - 30 * 86_400:
+                file.unlink()
 
 
 # ── Storage ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -4310,28 +4137,23 @@ def sha256(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def names_by_run(*folders: str) -> list[str]:
-    """Returns the names in the folders that begin with a run id, oldest first."""
-    found: list[str] = []
-    for folder in folders:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            found += filter(RUN_ID.match, os.listdir(folder))
-    return sorted(found)
+def run_ids(folder: str, suffix: str = "") -> list[str]:
+    """Returns the run ids in a folder, oldest first. A name counts if it is a run id and the suffix, and no more."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        found = (name.removesuffix(suffix) for name in os.listdir(folder) if name.endswith(suffix))
+        return sorted(filter(RUN_ID.fullmatch, found))
+    return []
 
 
 @contextlib.contextmanager
 def writing(path: str, problem: str = "cannot write to data_dir") -> Iterator[None]:
-    """Raises PipelineError if the block cannot write a path of the data folder. The message names its owner."""
+    """Raises PipelineError if the block cannot write a path of the data folder."""
     try:
         yield
     except OSError as error:
-        owner, advice = "", "run this as a user who may write there"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            advice = "free some room"
-        else:
-            with contextlib.suppress(OSError, KeyError):  # the path is missing, or its owner has no name
-                owner = f", which belongs to {Path(path).owner()}"
-        reason = f"{error.strerror or error}: {path}{owner}"
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "free some room" if is_full else "run this as a user who may write there"
+        reason = f"{error.strerror or error}: {path}"
         raise PipelineError(f"{problem}: {reason}; choose another with --data-dir, or {advice}") from None
 
 
@@ -4358,43 +4180,51 @@ class Snapshot:
         """Returns a path in the snapshot."""
         return "/".join((self.root, *names))
 
-    def table_uri(self, *names: str) -> str:
-        """Returns the URI of a table. It has a scheme, since the engine may have another default file system."""
-        return ("file://" if self.folder else "") + self.path(*names)
+    def read(self, engine: Engine, layer: str, table: Table, files: Sequence[str] = ()) -> DataFrame:
+        """Returns a table, or only the rows of some of its files.
 
-    def count_and_remove_lines(self, name: str) -> int | None:
-        """Counts the lines of the text files in a folder and removes it. Returns None if only the engine can do it."""
-        if self.folder is None:
-            return None
-        lines = sum(len(file.read_text().splitlines()) for file in Path(self.folder, name).glob("[!._]*"))
-        shutil.rmtree(Path(self.folder, name), ignore_errors=True)
-        return lines
+        It has the declared schema, so that Spark does not have to read the schema from the files.
+        """
+        return engine.read(files or self.path(layer, table.name), table.schema_in(layer))
 
-    def adopt(self, staged: str, layer: str, name: str, *, keep: bool = True) -> None:
-        """Moves the files of a staged table into a table of the snapshot, or removes them.
+    def write_empty(self, layer: str, table: Table) -> None:
+        """Writes a file without rows if a table has no files on this machine, because the engine has written none."""
+        folder = self.path(layer, table.name).removeprefix("file://")
+        if is_uri(folder) or glob.glob(f"{glob.escape(folder)}/*.parquet"):
+            return
+        os.makedirs(folder, exist_ok=True)
+        file = sql_text(f"{folder}/{self.run_id}-0.parquet")
+        with duckdb_connection(folder) as connection:
+            connection.execute(f"COPY ({duckdb_rows([], table.columns(layer))}) TO {file} (FORMAT parquet)")
+
+    def adopt(self, staged: str, layer: str, name: str) -> None:
+        """Moves the files of a staged table into a table of the snapshot.
 
         Their names begin with their month, if they have one, and the run id.
         """
-        folder, target = Path(staged.removeprefix("file://")), Path(self.path(layer, name))
+        target = Path(self.path(layer, name))
         target.mkdir(parents=True, exist_ok=True)
         first = 1 + len(self.files(layer, name))
-        for number, file in enumerate(sorted(folder.rglob("[!.]*.parquet")) if keep else (), start=first):
-            month = f"{file.parent.name.removeprefix('_month=')}-" if file.parent != folder else ""
+        for number, file in enumerate(sorted(Path(staged).rglob("[!.]*.parquet")), start=first):
+            month = f"{file.parent.name.removeprefix('_month=')}-" if file.parent != Path(staged) else ""
             file.rename(target / f"{month}{self.run_id}-{number}.parquet")
-        shutil.rmtree(folder, ignore_errors=True)
 
     def files(self, *names: str) -> list[str]:
         """Returns the paths of a table's data files, in order. The list is empty if only the engine can reach them."""
         return sorted(glob.glob(os.path.join(glob.escape(self.path(*names)), "*.parquet"))) if self.folder else []
 
+    def is_linked(self, file: str) -> bool:
+        """Returns whether a data file is a link to one that an earlier run has written."""
+        found = RUN_ID.search(os.path.basename(file))
+        return found is not None and found[0] != self.run_id
+
     def written_files(self, *names: str) -> list[str]:
         """Returns the paths of the data files that the run of this snapshot has written. The others are links."""
-        by_run = ((file, RUN_ID.search(os.path.basename(file))) for file in self.files(*names))
-        return [file for file, found in by_run if found is None or found[0] == self.run_id]
+        return [file for file in self.files(*names) if not self.is_linked(file)]
 
-    def size(self, *names: str) -> int | None:
-        """Returns the bytes of a table's files; None if only the engine can reach them."""
-        return sum(map(os.path.getsize, self.files(*names))) if self.folder else None
+    def all_files(self) -> list[str]:
+        """Returns the paths of the data files of all tables."""
+        return [file for layer, table in SNAPSHOT_TABLES for file in self.files(layer, table.name)]
 
     def save_state(self, state: Mapping[str, Any], ledger: Iterable[LandedFile]) -> None:
         """Writes what the tables depend on, and the ledger of landed files. Both are published with the tables."""
@@ -4409,16 +4239,10 @@ class Snapshot:
         """Returns what `save_state` has written; None for a snapshot of an earlier version."""
         if not os.path.exists(self.path("_state.json")):
             return None
-        try:
-            state, files = (
-                json.loads(Path(self.path(name)).read_text(encoding="utf-8", errors="surrogateescape"))
-                for name in ("_state.json", "_files.json")
-            )
-        except (OSError, ValueError) as error:
-            raise PipelineError(
-                f"the published snapshot {self.run_id} is damaged ({error}): publish another one with --rollback, or "
-                "let bronze begin again with --reload"
-            ) from None
+        state, files = (
+            json.loads(Path(self.path(name)).read_text(encoding="utf-8", errors="surrogateescape"))
+            for name in ("_state.json", "_files.json")
+        )
         known = {field.name for field in dataclasses.fields(LandedFile)}
         return state, [LandedFile(**{name: file[name] for name in known & file.keys()}) for file in files]
 
@@ -4430,23 +4254,20 @@ class Snapshot:
 
     def checksums(self, known: Mapping[str, str] = {}) -> dict[str, str]:
         """Returns the SHA-256 of each data file by its path in the snapshot. `known` has those of the linked files."""
-        parts = [(layer, table.name) for layer, table in SNAPSHOT_TABLES]
-        paths = {os.path.relpath(file, self.folder): file for part in parts for file in self.files(*part)}
-        # A new file may have the same name as a file of the base.
-        written = {file for part in parts for file in self.written_files(*part)}
 
         def checksum(path: str) -> str:
-            return (paths[path] not in written and known.get(path)) or sha256(paths[path])
+            # A new file may have the same name as a file of the base.
+            return (self.is_linked(path) and known.get(path)) or sha256(self.path(path))
 
+        paths = [os.path.relpath(file, self.root) for file in self.all_files()]
         with concurrent.futures.ThreadPoolExecutor() as pool:
             return dict(zip(paths, pool.map(checksum, paths), strict=True))
 
     def make_read_only(self) -> None:
         """Protects the data files, since later snapshots link them."""
-        for layer, table in SNAPSHOT_TABLES:
-            for file in self.written_files(layer, table.name):
-                with contextlib.suppress(PermissionError):  # a file of another user, on a cluster
-                    os.chmod(file, 0o444)
+        for file in self.all_files():
+            with contextlib.suppress(PermissionError):  # a file of another user, on a cluster
+                os.chmod(file, 0o444)
 
 
 class RunRecords:
@@ -4479,10 +4300,13 @@ class RunRecords:
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             return f"unreadable record ({type(error).__name__}: {error})"
 
+    def ids(self) -> list[str]:
+        """Returns the ids of the runs that have a record, oldest first."""
+        return run_ids(self.folder, ".json")
+
     def all(self, newest: int = 0) -> Iterator[tuple[str, RunRecord | str]]:
         """Returns run ids, oldest first: all, or the `newest`. A text instead of a record says why it is unreadable."""
-        run_ids = [name.removesuffix(".json") for name in names_by_run(self.folder) if name.endswith(".json")]
-        return ((run_id, self._read(run_id)) for run_id in run_ids[-newest:])
+        return ((run_id, self._read(run_id)) for run_id in self.ids()[-newest:])
 
     def get(self, run_id: str | None) -> RunRecord | None:
         """Returns the record of a run; None if it is missing or unreadable."""
@@ -4495,11 +4319,10 @@ class RunRecords:
 
     def expire(self, keep: int, but: Collection[str]) -> None:
         """Removes old records and logs. Keeps those of the newest runs, and of the runs in `but`."""
-        by_run = itertools.groupby(names_by_run(self.folder), key=lambda name: name.partition(".")[0])
-        runs = [(run_id, list(names)) for run_id, names in by_run if RUN_ID.fullmatch(run_id)]
-        for name in itertools.chain.from_iterable(names for run_id, names in runs[:-keep] if run_id not in but):
-            if name.endswith((".json", ".spark.log")):
-                os.unlink(f"{self.folder}/{name}")
+        for run_id in self.ids()[:-keep]:
+            if run_id not in but:
+                for path in (self.spark_log(run_id), self.path(run_id)):
+                    Path(path).unlink(missing_ok=True)
 
 
 class Store:
@@ -4564,11 +4387,7 @@ class Store:
             with best_effort(f"{self.path('.lock')} does not name this process"):
                 os.write(file.fileno(), holder.encode())
             self._lock_file = file
-            try:
-                yield
-            finally:
-                self._lock_file = None
-                file.truncate(0)
+            yield
 
     def lost_lock(self) -> LockedError | None:
         """Returns an error if the lock file was removed or replaced: then another run may be writing."""
@@ -4582,13 +4401,10 @@ class Store:
 
     def next_run_id(self) -> str:
         """Returns a new id. Ids rise from run to run, even if the clock was set back."""
-        now = _now()
-        newest = max((name[:16] for name in names_by_run(self.path("runs"), self.path("snapshots"))), default="")
-        if newest >= f"{now:{RUN_TIME}}":
+        now, newest = _now(), max((*self.runs.ids(), *self.snapshots()), default="")[:16]
+        if newest:
             last = datetime.strptime(newest, RUN_TIME).replace(tzinfo=timezone.utc)
-            if last > now:
-                logger.warning("The clock is earlier than the last run (%s): run ids continue from that time", last)
-            now = last + timedelta(seconds=1)
+            now = max(now, last + timedelta(seconds=1))
         return f"{now:{RUN_TIME}}-{secrets.token_hex(2)}"
 
     @contextlib.contextmanager
@@ -4612,9 +4428,8 @@ class Store:
 
     def snapshots(self, status: str | None = None) -> list[str]:
         """Returns the run ids of the snapshots, oldest first: those with the status, or all."""
-        # The whole name has to match, so that a user's copy, such as <run id>.backup, is never removed.
-        found = filter(RUN_ID.fullmatch, names_by_run(self.path("snapshots")))
-        return [name for name in found if status is None or os.path.exists(self.path("snapshots", name, status))]
+        folder = self.path("snapshots")
+        return [name for name in run_ids(folder) if os.path.exists(f"{folder}/{name}/{status or ''}")]
 
     def published(self) -> str | None:
         """Returns the run id of the published snapshot."""
@@ -4661,10 +4476,8 @@ class Store:
             with best_effort(f"Cannot remove {folder}"):
                 for status in (AUDITED, REFUSED):  # first, so that a partly removed snapshot has no mark
                     Path(folder, status).unlink(missing_ok=True)
-                # The next run removes the rest, since it has no mark.
-                shutil.rmtree(folder, ignore_errors=True)
-                if os.path.exists(folder):
-                    logger.warning("Cannot remove all of %s: are there files of another user?", folder)
+                if os.path.isdir(folder):  # the next run tries again to remove the rest
+                    shutil.rmtree(folder)
 
     def expire_snapshots(self, keep: int) -> None:
         """Removes old snapshots. Keeps the newest audited ones, the newest refused one, and the published one."""
@@ -5620,7 +5433,7 @@ def read_part(engine: Engine, part: Part) -> DataFrame:
     # Without a schema, Spark runs a job to find it.
     is_text = all(kind == pa.string() for kind in part.types)
     schema = ", ".join(f"{name} {kind}" for name, kind in columns.items()) if is_text else None
-    return engine.read(f"file://{part.folder}", schema)
+    return engine.read(part.folder, schema)
 
 
 def recognized_exports(files: Iterable[LandedFile]) -> Iterator[str]:
@@ -6460,7 +6273,7 @@ def recording(record: RunRecord, store: Store, engine: Engine) -> Iterator[None]
     """Saves the record of a run at its start and at its end, even if it fails.
 
     Raises:
-        PipelineError: the run failed because of machines, disks or settings; it replaces the engine's own error.
+        PipelineError: the run failed because of machines or disks; it replaces the engine's own error.
     """
     logger.info("STARTING DATA PIPELINE EXECUTION")
     logger.info("Run %s as of %s, into %s", record.run_id, record.config["as_of_date"], store.root)
@@ -6956,18 +6769,21 @@ def report_failure(error: BaseException, flags: argparse.Namespace | None, *, ha
 def stoppable(is_over: Callable[[], bool]) -> Iterator[None]:
     """Raises Stopped in the block at the first SIGINT or SIGTERM, unless `is_over()`; ignores later signals.
 
-    Python loses an exception that is raised in a finalizer. Then the next step of the run raises it.
+    Python loses an exception that is raised in a finalizer. Then the signal is sent again.
     """
+    stopped_by: list[int] = []
     report_lost = sys.unraisablehook
 
-    def lost(unraisable: Any) -> None:
-        if not isinstance(unraisable.exc_value, Stopped):
-            report_lost(unraisable)
-
     def stop(number: int, _: Any) -> None:
-        if not stop_signals and not is_over():
-            stop_signals.append(number)
+        if not stopped_by and not is_over():
+            stopped_by.append(number)
             raise Stopped(number)
+
+    def lost(unraisable: Any) -> None:
+        if isinstance(unraisable.exc_value, Stopped):
+            threading.Timer(0.1, os.kill, [os.getpid(), stopped_by.pop()]).start()  # once the finalizer has ended
+        else:
+            report_lost(unraisable)
 
     # Signals that the parent process ignores stay ignored.
     numbers = (signal.SIGINT, signal.SIGTERM)
@@ -6980,8 +6796,7 @@ def stoppable(is_over: Callable[[], bool]) -> Iterator[None]:
     finally:
         sys.unraisablehook = report_lost
         for number, handler in previous.items():
-            signal.signal(number, signal.SIG_IGN if stop_signals else handler)  # a stopped process is about to end
-        stop_signals.clear()
+            signal.signal(number, signal.SIG_IGN if stopped_by else handler)  # a stopped process is about to end
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -361,15 +361,13 @@ def test_folder_that_is_not_ours_is_refused_and_left_alone(name: str, tmp_path: 
     assert (tmp_path / name / "precious.txt").read_text() == "years of work"
 
 
-def test_run_ids_rise_though_the_clock_is_set_back(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+def test_run_ids_rise_though_the_clock_is_set_back(store: Store) -> None:
     first, second = store.next_run_id(), store.next_run_id()
-    assert "clock" not in caplog.text
     future = "20991231T235959Z-abcd"
     save(store, future, {})
     third = store.next_run_id()
     assert max(first, second) < future < third
     assert third.startswith("21000101T000000Z-")
-    assert "The clock is earlier than the last run" in caplog.text
 
 
 def test_second_writer_is_refused_at_once_or_waits(store: Store) -> None:
@@ -455,13 +453,11 @@ def of_root() -> Iterator[Path]:
             folder.chmod(0o755)
 
 
-def test_folder_of_another_user_is_said_to_be_theirs(of_root: Path) -> None:
-    owner, store = of_root.owner(), Store(str(of_root))
-    with pytest.raises(PipelineError, match=rf"cannot write to .*Permission denied: {of_root}.* belongs to {owner};"):
+def test_folder_of_another_user_is_named(of_root: Path) -> None:
+    store = Store(str(of_root))
+    with pytest.raises(PipelineError, match=rf"cannot write to .*Permission denied: {of_root}.*;.*run this as"):
         store.check(0)
-    with pytest.raises(
-        PipelineError, match=rf"Permission denied: {of_root}/.lock, which belongs to {owner};.*run this as"
-    ):
+    with pytest.raises(PipelineError, match=rf"Permission denied: {of_root}/.lock;.*run this as"):
         with store.lock(0):
             pass
 
@@ -477,13 +473,13 @@ def test_hdfs_that_does_not_answer_is_named_and_a_name_of_several_servers_is_lef
 @pytest.mark.parametrize("name", ["runs", "snapshots"])
 def test_part_that_is_a_file_is_named(name: str, tmp_path: Path) -> None:
     (tmp_path / name).touch()
-    with pytest.raises(PipelineError, match=rf"cannot write to data_dir: File exists: {tmp_path}/{name}, which"):
+    with pytest.raises(PipelineError, match=rf"cannot write to data_dir: File exists: {tmp_path}/{name};"):
         Store(str(tmp_path)).check(0)
 
 
 def test_lock_that_is_no_file_is_named(store: Store) -> None:
     os.mkfifo(store.path(".lock"))
-    with pytest.raises(PipelineError, match=rf"cannot lock data_dir: .*seekable.*: {store.root}/\.lock, which"):
+    with pytest.raises(PipelineError, match=rf"cannot lock data_dir: .*seekable.*: {store.root}/\.lock;"):
         with store.lock(0):
             pass
 
