@@ -3157,12 +3157,14 @@ def find_base(config: DataPipelineConfig, source: Source, store: Store) -> Base 
 
     Raises:
         ConfigurationError: the published data comes from another source.
-        PipelineError: the published snapshot lacks its run record or a file.
+        PipelineError: the published snapshot is damaged, or lacks its run record or a file.
     """
     published = store.published()
     if published is None:
         return None
-    found = Snapshot(store, published).read_state()
+    found = None
+    with contextlib.suppress(*([PipelineError] if config.reload else [])):
+        found = Snapshot(store, published).read_state()
     if found is None:  # the snapshot of an earlier version, or storage without links
         if source.continues:
             logger.info("Everything is received anew: the published snapshot is gone, or of an earlier version")
@@ -3467,6 +3469,7 @@ CLUSTER_FAILED = (
     "SparkContext was shut down|stopped SparkContext|Master removed our application|ExecutorLostFailure|FetchFailed"
 )
 DISK_FULL = "No space left on device|Disk quota exceeded"
+NO_FILE_SYSTEM = r"hadoop\.fs\.\S+ not found|No FileSystem for scheme"
 
 
 def partition_count(rows: int, rows_each: int = ROWS_PER_FILE) -> int:
@@ -3645,7 +3648,7 @@ class Engine(ABC):
             # reach the main thread. In another thread, Spark also leaves the signal handlers alone.
             launch = call_in_thread(self.create_session, spark_log)
             try:
-                self.spark = launch.result()
+                self.spark = self.await_session(launch)
             except KeyboardInterrupt:
                 with contextlib.suppress(Exception):
                     self.spark = launch.result(STOP_WITHIN)
@@ -3659,6 +3662,10 @@ class Engine(ABC):
             undo = (self.spark.conf.unset, key) if before is None else (self.spark.conf.set, key, before)
             self._started.callback(*undo)
             self.spark.conf.set(key, value)
+
+    def await_session(self, launch: concurrent.futures.Future[SparkSession]) -> SparkSession:
+        """Returns the session once it has started."""
+        return launch.result()
 
     def close_session(self) -> None:
         """Stops the session that this engine has started."""
@@ -3685,8 +3692,9 @@ class Engine(ABC):
         return bool(self.lost or re.search(f"{CLUSTER_FAILED}|{DISK_FULL}", str(error)))
 
     def explain(self, error: Exception, step: str, spark_log: str) -> PipelineError | None:
-        """Explains a failure of disks or of a cluster in a step; returns None for other errors."""
-        cluster, disk = (re.search(pattern, str(error)) for pattern in (CLUSTER_FAILED, DISK_FULL))
+        """Explains a failure of disks, of storage or of a cluster in a step; returns None for other errors."""
+        patterns = (CLUSTER_FAILED, DISK_FULL, NO_FILE_SYSTEM)
+        cluster, disk, scheme = (re.search(pattern, str(error)) for pattern in patterns)
         gave_up = f"gave up on the run ({cluster[0]})" if cluster and self.shares_storage else ""
         if problem := self.lost or gave_up:
             return PipelineError(
@@ -3700,6 +3708,11 @@ class Engine(ABC):
                 f"the disk of {self.config.root}, or of Spark's own files, is full ({disk[0]}, in {step}): free some "
                 "room, or choose another folder with --data-dir, or for Spark's own files with SPARK_LOCAL_DIRS; the "
                 "published data has not changed"
+            )
+        if scheme:
+            return PipelineError(
+                f"{root_cause(error)}, in {step}: correct data_dir, or give Spark Hadoop's jar for it with "
+                "spark.jars.packages in spark-defaults.conf"
             )
         return None
 
@@ -3877,11 +3890,13 @@ class Sail(Engine):
 
     keeps_rows = False
 
-    def start(self, spark_log: str, temporary_folder: str = "") -> None:
-        super().start(spark_log, temporary_folder)
-        # Sail replaces the SIGINT handler below Python. Setting Python's handler again restores it.
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.getsignal(signal.SIGINT))
+    def await_session(self, launch: concurrent.futures.Future[SparkSession]) -> SparkSession:
+        # Soon after its start, Sail's server replaces the handler of SIGINT. Setting Python's again restores it.
+        while not launch.done():
+            concurrent.futures.wait([launch], 0.05)
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, signal.getsignal(signal.SIGINT))
+        return launch.result()
 
     def check(self) -> None:
         # The last three are what pyspark's client for Spark Connect imports.
@@ -4236,13 +4251,19 @@ class Snapshot:
                 Path(self.folder, name).write_text(text, encoding="utf-8", errors="surrogateescape")
 
     def read_state(self) -> tuple[dict[str, Any], list[LandedFile]] | None:
-        """Returns what `save_state` has written; None for a snapshot of an earlier version."""
+        """Returns what `save_state` has written; None for a snapshot of an earlier version. Raises PipelineError."""
         if not os.path.exists(self.path("_state.json")):
             return None
-        state, files = (
-            json.loads(Path(self.path(name)).read_text(encoding="utf-8", errors="surrogateescape"))
-            for name in ("_state.json", "_files.json")
-        )
+        try:
+            state, files = (
+                json.loads(Path(self.path(name)).read_text(encoding="utf-8", errors="surrogateescape"))
+                for name in ("_state.json", "_files.json")
+            )
+        except (OSError, ValueError) as error:
+            raise PipelineError(
+                f"the published snapshot {self.run_id} is damaged ({error}): publish another one with --rollback, or "
+                "let bronze begin again with --reload"
+            ) from None
         known = {field.name for field in dataclasses.fields(LandedFile)}
         return state, [LandedFile(**{name: file[name] for name in known & file.keys()}) for file in files]
 
@@ -4522,6 +4543,8 @@ def roll_back(store: Store, run_id: str, timeout: float, config: DataPipelineCon
     """
     if not store.is_local:
         raise PipelineError(f"{store.root} has no link to switch: point its readers to another snapshot instead")
+    if not os.path.isdir(store.path("snapshots")):
+        raise PipelineError(f"no run has written to {store.root}: correct data_dir")
     check_layout(store)
     with store.lock(timeout):
         store.recover()

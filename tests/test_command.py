@@ -168,6 +168,19 @@ def test_interrupted_run(tmp_path: Path) -> None:
     assert (record["result"], record["exit_code"]) == ("interrupted", 130)
 
 
+@pytest.mark.skipif(ENGINE != "sail", reason="Sail's server replaces the handler of SIGINT")
+@pytest.mark.parametrize("seconds", [0.1, 0.4])
+def test_interrupt_while_sail_starts(tmp_path: Path, seconds: float) -> None:
+    with start(tmp_path, *SMALL) as process:
+        assert process.stderr is not None
+        while "Run " not in process.stderr.readline():
+            assert process.poll() is None
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode == 130
+
+
 def processes_of(home: Path) -> list[int]:
     """The processes that have `home` as their home folder."""
     found = []

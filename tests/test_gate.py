@@ -106,8 +106,8 @@ def test_gate(
     record = refused(
         published,
         spark,
-        r"GATE MISSED, nothing is published: transactions\.timestamp_near_epoch \(1 rows violate .*, which aborts a run "
-        r"\(for example timestamp '1970.*'\): .*\), "
+        r"GATE MISSED, nothing is published: transactions\.timestamp_near_epoch \(1 rows violate .*, which aborts a "
+        r"run \(for example timestamp '1970.*'\): .*\), "
         r"transactions\.max_quarantine_rate \(165 of 1,000 rows are quarantined, 16\.50%, and --max-quarantine-rate "
         r"allows 5\.00%: amount_not_positive 37 \(for example amount '0\.00'\): .*; transaction_id_conflict 36 \(for "
         r"example transaction_id 'TXN_0000054'\): rows of this key contradict .*; amount_missing 19 \(.*snapshots",

@@ -211,6 +211,13 @@ MISTAKES: dict[str, tuple[str, dict[str, str], str, str]] = {
     "memory": ("ulimit -v 1500000; ", {}, "JAVA_GATEWAY_EXITED", SETTINGS),
     "event log": ("", {"SPARK_CONF_DIR": "."}, "File file:/nowhere/events does not exist", SETTINGS),
     "address": ("", {"SPARK_LOCAL_IP": "203.0.113.5"}, "Cannot assign requested address", "an address of this machine"),
+    "no jar": (
+        "",
+        {"PIPELINE_DATA_DIR": "s3a://bucket/shop"},
+        "Class org.apache.hadoop.fs.s3a.S3AFileSystem not found",
+        "give Spark Hadoop's jar for it",
+    ),
+    "scheme": ("", {"PIPELINE_DATA_DIR": "foo://bucket/shop"}, 'No FileSystem for scheme "foo"', "correct data_dir"),
     "HDFS": ("", {"PIPELINE_DATA_DIR": "hdfs://127.0.0.1:9/x"}, "no HDFS at 127.0.0.1:9", "or correct data_dir"),
     "SPARK_HOME": ("", {"SPARK_HOME": "spark-3.5.1"}, "SPARK_HOME may not be configured correctly", SETTINGS),
 }
