@@ -454,9 +454,7 @@ def run_pipeline(
     `on_start` is called with the run record once that is saved. A run that fails changes nothing that is published.
 
     Raises:
-        PipelineError: something that the user can correct.
-        NotPublishedError: the data did not pass the gate or the audit.
-        LockedError: another run is writing.
+        PipelineError: something that the user can correct, such as NotPublishedError or LockedError.
         Exception: anything else, for example from Spark.
     """
     source, store, engine = preflight(config := config or DataPipelineConfig(), spark)
@@ -2619,7 +2617,6 @@ def generate_transactions(spark: SparkSession, config: DataPipelineConfig, since
         "status": STATUSES, "payment method": PAYMENT_METHODS, "device and browser": DEVICES_AND_BROWSERS,
         "quantity": QUANTITIES, "hour": HOURS, "weekday": _weekday_weights(config.as_of_date), "location": cities,
     })  # fmt: skip
-    at_home = random.randrange("at home", 10) < 9
     # Same draw as in generate_customers, hence the customer's own city.
     home = SeededRandom(config.seed, F.col("customer")).randrange("customer city", sum(cities.values()))
     status = pick("status", STATUSES)
@@ -2635,7 +2632,7 @@ def generate_transactions(spark: SparkSession, config: DataPipelineConfig, since
         .withColumn("days_ago", _transaction_days_ago(random, config, batch))
         .withColumn("quantity", pick("quantity", QUANTITIES))
         .withColumn("customer", _transaction_customer(random, config))
-        .withColumn("location", F.when(at_home, home).otherwise(F.col("location")))
+        .withColumn("location", F.when(random.randrange("at home", 10) < 9, home).otherwise(F.col("location")))
         .transform(_with_price, SeededRandom(config.seed, F.col("product")))
         .select(
             _numbered_id("TXN_", F.col("number"), 7, batch.last).alias("transaction_id"),
@@ -5954,10 +5951,8 @@ def write_table_changes(
         {os.stat(file).st_ino: file for file in snapshot.files(layer, table.name)} if snapshot else {}
         for snapshot in (before, after)
     )
-    key = ", ".join(table.key)
-    ask_duckdb(
-        connection,
-        f"""
+    key, ask = ", ".join(table.key), functools.partial(ask_duckdb, connection)
+    ask(f"""
         CREATE OR REPLACE VIEW old AS {duckdb_rows([old[file] for file in old.keys() - new.keys()], table.columns())};
         CREATE OR REPLACE VIEW new AS {duckdb_rows([new[file] for file in new.keys() - old.keys()], table.columns())};
         CREATE OR REPLACE TABLE changes AS
@@ -5968,13 +5963,10 @@ def write_table_changes(
             SELECT 'delete' AS single, 'update_preimage' AS paired, * FROM (FROM old EXCEPT FROM new)
             UNION ALL
             SELECT 'insert', 'update_postimage', * FROM (FROM new EXCEPT FROM old)
-        )""",
-    )
+        )""")
     os.makedirs(after.path(CHANGES, table.name))
     file = after.path(CHANGES, table.name, f"{after.run_id}-1.parquet")
-    ask_duckdb(
-        connection, f"COPY (FROM changes ORDER BY {key}, _change_type DESC) TO {sql_text(file)} (FORMAT parquet)"
-    )
+    ask(f"COPY (FROM changes ORDER BY {key}, _change_type DESC) TO {sql_text(file)} (FORMAT parquet)")
     written = duckdb_rows([file], [("_change_type", "string"), *table.columns()])
     removed, added = (
         f"SELECT * EXCLUDE _change_type FROM ({written}) WHERE _change_type IN {types}"
@@ -5982,9 +5974,9 @@ def write_table_changes(
     )
     one, other = f"(FROM old UNION ALL {added})", f"(FROM new UNION ALL {removed})"
     differ = f"({one} EXCEPT ALL {other}) UNION ALL ({other} EXCEPT ALL {one})"
-    if ask_duckdb(connection, f"SELECT 1 FROM ({differ}) LIMIT 1"):
+    if ask(f"SELECT 1 FROM ({differ}) LIMIT 1"):
         raise NotPublishedError(f"AUDIT FAILED, nothing is published: the changes of {table.name} do not give its rows")
-    counts = ask_duckdb(connection, "SELECT _change_type, count(*) AS rows FROM changes GROUP BY 1 ORDER BY 1")
+    counts = ask("SELECT _change_type, count(*) AS rows FROM changes GROUP BY 1 ORDER BY 1")
     return {row["_change_type"]: row["rows"] for row in counts}
 
 
