@@ -553,7 +553,7 @@ def ingest_bronze(run: Run, source: Source) -> dict[str, Received]:
         removed = None
         if run.base and change.kept is not None:
             kept = bronze.where(F.col("_run_id") != run.record.run_id)
-            removed = run.base.read(run.engine, BRONZE, table).exceptAll(kept)
+            removed = run.base.snapshot.read(run.engine, BRONZE, table).exceptAll(kept)
         return Received(table, bronze, counts, arrived, removed)
 
     with run.step("source"):
@@ -2664,7 +2664,7 @@ def later_records(run: Run, base: Base, name: str) -> DataFrame:
     def is_chosen(key: str, one_in: int) -> str:
         return f"pmod(xxhash64({config.seed}L, '{config.as_of_date}', {key}), {one_in}) = 0"
 
-    published = base.read(run.engine, BRONZE, TABLES[name])
+    published = base.snapshot.read(run.engine, BRONZE, TABLES[name])
     if name == "products":
         latest = published.selectExpr("*", "rank() OVER (PARTITION BY product_id ORDER BY _delivery DESC) AS _rank")
         factor = f"(90 + pmod(xxhash64({config.seed}L, '{config.as_of_date}', product_id, 'price'), 21))"
@@ -3099,10 +3099,6 @@ class Base:
         is_asked = self.refresh or config.verify_incremental
         return not is_asked and self.config.as_of_date == config.as_of_date
 
-    def read(self, engine: Engine, layer: str, table: Table, files: Sequence[str] = ()) -> DataFrame:
-        """Returns a table of the base, or only the rows of some of its files."""
-        return self.snapshot.read(engine, layer, table, files)
-
 
 def state_of(config: DataPipelineConfig, source: Source) -> dict[str, Any]:
     """Returns what the tables depend on besides bronze and the as-of date. It is kept with the snapshot."""
@@ -3219,7 +3215,7 @@ def bronze_change(run: Run, source: Source, table: Table, delivered: DataFrame |
     """
     if run.base is None or not run.base.record.rows[f"{BRONZE}.{table.name}"]:
         return BronzeChange(delivered)
-    before = run.base.read(run.engine, BRONZE, table)
+    before = run.base.snapshot.read(run.engine, BRONZE, table)
     if delivered is not None and source.is_received_whole(table.name):
         logger.info("%s is received whole, since its model needs all records, and compared with the base", table.name)
         return changed_rows(run, table, before, delivered)
@@ -3307,7 +3303,7 @@ def affected_rows(run: Run, base: Base, bronze: Mapping[str, Received]) -> dict[
     received = bronze["transactions"]
     rows = {
         "arrived": received.rows.where(F.col("_run_id") == run.record.run_id),
-        "quarantine": base.read(run.engine, QUARANTINE, received.table),
+        "quarantine": base.snapshot.read(run.engine, QUARANTINE, received.table),
     }
     if received.removed is not None:
         rows["removed"] = received.removed
@@ -3329,7 +3325,7 @@ def account_before(run: Run, base: Base, bronze: Mapping[str, Received], rows: D
     for name in table.foreign_keys.values():
         parent, quality = bronze[name].table, base.record.quality[name]
         found = Counter({**quality.violations, "deletes": quality.deleted, "rows": quality.received})
-        parents[name] = Received(parent, base.read(run.engine, BRONZE, parent), found, Counter())
+        parents[name] = Received(parent, base.snapshot.read(run.engine, BRONZE, parent), found, Counter())
     orders = {table.name: Received(table, rows, counts, Counter())}
     failing_keys = find_failing_keys(run, orders, parents, base.config)
     return separate_rows(run, orders[table.name], failing_keys[table.name], base.config).quality
@@ -3351,7 +3347,7 @@ def changed_parents(run: Run, base: Base, received: Received) -> DataFrame | Non
         latest = latest_versions(passing, table) if is_ranked else passing
         return latest.select(*table.key, *table.inherited).distinct()
 
-    now, before = valid(received.rows, run.config), valid(base.read(run.engine, BRONZE, table), base.config)
+    now, before = valid(received.rows, run.config), valid(base.snapshot.read(run.engine, BRONZE, table), base.config)
     both = now.withColumn("_change", F.lit(1)).unionAll(before.withColumn("_change", F.lit(-1)))
     changes = both.groupBy(*table.key, *table.inherited).agg(F.sum("_change").alias("_change")).where("_change <> 0")
     changed = run.cached(changes.select(*table.key).distinct())
@@ -3367,7 +3363,7 @@ def carry_rows_over(run: Run, affected: Affected | None, layer: str, table: Tabl
     """Adds the published rows of the keys that are not affected."""
     if affected is None or run.base is None:
         return rows
-    published = run.base.read(run.engine, layer, table)
+    published = run.base.snapshot.read(run.engine, layer, table)
     return rows.unionByName(with_keys(published, table, affected.keys, how="left_anti"))
 
 
@@ -3389,7 +3385,7 @@ def carry_months_over(run: Run, affected: Affected | None, rows: DataFrame) -> D
     if affected is None or base is None:
         return rows
     rows, month = run.cached(rows), F.expr(month_sql(table)).alias("month")
-    published = with_keys(base.read(run.engine, SILVER, table), table, affected.keys)
+    published = with_keys(base.snapshot.read(run.engine, SILVER, table), table, affected.keys)
     affected_months = rows.select(month).unionAll(published.select(month)).distinct().collect()
     months = {row["month"] for row in affected_months}
     files = base.snapshot.files(SILVER, table.name)
@@ -3399,7 +3395,9 @@ def carry_months_over(run: Run, affected: Affected | None, rows: DataFrame) -> D
     run.add_rows(SILVER, table, sum(map(parquet_rows, linked)))
     run.record.months = {"written": len(months), "linked": len({*linked.values()})}
     if rewritten := [file for file in files if file not in linked]:
-        others = with_keys(base.read(run.engine, SILVER, table, rewritten), table, affected.keys, how="left_anti")
+        others = with_keys(
+            base.snapshot.read(run.engine, SILVER, table, rewritten), table, affected.keys, how="left_anti"
+        )
         rows = rows.unionByName(others)
     return rows
 
