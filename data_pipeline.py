@@ -1894,7 +1894,7 @@ class LandedFiles(Source):
         check_read(self.files, self.gone, self.replacing, self.config)
         read = [file for file in arrived if not file.problem or file.is_repeated]
         self._warn_of_missing_columns()
-        for lost in lost_columns(read, self.ledger):
+        for lost in lost_columns(read, self.ledger, self.declared):
             logger.warning("%s", lost)
             run.record.anomalies.append(lost)
         self.ledger = [*self.ledger, *(dataclasses.replace(file, run=run.record.run_id) for file in read)]
@@ -5366,10 +5366,13 @@ def leave_out_repeated(files: Iterable[LandedFile], ledger: Iterable[LandedFile]
             file.problem = f"{SAME_CONTENT}{same.path}"
 
 
-def lost_columns(files: Iterable[LandedFile], ledger: Iterable[LandedFile]) -> Iterator[str]:
+def lost_columns(
+    files: Iterable[LandedFile], ledger: Iterable[LandedFile], declared: Mapping[str, Iterable[str]]
+) -> Iterator[str]:
     """Returns a line for each file that lacks a column of the file of its source that was read before it.
 
-    Only files with a header are compared: the keys of JSON objects may differ from record to record.
+    Files may lack columns that models declare, unless they have others instead. JSON is not compared, since the keys of
+    its objects may differ.
     """
     before: dict[str, LandedFile] = {}
     for file in (*ledger, *files):
@@ -5377,13 +5380,12 @@ def lost_columns(files: Iterable[LandedFile], ledger: Iterable[LandedFile]) -> I
             continue
         earlier, before[file.source] = before.get(file.source, file), file
         given, known = ({name.lower() for name in each.columns} for each in (file, earlier))
-        if not file.run and (lost := known - given):
-            new = (
-                f"; it has the new columns {', '.join(sorted(given - known))}: was one renamed?"
-                if given - known
-                else ""
-            )
-            yield f"{file.path} lacks the columns {', '.join(sorted(lost))}, which {earlier.path} had{new}"
+        new, lost = sorted(given - known), sorted(known - given)
+        if not new:
+            lost = [name for name in lost if name not in map(str.lower, declared.get(file.source, ()))]
+        if lost and not file.run:
+            renamed = f"; it has the new columns {', '.join(new)}: was one renamed?" if new else ""
+            yield f"{file.path} lacks the columns {', '.join(lost)}, which {earlier.path} had{renamed}"
 
 
 def report_delivery(files: Sequence[LandedFile], record: RunRecord) -> None:
