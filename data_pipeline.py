@@ -42,7 +42,7 @@ The words of this module:
     orphan       a row whose foreign key has no parent
     gate         decides whether the data may be published
     audit        checks that the tables were written completely
-    snapshot     the tables that one run has written; to publish it makes it the one that readers see
+    snapshot     the tables that one run has written; publishing makes them visible to readers
     hook         a command of the user's that runs before or after publishing
 
 A run writes its own snapshot, audits it, and publishes it by one rename. Until then, and when a run fails or is
@@ -320,8 +320,8 @@ class DataPipelineConfig:
         lambda: _now().date(), "last day of the data, in UTC (default: today)", min=date(2000, 1, 1)
     )
     source_dir: str | None = _option(None, "folder of landed files to read, instead of generating records")
-    models: str | None = _option(None, "folder of models, or the name of a ready set (default: source_dir)")
-    rules: str | None = _option(None, "folder of own rules, <table>.rules.yml (default: the folder of the models)")
+    models: str | None = _option(None, "folder of models, or the name of a ready-made set (default: source_dir)")
+    rules: str | None = _option(None, "folder of your own rules, <table>.rules.yml (default: that of the models)")
     source_delimiter: Character | None = _option(None, "field separator of CSV (default: detected in each file)")
     source_quote: Character = _option('"', "quote character of CSV; doubled inside a field")
     source_encoding: Encoding = _option("utf-8", "encoding of landed text without a byte order mark")
@@ -331,9 +331,9 @@ class DataPipelineConfig:
     on_bad_file: str = _option("refuse", "treatment of unreadable landed files", choices=("refuse", "quarantine"))
     incremental: bool = _option(False, "generated data: add the days since the published as-of date")
     full_refresh: bool = _option(False, "receive what has arrived, and compute every key")
-    reload: bool = _option(False, "receive everything anew: bronze begins again")
+    reload: bool = _option(False, "receive everything again, and rebuild bronze")
     accept_missing_files: bool = _option(False, "run even if files that were read are gone: their rows are lost")
-    reread: str | None = _option(None, "pattern of landed files to receive again, in place of what they gave before")
+    reread: str | None = _option(None, "pattern of landed files to read again; their new rows replace the old ones")
     verify_incremental: bool = _option(False, "also compute a full refresh, and publish only if the tables are equal")
     changes: bool = _option(False, "also write the changes of tables since the published run, into changes/")
     history_days: int = _option(730, "days of history, including the as-of date", min=1, max=3_650)
@@ -343,7 +343,9 @@ class DataPipelineConfig:
     premium_above: Decimal = _option(Decimal(3000), "customers who spent more than this are Premium", min=Decimal(0))
     shuffle_partitions: int | None = _option(None, "partitions of a shuffle (default: automatic)", min=1, max=100_000)
     engine: str = _option("spark", "Spark, or Sail, which needs no Java", choices=("spark", "sail"))
-    spark_master: Master | None = _option(None, "Spark master (default: SPARK_MASTER, that of Spark, or local[*])")
+    spark_master: Master | None = _option(
+        None, "Spark master (default: SPARK_MASTER, Spark's own setting, or local[*])"
+    )
     executor_memory: Memory | None = _option(None, "memory of an executor, such as 4g", spark="spark.executor.memory")
     executor_cores: int | None = _option(None, "cores per executor (default: all)", min=1, spark="spark.executor.cores")
     driver_host: str | None = _option(None, "address at which executors reach this machine", spark="spark.driver.host")
@@ -426,7 +428,7 @@ def expand_path(name: str, folder: str) -> str:
 def check_config(config: DataPipelineConfig) -> None:
     """Checks values against each other. Source and engine check the settings that only they use.
 
-    Raises ConfigurationError, also for a data folder that cannot be named.
+    Raises ConfigurationError, also if `data_dir` is not a usable path or the as-of date is in the future.
     """
     if not config.silver_above < config.gold_above < config.premium_above:
         raise ConfigurationError(
@@ -437,7 +439,7 @@ def check_config(config: DataPipelineConfig) -> None:
         raise ConfigurationError(f"changes needs a folder as data_dir, not the URI {config.root}: leave changes out")
     if config.as_of_date > (today := _now().date()):
         raise ConfigurationError(f"as_of_date {config.as_of_date} lies in the future: today is {today} in UTC")
-    config.root  # noqa: B018 - raises when the folder cannot be named
+    config.root  # noqa: B018 - raises if data_dir is not a usable path
 
 
 # ── Pipeline ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -451,7 +453,7 @@ def run_pipeline(
     """Runs source → bronze → silver → gold into a new snapshot, audits it, and publishes it.
 
     `spark` is a session to use and leave running. By default the run uses the session of this process, or a new one.
-    `on_start` is called with the run record once that is saved. A run that fails changes nothing that is published.
+    `on_start` is called with the run record after it is saved. A run that fails changes nothing that is published.
 
     Raises:
         PipelineError: something that the user can correct, such as NotPublishedError or LockedError.
@@ -518,7 +520,7 @@ def preflight(config: DataPipelineConfig, spark: SparkSession | None = None) -> 
 
 
 class Received(NamedTuple):
-    """Rows of a bronze table, with their counts by the names of `row_counts`."""
+    """Rows of a bronze table, and their counts, named as in `row_counts`."""
 
     table: Table
     rows: DataFrame
@@ -574,7 +576,7 @@ def with_lineage(rows: DataFrame, table: Table, record: RunRecord) -> DataFrame:
 
 
 def clean(run: Run, bronze: Mapping[str, Received], affected: Affected | None) -> dict[str, Separated]:
-    """Writes rejected rows to quarantine, with the reasons. Returns the rows of each table, separated.
+    """Writes rejected rows to quarantine, with the reasons. Returns the valid and the rejected rows of each table.
 
     With affected keys, only their orders are cleaned; the other rows of quarantine are carried over.
     """
@@ -594,7 +596,7 @@ def clean(run: Run, bronze: Mapping[str, Received], affected: Affected | None) -
         run.record.quality[name] = dataclasses.replace(quality, quarantined=quarantined)
         if base:
             run.record.arrived[name] = separated.arrived
-        # The profile shows the number of repeated keys at the first column of the key.
+        # The profile shows the surplus rows of repeated keys at the first column of the key.
         repeated = (keys.surplus for keys in failing_keys[name] if keys.flag == "_duplicate_key")
         if (columns := run.record.profile.get(name)) and not base:
             columns[table.key[0]]["duplicates"] = next(repeated, 0)
@@ -689,8 +691,8 @@ def check_currency(run: Run, cleaned: Separated) -> None:
     before = run.base.record.currency if run.base and carries_over else None
     published = {before} if before else set()
     currencies = {str(bound).strip().upper() for bound in bounds} | published
-    # If min and max are equal, there is only one currency, and no query is needed. After a refresh, orders that had
-    # been rejected may be valid.
+    # If min and max are equal, there is only one currency, and no query is needed. A refresh may accept orders that
+    # were rejected before, so it always needs one.
     if len(bounds) > 1 or len(currencies) > 1 or (run.base and run.base.refresh):
         named = cleaned.valid.where(f"({COMPLETED} OR {RETURNED}) AND {CURRENCY} IS NOT NULL")
         counted = named.groupBy(F.expr(CURRENCY).alias("currency")).count().collect()
@@ -716,7 +718,7 @@ def record_gate_failure(run: Run, table: Table, rule: str, rows: int, message: s
 
 
 def build_silver(run: Run, cleaned: Mapping[str, Separated], affected: Affected | None) -> dict[str, DataFrame]:
-    """Enriches valid rows: active products, completed orders and returns, then customers with their orders.
+    """Enriches valid rows: the history of customers, active products, completed orders and returns, then customers.
 
     With affected keys, the orders and returns of the other keys are carried over.
     """
@@ -879,7 +881,7 @@ class Run:
         return rows
 
     def stored(self, rows: DataFrame) -> DataFrame:
-        """Writes rows to files until the end of the layer. Unlike cached rows, they do not lengthen later plans."""
+        """Writes rows to files, which the layer removes at its end. Unlike cached rows, they shorten later plans."""
         path = self.temporary_folder(f".stored-{secrets.token_hex(4)}") + "/rows"
         self.engine.save(rows, path)
         # Without rows, Sail writes no files.
@@ -927,7 +929,7 @@ class Run:
         return counts
 
     def _write_files(self, layer: str, table: Table, rows: DataFrame, metrics: Mapping[str, str]) -> dict[str, Any]:
-        """Writes the files of a table. Bronze files and files by month carry the run id: later snapshots link them."""
+        """Writes the files of a table. Names of bronze and monthly files have the run id: later snapshots link them."""
         path = self.snapshot.path(layer, table.name)
         # One file for each month takes longer to write. It only helps if later runs link the files.
         month = month_sql(table) if self.config.source_dir or self.config.incremental else ""
@@ -944,7 +946,7 @@ class Run:
         return counts
 
     def add_rows(self, layer: str, table: Table, rows: int) -> None:
-        """Adds to the record the rows of a table that are in new or linked files."""
+        """Adds rows of a table, in new or linked files, to the record, and updates its bytes."""
         name = f"{layer}.{table.name}"
         self.record.rows[name] = self.record.rows.get(name, 0) + rows
         files = self.snapshot.files(layer, table.name)
@@ -956,8 +958,8 @@ class Run:
 
 
 # ── Contract ─────────────────────────────────────────────────────────────────────────────────────────────────────
-# Each table is declared once. The functions of silver and gold are pure: they take and return DataFrames. In silver,
-# `customers`, `products` and `transactions` are the valid rows of these bronze tables, one per key. All money is in the
+# Each table is declared once. The functions of silver and gold are pure: they take and return DataFrames. Their
+# parameters `customers`, `products` and `transactions` have the valid rows of bronze, one per key. All money is in the
 # currency of the run, US dollars for generated data.
 
 REJECT, WARN, ABORT, ORPHAN, OFF = "reject", "warn", "abort", "orphan", "off"
@@ -1018,8 +1020,8 @@ class Table:
     defects: tuple[str, ...] = ()  # bronze: the kinds of defect in generated records
     from_table: str = ""
     where: str = "true"
-    one_to_one: str = "true"  # silver: Spark SQL; as many rows meet it as `from_table` has valid rows
-    month_of: str = ""  # silver: the date whose month decides in which file a row is
+    one_to_one: str = "true"  # silver: Spark SQL; the rows that meet it must be as many as the valid rows
+    month_of: str = ""  # silver: the date column; its month selects the file of a row
     revenue: str | None = None  # the column whose sum is the revenue, the same in all tables that have one
     order: tuple[str, ...] = ()  # gold: Spark SQL that orders the rows; a leading minus puts the largest first
 
@@ -1098,7 +1100,7 @@ _not_scientific = functools.partial(
 CHANGE_COLUMNS: Mapping[str, str] = {"_deleted": "boolean", "_sequence": "bigint", "_changed_at": "timestamp"}
 NOT_DELETED = "_deleted IS NOT TRUE"
 
-# The columns that the pipeline adds to bronze and quarantine, and to quarantine alone.
+# The pipeline adds LINEAGE to bronze and quarantine, and REASONS to quarantine.
 LINEAGE = (
     "_ingested_at TIMESTAMP, _run_id STRING, _delivery BIGINT, _source_file STRING, _source_row BIGINT, "
     "_rescued_data STRING, _deleted BOOLEAN, _sequence BIGINT, _changed_at TIMESTAMP"
@@ -1109,8 +1111,8 @@ REASONS = "_reasons ARRAY<STRING>"
 PAYMENT_METHODS: Mapping[str, int] = {
     "credit_card": 38, "paypal": 22, "debit_card": 18, "apple_pay": 9, "google_pay": 7, "bank_transfer": 6,
 }  # fmt: skip
-# The statuses of an order from first to last, with their weights in generated data. Of two versions with equal
-# timestamps, the later status wins.
+# The statuses of an order from first to last, with their weights in generated data. If two versions have equal
+# timestamps, the one with the later status wins.
 STATUSES: Mapping[str, int] = {"pending": 6, "completed": 85, "cancelled": 5, "refunded": 4, "returned": 0}
 
 # Each band includes its upper bound; None means no upper bound.
@@ -1213,7 +1215,7 @@ TABLES["transactions"] = Table(
             "timestamp_in_future", "timestamp", "to_date(timestamp) > :as_of_date",
             advice="correct it, or set --as-of-date",
         ),
-        # A time in 1970 is a zero or a wrong unit. In that case no timestamp of the delivery can be trusted.
+        # A time in 1970 or before is a zero or a wrong unit. In that case no timestamp of the delivery can be trusted.
         Rule("timestamp_near_epoch", "timestamp", "year(timestamp) < 1971", ABORT),
         Rule(
             "payment_method_unknown", "payment_method", f"{PAYMENT_METHOD} NOT IN :payment_methods",
@@ -1259,7 +1261,7 @@ def key_rules(table: Table) -> list[Rule]:
 
 
 def band(value: Column, bounds: Mapping[str, Any]) -> Column:
-    """Returns the first band whose upper bound is not below the value; null for null."""
+    """Returns the first band whose upper bound is at least the value; null for null."""
     cases = F.lit(None).cast("string")
     for name, bound in reversed(list(bounds.items())):
         cases = F.when(value.isNotNull() if bound is None else value <= F.lit(bound), name).otherwise(cases)
@@ -1311,7 +1313,8 @@ def sort_order(by: str) -> Column:
 def products_active(products: DataFrame) -> DataFrame:
     """One row per product on sale: its `is_active` is true or unknown, and its stock is positive or unknown.
 
-    `inventory_value` is price × stock. An unknown name or category is `Unknown`; other unknown values are null.
+    `inventory_value` is price × stock. An unknown name or category is `Unknown`, an unknown `is_active` is
+    true; other unknown values are null.
     """
     return (
         products.where(ON_SALE)
@@ -1380,7 +1383,14 @@ def transactions_returned(transactions: DataFrame, products: DataFrame) -> DataF
     return with_category_and_date(transactions.where(RETURNED), products)
 
 
-TRACKED = ("first_name", "last_name", "email", "age", "city", "signup_date")  # a change of them opens a version
+TRACKED = (
+    "first_name",
+    "last_name",
+    "email",
+    "age",
+    "city",
+    "signup_date",
+)  # a change in one of them starts a new version
 BEGAN = "coalesce(_changed_at, CAST(signup_date AS TIMESTAMP), _ingested_at)"
 
 
@@ -1394,9 +1404,9 @@ def customers_history(once: DataFrame, versions: DataFrame) -> DataFrame:
     """One row per version of a customer: a slowly changing dimension of type 2.
 
     `valid_from` is inclusive. `valid_to` is exclusive, and null for the current version. A version begins when the
-    source changed (`_changed_at`). If that is unknown, the first version begins with `signup_date`. A later version
-    begins when it was received, or earlier if the next version begins earlier. `once` has the customers received once,
-    `versions` all records of the others.
+    source changed (`_changed_at`). If that is unknown, the first version begins with `signup_date`, or when it was
+    received. A later version begins when it was received, but never after the next version. `once` has the customers
+    received once, `versions` all records of the others.
     """
     shown = (known(name).alias(name) if name.endswith("_name") else F.col(name) for name in TRACKED)
     attributes = [F.col("customer_id"), *shown]
@@ -1406,10 +1416,10 @@ def customers_history(once: DataFrame, versions: DataFrame) -> DataFrame:
 
 
 def version_periods(versions: DataFrame) -> DataFrame:
-    """Adds `valid_from` and `valid_to` to versions of customers, which have an `_order`, the latest with 1.
+    """Adds `valid_from` and `valid_to` to versions of customers. The `_order` of the latest version is 1.
 
-    Leaves out versions that begin together with the next one, or that change nothing. Versions received together,
-    without `_changed_at`, are one. A delete ends the version before it, and is left out.
+    Leaves out versions that begin together with the next one, or that change nothing. Of versions received
+    together without `_changed_at`, it keeps the latest. A delete ends the version before it, and is left out.
     """
     oldest_first = "OVER (PARTITION BY customer_id ORDER BY _order DESC"
     came_later = f"_changed_at IS NULL AND _ingested_at <> first_value(_ingested_at) {oldest_first})"
@@ -1418,7 +1428,8 @@ def version_periods(versions: DataFrame) -> DataFrame:
         "_receipt": "CASE WHEN _changed_at IS NULL THEN _ingested_at END",
         "_content": f"CASE WHEN {NOT_DELETED} THEN to_json({named_struct({name: name for name in TRACKED})}) END",
     }
-    # Each step adds columns, and keeps the rows that meet a condition. The windows of a step see only these.
+    # Each step adds columns, and then keeps the rows that meet a condition. Window functions see only the rows that
+    # earlier steps kept.
     steps: Sequence[tuple[Mapping[str, str], str]] = (
         (first, "true"),
         ({"_next_receipt": f"lead(_receipt) {oldest_first})"}, "_receipt IS NULL OR NOT (_receipt <=> _next_receipt)"),
@@ -1635,7 +1646,7 @@ SNAPSHOT_TABLES = tuple(
     for layer in ((BRONZE, QUARANTINE) if table.layer == BRONZE else (table.layer,))
 )
 
-# The tables of which a run can write the changes.
+# The tables whose changes a run can write.
 CHANGED_TABLES = tuple(
     (layer, table)
     for layer, table in SNAPSHOT_TABLES
@@ -1659,23 +1670,23 @@ class Source:
     replaced: Sequence[int] = ()  # the deliveries whose rows this one replaces
 
     def check(self) -> None:
-        """Raises ConfigurationError if the source lacks records for a run that receives everything."""
+        """Raises ConfigurationError if the source has nothing for one of the tables."""
 
     def find_arrivals(self, base: Base | None) -> bool:
         """Finds what the run has to receive, and returns whether there is anything. Raises ConfigurationError."""
         raise NotImplementedError
 
     def begin_reload(self, ledger: Sequence[LandedFile]) -> None:
-        """Notes what was received before, and must be received again."""
+        """Notes what earlier runs received, since a reload must receive it again."""
 
     def prepare(self) -> None:
-        """Prepares what needs no engine, while the engine starts."""
+        """Does the preparation that needs no engine, while the engine starts."""
 
     def receive(self, run: Run) -> None:
         """Receives the records. Raises NotPublishedError if they cannot be used."""
 
     def delivery(self, run: Run, name: str) -> DataFrame | None:
-        """Returns the records of a bronze table that arrived, with the columns of its contract; None if none did."""
+        """Returns the records that arrived for a bronze table, with its contract's columns; None without arrivals."""
         raise NotImplementedError
 
     def is_received_whole(self, name: str) -> bool:
@@ -1819,7 +1830,7 @@ class LandedFiles(Source):
             )
         gone = {path: file for path, file in latest.items() if path not in paths}
         if gone:
-            logger.info("Gone since they were read: %s", shorten([*gone]))
+            logger.info("Files that were read before and are gone: %s", shorten([*gone]))
         self.number = 1 + max((file.delivery for file in base.ledger), default=0)
         self.files = compare_with_ledger(self.root, self.files, latest, again, self.number)
         whole = {source for name in self.inputs if self.is_received_whole(name) for source in self.inputs[name]}
@@ -1844,7 +1855,7 @@ class LandedFiles(Source):
         return any(file.source in self.inputs[name] for file in self.arrived)
 
     def check(self, ledger: Sequence[LandedFile] = ()) -> None:
-        """Checks that each table has files, or had some that are in the ledger. Raises ConfigurationError."""
+        """Checks that each table has files now or in the ledger. Raises ConfigurationError."""
         if not self.listed and not ledger:
             raise ConfigurationError(
                 f"no file in {self.root} can be read: land CSV, JSON lines, Excel (.xlsx) or Parquet"
@@ -1853,10 +1864,12 @@ class LandedFiles(Source):
         for name, inputs in self.inputs.items():
             model = self.models.get(name)
             missing = [source for source in inputs if source not in landed]
-            # A model may lack a source whose columns it declares (they are null) if another of its sources has files.
+            # A source may have no files if the model declares its columns (they are null) and another source has files.
             is_optional = model and landed & {*inputs} and model.columns.keys() >= {*missing}
             if missing and not is_optional:
-                needed = min(missing, key=lambda source: source in self.declared)  # one that it cannot do without
+                needed = min(
+                    missing, key=lambda source: source in self.declared
+                )  # a source without declared columns, if there is one
                 patterns = model.patterns.get(needed) if model else None
                 files = " or ".join(patterns or (f"{needed}.csv", f"a folder {needed}"))
                 advice = f"land {files}, or write a model {name}.sql"
@@ -1882,8 +1895,8 @@ class LandedFiles(Source):
         """Reads the files, and adds those that arrived to the ledger.
 
         Raises:
-            NotPublishedError: a file cannot be read, lacks a column that the contract requires, or is gone although a
-                table has to be received whole.
+            NotPublishedError: a file cannot be read, lacks a column that the contract requires, or is missing for a
+                table that is received whole.
         """
         reader = FileReader(self.root, run.temporary_folder(".staged"), self.config)
         without_model = {*names(BRONZE)} - self.models.keys()
@@ -1931,7 +1944,7 @@ class LandedFiles(Source):
             )
 
     def table_of(self, source: str) -> str:
-        """Returns the table that receives the malformed lines of a source: that of its name, or the last reader."""
+        """Returns the table that gets the malformed lines of a source: the one of its name, or the last that reads it."""
         readers = [name for name, inputs in self.inputs.items() if source in inputs]
         return source if source in readers else readers[-1]
 
@@ -1959,13 +1972,13 @@ class LandedFiles(Source):
         return apply_model(engine.spark, self.models[name], {source: view(rows) for source, rows in records.items()})
 
     def _visible(self, rows: DataFrame, name: str) -> DataFrame:
-        """Leaves out records of bad files, and those that were only read for another table, which is received whole."""
+        """Leaves out rows of bad files, and rows of old files that were read again only for another table."""
         is_whole = self.is_received_whole(name)
         hidden = [file.delivery for file in self.files if file.problem or (file.run and not is_whole)]
         return rows.where(~F.col("_delivery").isin(hidden)) if hidden else rows
 
     def explain(self, error: Exception, engine: Engine, name: str) -> PipelineError | None:
-        """Explains an error by the model of the table, unless machines or disks have failed."""
+        """Blames the table's model for an error, unless machines or disks have failed."""
         if name not in self.models or isinstance(error, PipelineError) or engine.is_infrastructure_failure(error):
             return None
         return PipelineError(
@@ -1987,7 +2000,7 @@ class Model:
     columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # columns that files may lack, by source
     inputs: tuple[str, ...] = ()  # the sources that it reads
     keeps_records: bool = False  # whether it reads one source and makes one row of each record
-    is_piecewise: bool = False  # whether files can be read one after the other: no row depends on another record
+    is_piecewise: bool = False  # whether each row depends on one record only, so that new files can be read alone
 
 
 def one_line(error: Exception) -> str:
@@ -2076,7 +2089,7 @@ def apply_model(spark: SparkSession, model: Model, views: Mapping[str, str]) -> 
 
     # WITH names the sources within this query only, so that they do not collide with tables of the session.
     inputs = ", ".join(f"{quoted(source)} AS (SELECT * FROM {view})" for source, view in views.items())
-    with_inputs = f"WITH {inputs} " if views else ""  # a table may be constant
+    with_inputs = f"WITH {inputs} " if views else ""  # a model may read no source
     name = model.name
     try:
         rows = spark.sql(f"{with_inputs}SELECT * FROM (\n{model.sql}\n)")
@@ -2090,7 +2103,9 @@ def apply_model(spark: SparkSession, model: Model, views: Mapping[str, str]) -> 
     if missing := [column for column in required_columns(TABLES[name]) if column not in given]:
         raise PipelineError(f"the model {name}.sql returns no {', '.join(missing)}: name each, with AS, in its SELECT")
     if "_source_row" not in given and model.keeps_records:
-        logger.warning("%s.sql drops _source_file and _source_row: quarantine will not say where a row was", name)
+        logger.warning(
+            "%s.sql drops _source_file and _source_row: quarantine will not show the file and row of a record", name
+        )
     return rows
 
 
@@ -2121,7 +2136,7 @@ def rule_fields(path: str) -> list[dict[str, Any]]:
     """Returns the fields of each rule in a YAML file. Raises ConfigurationError."""
     import yaml
 
-    try:  # composed and not loaded: a field that is there twice is found, and `off` stays a text
+    try:  # compose() instead of load(): it shows repeated fields, and keeps `off` as text
         document: Any = yaml.compose(Path(path).read_text(encoding="utf-8-sig"), yaml.BaseLoader)
         rules = [[(key.value, value.value) for key, value in rule.value] for rule in document.value]
     except (OSError, UnicodeError, yaml.YAMLError) as error:
@@ -2134,9 +2149,9 @@ def rule_fields(path: str) -> list[dict[str, Any]]:
 
 
 def with_own_rule(table: Table, fields: Mapping[str, Any]) -> Table:
-    """Adds a rule to a bronze table, or changes a built-in one. Raises ValueError, which says why not.
+    """Adds a rule to a bronze table, or changes a built-in one. Raises ValueError with the reason if that is impossible.
 
-    The rules that reject what cannot be read or is missing stay, since silver relies on them.
+    Rules that reject missing or malformed values cannot be weakened, since silver relies on them.
     """
     rules = {rule.name: rule for rule in table.rules}
     name, is_new = str(fields.get("name", "")), "violation" in fields
@@ -2157,7 +2172,7 @@ def with_own_rule(table: Table, fields: Mapping[str, Any]) -> Table:
         if not isinstance(violation := fields.get("violation"), str):
             raise ValueError(f"is not built in, so it needs a violation{_nearest(name, rules)}")
         rule = Rule(name, check_condition(violation, table), f"{violation}\n")  # the line break ends a comment
-    # The advice is a format.
+    # The advice is a format string, so braces are doubled.
     advice = re.sub("([{}])", r"\1\1", str(fields["description"])) if "description" in fields else rule.advice
     rules[name] = rule._replace(severity=severity, advice=advice, is_own=True)
     return dataclasses.replace(table, rules=tuple(rules.values()))
@@ -2436,7 +2451,7 @@ class Batch(NamedTuple):
 def batch_of(config: DataPipelineConfig, table: str, since: date | None) -> Batch:
     """Returns the records of the first delivery, or of the days after `since`.
 
-    Each later day has the average number of a day of the first delivery, rounded up. The ids depend on the day alone.
+    Each later day has as many records as an average day of the first delivery, rounded up. The ids depend on the day alone.
     """
     size: int = getattr(config, f"num_{table}")
     if since is None:
@@ -2656,7 +2671,7 @@ def later_records(run: Run, base: Base, name: str) -> DataFrame:
     """Returns the records of a bronze table that arrive in the days after the date of the base.
 
     These are new customers and orders. One in ten products gets a new price and stock, possibly the same. One in fifty
-    pending or completed orders of the 30 days before that date gets its next status.
+    pending or completed orders since 30 days before that date gets its next status.
     """
     spark, config, since = run.engine.spark, run.config, base.config.as_of_date
     columns = [column for column, _ in TABLES[name].columns()]
@@ -2758,7 +2773,7 @@ def find_failing_keys(
 
 
 def grouped_keys(keys: DataFrame) -> Iterator[tuple[int, int, int, str | DataFrame]]:
-    """Returns, for each check that found keys, its index and their rows, surplus and hashes."""
+    """Returns the index, rows, surplus and key hashes of each check that found keys."""
     few = keys.limit(FEW_KEYS + 1).collect()
     if len(few) > FEW_KEYS:
         for number, rows, count in keys.groupBy("number").agg(F.sum("rows"), F.count("rows")).collect():
@@ -2788,7 +2803,7 @@ def violation_counts(rules: Iterable[Rule], config: DataPipelineConfig) -> dict[
 def part_counts(table: Table, among: str) -> dict[str, str]:
     """Returns Spark SQL that counts the rows that meet the condition `among`.
 
-    `accepted` counts all of them, and each silver table's name those that also meet its `where`.
+    `accepted` counts all of them. The name of a silver table counts those that also meet its `where`.
     """
     parts = {"accepted": "true"} | {made.name: made.where for made in tables(SILVER) if made.from_table == table.name}
     return {part: f"count_if(({among}) AND ({condition}))" for part, condition in parts.items()}
@@ -2797,7 +2812,7 @@ def part_counts(table: Table, among: str) -> dict[str, str]:
 def row_counts(table: Table, config: DataPipelineConfig) -> dict[str, str]:
     """Returns Spark SQL for the counts of rows before keys are compared.
 
-    They are `rows`, `deletes`, the rows that violate a rule, by its name, and the parts of those that no rule rejects.
+    They are `rows`, `deletes`, the violations of each rule, and the `part_counts` of the rows that no rule rejects.
     """
     parts = part_counts(table, passes_rules(table.rules, config))
     return {"rows": "count(1)", "deletes": "count_if(_deleted)", **violation_counts(table.rules, config), **parts}
@@ -2838,8 +2853,8 @@ def version_order(table: Table) -> list[str]:
     """Returns Spark SQL that orders the records of a key, the latest first.
 
     Records with a `_sequence` are later than those without, and are ordered by it alone. The others are ordered by
-    `_changed_at`, `sequence_by` and delivery; a delete that has neither of the first two is the latest of them. If
-    records are equal in this order, a delete is the latest.
+    `_changed_at`, `sequence_by` and delivery; a delete without any of these times is the latest of them. If records are
+    equal in this order, a delete is the latest.
     """
     is_last = f"_deleted AND _changed_at IS NULL AND {table.sequence_by[0]} IS NULL"
     without_sequence = (f"coalesce({is_last}, false)", "_changed_at", *table.sequence_by, "_delivery")
@@ -2987,7 +3002,7 @@ class Separated(NamedTuple):
     versions: DataFrame  # all rows of the other keys that no rule rejects, deletes included
     rejected: DataFrame
     quality: Quality
-    arrived: Quality  # of the rows that this run has received; kept orphans are not counted
+    arrived: Quality  # of the rows that this run has received; orphans that are kept are not in its violations
 
 
 def outcome_counts(table: Table, config: DataPipelineConfig, flags: Iterable[str]) -> dict[str, str]:
@@ -3031,7 +3046,7 @@ def set_rows_aside(
     """
     table, counts = received.table, received.counts
     if not keys and not counts["deletes"] and not any(rule.rejects(config) for rule in rules):
-        # There are none, and their ranking would take a second.
+        # No row is set aside. Ranking no rows would still take a second.
         nothing = {"_rejected": "false", "_order": "0", "_outcome": "''", "_reasons": "CAST(array() AS ARRAY<STRING>)"}
         return received.rows.where("false").select("*", *named_columns(nothing)), Counter(), Counter()
     flagged = flag_rows(received.rows, keys, rules, config)
@@ -3110,7 +3125,7 @@ def state_of(config: DataPipelineConfig, source: Source) -> dict[str, Any]:
         "settings": {
             **{name: str(getattr(config, name)) for name in TABLE_SETTINGS},
             CONTROLS: repr(source.controls),
-            # As SQL that contains the as-of date: with another date, old orders may violate the rule.
+            # The SQL may contain the as-of date. Then each new date is a refresh, since old orders may violate the rule.
             "rules": str([(name, rule.name, rule.severity, rule.is_violated(config)) for name, rule in own]),
         },
     }
@@ -3126,7 +3141,9 @@ def can_continue(source: Source, published: Mapping[str, Any]) -> bool:
             "--data-dir, or let bronze begin again with --reload"
         )
     if source.continues and differ:
-        logger.warning("The data begins anew, since it is generated with another %s", " and ".join(sorted(differ)))
+        logger.warning(
+            "All data is generated again, since these settings have changed: %s", " and ".join(sorted(differ))
+        )
     return source.continues and not differ
 
 
@@ -3137,9 +3154,9 @@ def refresh_reason(
     settings = [name for name, value in own["settings"].items() if published["settings"].get(name) != value]
     reasons = {
         "the models have changed": published["models"] != own["models"],
-        f"other {' and '.join(settings)}": bool(settings),
+        f"changed settings: {', '.join(settings)}": bool(settings),
         "the pipeline is another version": published["pipeline"] != own["pipeline"],
-        f"the as-of date was {as_of}": as_of > config.as_of_date,
+        f"the as-of date has moved back from {as_of}": as_of > config.as_of_date,
         "--full-refresh": config.full_refresh,
     }
     return ", ".join(reason for reason, holds in reasons.items() if holds)
@@ -3158,7 +3175,7 @@ def find_base(config: DataPipelineConfig, source: Source, store: Store) -> Base 
     found = None
     with contextlib.suppress(*([PipelineError] if config.reload else [])):
         found = Snapshot(store, published).read_state()
-    if found is None:  # the snapshot of an earlier version, or storage without links
+    if found is None:  # the snapshot is gone, or of an earlier version
         if source.continues:
             logger.info("Everything is received anew: the published snapshot is gone, or of an earlier version")
         source.check()
@@ -3274,7 +3291,7 @@ def with_keys(rows: DataFrame, table: Table, keys: DataFrame, *, how: str = "lef
 
 
 def find_affected(run: Run, bronze: Mapping[str, Received]) -> Affected | None:
-    """Returns the orders that have to be computed; None if these are all."""
+    """Returns the orders that have to be computed; None if all have to be."""
     base, received = run.base, bronze["transactions"]
     if base is None or base.refresh:
         return None
@@ -3316,7 +3333,7 @@ def affected_rows(run: Run, base: Base, bronze: Mapping[str, Received]) -> dict[
 
 
 def account_before(run: Run, base: Base, bronze: Mapping[str, Received], rows: DataFrame) -> Quality:
-    """Returns the counts of these orders in the base, with its customers and products, as of its date."""
+    """Counts the given orders as the base did: with the base's customers, products and as-of date."""
     table = bronze["transactions"].table
     counts = count_rows(rows, table, base.config)
     if not counts["rows"]:
@@ -3332,7 +3349,7 @@ def account_before(run: Run, base: Base, bronze: Mapping[str, Received], rows: D
 
 
 def changed_parents(run: Run, base: Base, received: Received) -> DataFrame | None:
-    """One row per key of a parent table that has become valid or invalid, or whose inherited columns differ.
+    """One row per parent key that has become valid or invalid, or has other values in inherited columns.
 
     None if there is no such key.
     """
@@ -3403,7 +3420,7 @@ def carry_months_over(run: Run, affected: Affected | None, rows: DataFrame) -> D
 
 
 def verify(run: Run, bronze: Mapping[str, Received]) -> None:
-    """With `verify_incremental`, computes the full refresh of the same bronze beside the snapshot, and compares both.
+    """With `verify_incremental`, computes a full refresh of the same bronze in a folder of the snapshot, and compares both.
 
     Raises:
         NotPublishedError: the rows or the counts of a table differ.
@@ -3542,7 +3559,7 @@ def log_reference(spark_log: str) -> str:
 def choose_engine(
     config: DataPipelineConfig, source: Source, spark: SparkSession | None = None, rows_before: int = 0
 ) -> Engine:
-    """Returns the configured engine, for the rows of the source or for those published before, if they are more.
+    """Returns the configured engine, sized for the rows of the source or the published rows, whichever are more.
 
     It uses the session given, or the running session of this process if there is one.
 
@@ -3580,7 +3597,7 @@ def running_session() -> SparkSession | None:
 
 
 def is_local(master: str) -> bool:
-    """Returns whether the master stands for threads of this machine."""
+    """Returns whether the master is local: threads of this machine."""
     return not master or master.startswith("local")
 
 
@@ -3944,7 +3961,7 @@ def check_cluster(engine: Engine, snapshot: Snapshot) -> None:
     Raises:
         PipelineError: the folder is not shared, or cannot be written.
     """
-    # Some clusters start no executor before the first job. The others follow within seconds.
+    # Some clusters start their first executor with the first job. More executors follow within seconds.
     engine.spark.sql("SELECT count(*) FROM range(1)").collect()
     before = 0
     while (there := count_executors(engine.spark)) > before:
@@ -4029,7 +4046,7 @@ def java_version(home: Path) -> str:
 
 
 def check_java() -> None:
-    """Finds a Java that this version of Spark supports, and sets `JAVA_HOME`. Raises PipelineError."""
+    """Finds Java, checks that this version of Spark supports it, and sets `JAVA_HOME`. Raises PipelineError."""
     spark = spark_version(spark_home())
     name = f"Spark {'.'.join(map(str, spark))}"
     if spark < (3, 5):
@@ -4061,7 +4078,7 @@ class _Py4JCache:
         return found
 
 
-ARCHIVE_FORMAT = 2  # increase when the way archives are made changes
+ARCHIVE_FORMAT = 2  # increase it when `make_archive` changes
 
 
 def archive_options(java: Path, spark: Path) -> list[str]:
@@ -4105,7 +4122,7 @@ def make_archive_later(*arguments: Path | str) -> None:
 
 
 def make_archive(archive: str, classes: str, java: str, class_path: str) -> None:
-    """Makes the archive from the list of classes. Removes the list, and what was not used for 30 days."""
+    """Makes the archive from the list of classes. Removes the list, and files that were not used for 30 days."""
     time.sleep(3)  # Java ends after Python, and then writes the list
     listed, made = Path(classes), Path(f"{classes}.made")
     entries = (
@@ -4148,7 +4165,7 @@ def sha256(path: str) -> str:
 
 
 def run_ids(folder: str, suffix: str = "") -> list[str]:
-    """Returns the run ids in a folder, oldest first. A name counts if it is a run id and the suffix, and no more."""
+    """Returns the run ids in a folder, oldest first. Only names that are exactly a run id and the suffix count."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         found = (name.removesuffix(suffix) for name in os.listdir(folder) if name.endswith(suffix))
         return sorted(filter(RUN_ID.fullmatch, found))
@@ -4321,7 +4338,7 @@ class RunRecords:
         return run_ids(self.folder, ".json")
 
     def all(self, newest: int = 0) -> Iterator[tuple[str, RunRecord | str]]:
-        """Returns run ids, oldest first: all, or the `newest`. A text instead of a record says why it is unreadable."""
+        """Returns pairs of run id and record, oldest first. A text in place of a record says why it is unreadable."""
         return ((run_id, self._read(run_id)) for run_id in self.ids()[-newest:])
 
     def get(self, run_id: str | None) -> RunRecord | None:
@@ -4531,7 +4548,7 @@ def acquire_lock(file: TextIO, timeout: float, root: str) -> None:
 def roll_back(store: Store, run_id: str, timeout: float, config: DataPipelineConfig | None = None) -> str:
     """Publishes again the snapshot `run_id`, or by default the newest intact snapshot older than the published one.
 
-    Runs the hooks of `config`, and returns the run id.
+    Runs the `after_publish` hooks of `config`, and returns the run id.
 
     Raises:
         PipelineError: no such snapshot exists, or the named one is damaged.
@@ -4591,7 +4608,7 @@ BLOCK = 4 * 2**20  # bytes of CSV that are parsed together; no CSV record may be
 PENDING = 16 * 2**20  # bytes of records that are written together
 BATCH = 1_000  # rows of JSON and Excel that are staged together
 MALFORMED_COLUMNS = ["_record"]  # those of malformed records, which are kept verbatim
-END = secrets.token_hex(8)  # the beginning of a record that marks the end of CSV
+END = secrets.token_hex(8)  # prefix of the sentinel record after the last CSV record
 
 
 SAME_CONTENT, CHANGING = "it has the same content as ", "it changed while it was read; the next run will read it"
@@ -4727,7 +4744,7 @@ def list_files(root: str, data_root: str = "") -> list[LandedFile]:
 def assign_sources(files: Iterable[LandedFile], models: Mapping[str, Model], used: Collection[str]) -> list[LandedFile]:
     """Returns the files with the sources that the models' patterns give them.
 
-    A file in an archive belongs to the source of the archive's name if that is used, or else to that of its own name.
+    A file in an archive belongs to the archive's source if that is used, otherwise to the source of its own name.
 
     Raises:
         ConfigurationError: a file matches the patterns of two sources.
@@ -4989,7 +5006,7 @@ class CsvText(io.RawIOBase):
     def __init__(self, text: TextIO, end: str) -> None:
         self.text = text
         self.end = end
-        # pyarrow drops one byte order mark at the start. With this one added, it keeps a mark in the first value.
+        # pyarrow drops one byte order mark at the start. This extra one protects a mark that belongs to the first value.
         self.encoded = codecs.BOM_UTF8
         self.last = "\n"  # the last character of the text
 
@@ -5147,11 +5164,12 @@ def engine_values(column: pa.Field[Any], values: Any, kind: pa.DataType) -> Any:
         ) from None
 
 
-NUMBER = secrets.token_hex(8)  # marks the text of a JSON number among texts
+NUMBER = secrets.token_hex(8)  # prefix that tells a JSON number from a string
 
 
 def parse_object(line: str, decimal: str = ".") -> dict[str, str | None]:
-    """Returns the values of a JSON object as text. Numbers keep their digits and get the given decimal separator.
+    """Returns the values of a JSON object as text. Numbers keep their digits. Those outside of arrays and
+    objects get the given decimal separator.
 
     Raises:
         ValueError: the line is not one JSON object with different keys.
@@ -5285,15 +5303,14 @@ def check_read(
     if missing and not config.accept_missing_files:
         sources = ", ".join(dict.fromkeys(file.source for file in missing))
         raise NotPublishedError(
-            f"this run needs all files of {sources}, and would lose the rows of files that are gone, nothing is "
-            f"published: {shorten([file.path for file in missing])}; put them back, or accept it with "
-            "--accept-missing-files"
+            f"nothing is published: this run needs all files of {sources}, and would lose the rows of files that are "
+            f"gone: {shorten([file.path for file in missing])}; put them back, or accept it with --accept-missing-files"
         )
     lost = [file for file in files if file.path in replacing and file.problem and not file.is_repeated]
     bad = lost or [file for file in files if file.is_bad and config.on_bad_file == "refuse"]
     if bad:
         more = f"; {len(bad) - 1} more cannot be read either" if bad[1:] else ""
-        lose = "since rows of it are published, and would be lost"
+        lose = "since its published rows would be lost otherwise"
         otherwise = lose if lost else "or leave it out with --on-bad-file quarantine"
         raise NotPublishedError(
             f"{bad[0].path} cannot be read, nothing is published: {bad[0].problem}{more}; correct it, {otherwise}"
@@ -5303,9 +5320,9 @@ def check_read(
 def compare_with_ledger(
     root: str, files: Iterable[LandedFile], latest: Mapping[str, LandedFile], again: Collection[str], number: int
 ) -> list[LandedFile]:
-    """Returns the ledger's entries of files that are as they were when they were read, and the other files.
+    """Returns the ledger's entry of each unchanged file, whose time it updates, and the other files as they are listed.
 
-    Files in `again` keep the `_delivery` that they had. Those of new files are higher than `number`.
+    Files in `again` keep the `_delivery` that they had. New files get one above `number`.
     """
     compared, new_numbers = [], itertools.count(number + 1)
     for file in files:
@@ -5358,7 +5375,7 @@ def is_same_file(root: str, file: LandedFile, before: LandedFile) -> bool:
 def leave_out_repeated(files: Iterable[LandedFile], ledger: Iterable[LandedFile] = ()) -> None:
     """Leaves out files of a source that have the same content as a later one, or as one that was read before."""
     whole = [file for file in files if file.records and not file.problem]
-    # Of each path, only the last content counts. An older content that returns is read again.
+    # Only the latest content of each path counts. An older content that returns is read again.
     latest = {file.path: file for file in ledger}.values()
     kept = {(file.source, file.sha256): file for file in (*whole, *(file for file in latest if not file.problem))}
     for file in whole:
@@ -5369,7 +5386,7 @@ def leave_out_repeated(files: Iterable[LandedFile], ledger: Iterable[LandedFile]
 def lost_columns(
     files: Iterable[LandedFile], ledger: Iterable[LandedFile], declared: Mapping[str, Iterable[str]]
 ) -> Iterator[str]:
-    """Returns a line for each file that lacks a column of the file of its source that was read before it.
+    """Returns a line for each file that lacks a column of the previous file of its source.
 
     Files may lack columns that models declare, unless they have others instead. JSON is not compared, since the keys of
     its objects may differ.
@@ -5457,7 +5474,7 @@ def read_part(engine: Engine, part: Part) -> DataFrame:
 
 
 def recognized_exports(files: Iterable[LandedFile]) -> Iterator[str]:
-    """Names the files that have at least 80 % of the columns that ready models declare, and these models."""
+    """Returns a line for each file that has at least 80 % of the columns that a ready-made model declares."""
     known = [
         (system, source, model.patterns.get(source, (source,)), {name.lower() for name in columns})
         for system, folder in ready_models().items()
@@ -5569,7 +5586,7 @@ def inspect_rules(rows: DataFrame, table: Table, config: DataPipelineConfig) -> 
 
 
 def proposed_model(name: str, records: Mapping[str, DataFrame]) -> Iterator[str]:
-    """Proposes a staging model, over the source of the table's name or over the one that has most of its columns."""
+    """Proposes a staging model, over the source of the table's name or over the one that has most of its required columns."""
     table, required = TABLES[name], required_columns(TABLES[name])
     found = {source: matched_columns(name, rows.columns) for source, rows in records.items()}
     over = name if found.get(name) else max(found, key=lambda source: len({*required} & {*found[source]}), default="")
@@ -5836,7 +5853,7 @@ def find_rejects_by_file(run: Run) -> None:
 def audit_query(layer: str, table: Table) -> str:
     """Returns SQL that counts rows, distinct keys, rows that meet `one_to_one` and overlapping periods.
 
-    It adds up the revenue. A table only has the figures that it declares.
+    It adds up the revenue. A table has only those figures that its declaration asks for.
     """
     name, figures = f"{layer}.{table.name}", ["count(*) AS row_count"]
     if table.layer != BRONZE:
@@ -5924,7 +5941,7 @@ def write_changes_of(run: Run) -> None:
 
 
 def write_changes(after: Snapshot) -> None:
-    """Writes the net changes from the published snapshot to another one, into the latter."""
+    """Writes the net changes since the published snapshot into the snapshot `after`."""
     published = after.store.published()
     before = Snapshot(after.store, published) if published else None
     shutil.rmtree(after.path(CHANGES), ignore_errors=True)
@@ -6137,10 +6154,10 @@ class RunRecord:
     orders: int | None = None  # completed orders; all rows with the same order_id are one
     returns: int | None = None
     refunds: Decimal | None = None  # amount paid back for the returns
-    controls: dict[str, Any] | None = None  # names of figures, first and last period, and since which run they agree
+    controls: dict[str, Any] | None = None  # names of figures, first and last period, and since when they agree
     previews: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # the first rows of each gold table
     summaries: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # by the names of SUMMARIES
-    anomalies: list[str] = field(default_factory=list)  # figures that differ from the last runs, and files left out
+    anomalies: list[str] = field(default_factory=list)  # odd figures, files left out, lost columns, failed hooks
     gate_failures: list[dict[str, Any]] = field(default_factory=list)  # table, rule, rows, message, examples
     hooks: list[dict[str, Any]] = field(default_factory=list)  # hook, command, seconds, failure
     error: dict[str, str] | None = None  # type, message, traceback
@@ -6307,7 +6324,7 @@ def recording(record: RunRecord, store: Store, engine: Engine) -> Iterator[None]
             trace = "".join(traceback.format_exception(error))
             record.error = {"type": type(error).__name__, "message": str(error), "traceback": trace}
             raise error from error.__cause__  # keeps the cause that explain_error has set
-        logger.warning("The data was published already: %s", stopped)
+        logger.warning("Stopped after the data was published: %s", stopped)
         record.result, record.exit_code = "succeeded", 0
     finally:
         record.finished_at = _now().isoformat(timespec="seconds")
@@ -6461,7 +6478,7 @@ def warn_of_anomalies(record: RunRecord, store: Store, factor: float) -> None:
 
 
 def compared_figures(record: RunRecord) -> dict[tuple[str, str, float], float]:
-    """Returns the rows and quarantine rates of a run, by table, format and tolerance. Bronze has what arrived."""
+    """Returns the rows and quarantine rates of a run, by table, format and tolerance. Bronze counts rows that arrived."""
     rows, rate = "{:,.0f} rows", "{:.2%} of the rows quarantined"
     received = "{:,.0f} rows arrived" if record.arrived else rows
     # The arrivals of a full refresh on a base depend on when somebody starts it, so they are not compared.
@@ -6486,7 +6503,7 @@ def anomalies(record: RunRecord, history: Sequence[RunRecord], factor: float) ->
     found = []
     for (name, text, noise), value in compared_figures(record).items():
         values = [figures[name, text, noise] for figures in earlier if (name, text, noise) in figures]
-        if value and name.startswith(BRONZE):  # a file is no anomaly after nights without files
+        if value and name.startswith(BRONZE):  # a delivery after runs without one is no anomaly
             values = [*filter(None, values)]
         median = statistics.median(values or [value])
         if not 1 / factor <= (value + noise) / (median + noise) <= factor:
@@ -6511,7 +6528,7 @@ def alert(record: RunRecord, history: Sequence[RunRecord]) -> str | None:
 
 
 def send_alert(webhook: str, text: str, timeout: float = 10.0) -> None:
-    """Posts a text to a webhook, with the three characters escaped that Slack reads as markup.
+    """Posts a text to a webhook. Escapes the three characters that Slack reads as markup.
 
     Raises:
         PipelineError: the text did not arrive. The message does not contain the URL, which is secret.
@@ -6524,13 +6541,15 @@ def send_alert(webhook: str, text: str, timeout: float = 10.0) -> None:
         request = urllib.request.Request(webhook, body, headers, method="POST")  # noqa: S310 - http or https
         urllib.request.urlopen(request, timeout=timeout).close()  # noqa: S310
     except Exception as error:
-        reason = str(error) if isinstance(error, OSError) else type(error).__name__  # whose text may contain the URL
+        reason = (
+            str(error) if isinstance(error, OSError) else type(error).__name__
+        )  # the text of others may contain the URL
         message = f"the alert was not delivered: {reason}; correct alert_webhook, or its receiver"
         raise PipelineError(message) from None
 
 
 # Formats for people.
-CURRENCY_SIGNS: Mapping[str, str] = {"USD": "$", "EUR": "€", "GBP": "£"}  # of others, the letters are shown
+CURRENCY_SIGNS: Mapping[str, str] = {"USD": "$", "EUR": "€", "GBP": "£"}  # other currencies are shown by their letters
 FORMATS: Mapping[str, str] = {"count": "{:,.0f}", "money": "{:,.2f}", "percent": "{:.1%}", "seconds": "{:,.1f} s"}
 
 
@@ -6579,7 +6598,7 @@ def render(template: str, history: Sequence[RunRecord], published: RunRecord | N
     return environment.get_template(template).render(history=history, latest=history[-1], published=published)
 
 
-html_report = functools.partial(render, "report.html.jinja")  # loads no other files
+html_report = functools.partial(render, "report.html.jinja")  # the page is self-contained
 metrics = functools.partial(render, "metrics.prom.jinja")  # for node_exporter's textfile collector
 
 
@@ -6669,7 +6688,7 @@ def _flag(name: str) -> str:
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Reads the command line. Settings that are not given are None, the others text. Raises ConfigurationError."""
+    """Reads the command line. Settings that are not given are None; the others are texts or lists of texts. Raises ConfigurationError."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").partition("\n")[0],
         epilog="A flag overrides its environment variable, and that overrides the default.",

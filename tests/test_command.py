@@ -323,7 +323,7 @@ def test_interrupt_while_publishing_leaves_the_result_of_what_is_published(
     monkeypatch.setattr(os, "replace", interrupted)
     code, log = run_here()
     assert code == 0, log
-    assert re.search(r"WARNING .* The data was published already: stopped by SIGTERM\n", log)
+    assert re.search(r"WARNING .* Stopped after the data was published: stopped by SIGTERM\n", log)
     assert "INTERRUPTED" not in log
     [record] = (tmp_path / "pipeline-data" / "runs").glob("*.json")
     assert json.loads(record.read_text())["result"] == "succeeded"

@@ -309,7 +309,7 @@ def test_file_that_is_touched_copied_overwritten_or_gone(shop: Shop, caplog: pyt
     shop.land("transactions", "2", "T8,1,P1,1,8.00,2026-02-01 10:00:00,paypal,completed")
     record = shop.run()
     assert record.rows["bronze.transactions"] == 6
-    assert "Gone since they were read: transactions/1.csv, transactions/copy.csv" in caplog.text
+    assert "Files that were read before and are gone: transactions/1.csv, transactions/copy.csv" in caplog.text
     with pytest.raises(
         NotPublishedError, match=r"would lose the rows of .*: transactions/1\.csv, transactions/copy"
     ) as e:
@@ -383,11 +383,11 @@ def test_other_settings_rules_and_dates_compute_every_key(shop: Shop, caplog: py
     first_night(shop)
     caplog.set_level("INFO")
     assert shop.run(orphans="reject").kind == "full"
-    assert "Full refresh of all keys: other orphans" in caplog.text
+    assert "Full refresh of all keys: changed settings: orphans" in caplog.text
     assert shop.rows("SELECT transaction_id FROM transactions_clean ORDER BY 1") == [("T1",), ("T2",)]
     shop.run(days=1, orphans="reject")
     assert shop.run(orphans="reject").kind == "full"
-    assert "Full refresh of all keys: the as-of date was 2026-03-02" in caplog.text
+    assert "Full refresh of all keys: the as-of date has moved back from 2026-03-02" in caplog.text
     (shop.source / "transactions.sql").write_text("SELECT * FROM transactions -- as they are")
     assert shop.run(orphans="reject").kind == "full"
     assert "Full refresh of all keys: the models have changed" in caplog.text
@@ -423,7 +423,7 @@ def test_rules_in_incremental_runs(shop: Shop, caplog: pytest.LogCaptureFixture)
 
     rules.write_text("- {name: dear, violation: amount > 4, severity: warn}")
     assert shop.run(days=1).kind == "full"
-    assert "Full refresh of all keys: other rules" in caplog.text
+    assert "Full refresh of all keys: changed settings: rules" in caplog.text
     assert shop.rows(kept) == [("T1",), ("T2",), ("T3",), ("T4",), ("T5",), ("T6",)]
     rules.unlink()
     assert shop.run(days=1).rules == {}
@@ -433,7 +433,7 @@ def test_rules_in_incremental_runs(shop: Shop, caplog: pytest.LogCaptureFixture)
     assert shop.rows(kept) == [("T2",), ("T3",), ("T4",), ("T5",), ("T6",)]
     caplog.clear()
     assert shop.run(days=31).kind == "full"  # 2026-04-01: T2 is 40 days old
-    assert "Full refresh of all keys: other rules" in caplog.text
+    assert "Full refresh of all keys: changed settings: rules" in caplog.text
     assert ("T2",) in shop.rows(kept)
     shop.run(days=32)
     assert shop.rows(kept) == [("T3",), ("T4",), ("T5",), ("T6",)]
@@ -547,7 +547,7 @@ def test_tables_of_models_that_join_are_compared(shop: Shop, caplog: pytest.LogC
     assert again.rows["bronze.transactions"] == record.rows["bronze.transactions"], "it was renamed and copied"
     payments.unlink()
     shop.land("transactions", "3", "T10,1,P1,1,9.00,2026-02-01 10:00:00,,completed")
-    with pytest.raises(NotPublishedError, match=r"needs all files of payments, .* gone, .*: payments\.csv; put"):
+    with pytest.raises(NotPublishedError, match=r"needs all files of payments, .* gone: payments\.csv; put"):
         shop.run()
 
 
@@ -756,7 +756,7 @@ def test_the_only_file_of_orders_is_read_again_in_another_currency(shop: Shop) -
 def test_reload_does_not_lose_the_rows_of_a_file_that_has_become_bad(shop: Shop) -> None:
     first_night(shop)
     (shop.source / "transactions/1.csv").write_text("x\n1\n")
-    with pytest.raises(NotPublishedError, match=r"1\.csv cannot be read.*rows of it are published, and would be lost"):
+    with pytest.raises(NotPublishedError, match=r"1\.csv cannot be read.*its published rows would be lost otherwise"):
         shop.run(reload=True, on_bad_file="quarantine")
 
 
