@@ -1944,7 +1944,7 @@ class LandedFiles(Source):
             )
 
     def table_of(self, source: str) -> str:
-        """Returns the table that gets the malformed lines of a source: the one of its name, or the last that reads it."""
+        """Returns the table that gets the malformed lines of a source: the one of its name, or the last reader."""
         readers = [name for name, inputs in self.inputs.items() if source in inputs]
         return source if source in readers else readers[-1]
 
@@ -2149,7 +2149,7 @@ def rule_fields(path: str) -> list[dict[str, Any]]:
 
 
 def with_own_rule(table: Table, fields: Mapping[str, Any]) -> Table:
-    """Adds a rule to a bronze table, or changes a built-in one. Raises ValueError with the reason if that is impossible.
+    """Adds a rule to a bronze table, or changes a built-in one. Raises ValueError with the reason if it cannot.
 
     Rules that reject missing or malformed values cannot be weakened, since silver relies on them.
     """
@@ -2451,7 +2451,7 @@ class Batch(NamedTuple):
 def batch_of(config: DataPipelineConfig, table: str, since: date | None) -> Batch:
     """Returns the records of the first delivery, or of the days after `since`.
 
-    Each later day has as many records as an average day of the first delivery, rounded up. The ids depend on the day alone.
+    Each later day has as many records as an average day of the first delivery, rounded up. Ids depend on the day alone.
     """
     size: int = getattr(config, f"num_{table}")
     if since is None:
@@ -3125,7 +3125,7 @@ def state_of(config: DataPipelineConfig, source: Source) -> dict[str, Any]:
         "settings": {
             **{name: str(getattr(config, name)) for name in TABLE_SETTINGS},
             CONTROLS: repr(source.controls),
-            # The SQL may contain the as-of date. Then each new date is a refresh, since old orders may violate the rule.
+            # The SQL may contain the as-of date. Then each new date is a refresh: old orders may violate the rule.
             "rules": str([(name, rule.name, rule.severity, rule.is_violated(config)) for name, rule in own]),
         },
     }
@@ -3420,7 +3420,7 @@ def carry_months_over(run: Run, affected: Affected | None, rows: DataFrame) -> D
 
 
 def verify(run: Run, bronze: Mapping[str, Received]) -> None:
-    """With `verify_incremental`, computes a full refresh of the same bronze in a folder of the snapshot, and compares both.
+    """With `verify_incremental`, computes a full refresh of the same bronze within the snapshot, and compares both.
 
     Raises:
         NotPublishedError: the rows or the counts of a table differ.
@@ -5006,7 +5006,7 @@ class CsvText(io.RawIOBase):
     def __init__(self, text: TextIO, end: str) -> None:
         self.text = text
         self.end = end
-        # pyarrow drops one byte order mark at the start. This extra one protects a mark that belongs to the first value.
+        # pyarrow drops one byte order mark at the start. This one protects a mark that belongs to the first value.
         self.encoded = codecs.BOM_UTF8
         self.last = "\n"  # the last character of the text
 
@@ -5168,8 +5168,9 @@ NUMBER = secrets.token_hex(8)  # prefix that tells a JSON number from a string
 
 
 def parse_object(line: str, decimal: str = ".") -> dict[str, str | None]:
-    """Returns the values of a JSON object as text. Numbers keep their digits. Those outside of arrays and
-    objects get the given decimal separator.
+    """Returns the values of a JSON object as text.
+
+    Numbers keep their digits. Those outside of arrays and objects get the given decimal separator.
 
     Raises:
         ValueError: the line is not one JSON object with different keys.
@@ -5586,7 +5587,7 @@ def inspect_rules(rows: DataFrame, table: Table, config: DataPipelineConfig) -> 
 
 
 def proposed_model(name: str, records: Mapping[str, DataFrame]) -> Iterator[str]:
-    """Proposes a staging model, over the source of the table's name or over the one that has most of its required columns."""
+    """Proposes a staging model, over the source of the table's name or the one with most of its required columns."""
     table, required = TABLES[name], required_columns(TABLES[name])
     found = {source: matched_columns(name, rows.columns) for source, rows in records.items()}
     over = name if found.get(name) else max(found, key=lambda source: len({*required} & {*found[source]}), default="")
@@ -5689,19 +5690,22 @@ Answer: TypeAlias = list[dict[str, Any]]  # rows
 
 
 def answer_queries(run: Run, queries: Mapping[Key, str], *, written: bool = False) -> dict[Key, Answer]:
-    """Answers queries of finished tables by DuckDB if it can read them, or else by the engine.
+    """Answers queries of finished tables: by DuckDB if it can read the files, and otherwise by the engine.
 
-    With `written`, the tables only have the rows of the files that this run has written, not those of linked files.
+    With `written`, the queries see only the files that the run has written.
     """
-    if is_read_by_duckdb(run):
-        return answer_by_duckdb(run.snapshot, queries, written=written)
-    return run.parallel(lambda key: answer_by_engine(run, queries[key], written=written), queries)
+    here = {key: sql for key, sql in queries.items() if is_read_by_duckdb(run, sql)}
+    elsewhere = run.parallel(
+        lambda key: answer_by_engine(run, queries[key], written=written), queries.keys() - here.keys()
+    )
+    return {**(answer_by_duckdb(run.snapshot, here, written=written) if here else {}), **elsewhere}
 
 
-def is_read_by_duckdb(run: Run) -> bool:
-    """Returns whether the tables are on this machine and none of them has more than DUCKDB_ROWS rows."""
+def is_read_by_duckdb(run: Run, sql: str) -> bool:
+    """Returns whether the tables of a query are on this machine and have at most DUCKDB_ROWS rows each."""
     is_local = run.snapshot.folder is not None and not run.engine.shares_storage
-    return is_local and max(run.record.rows.values(), default=0) <= DUCKDB_ROWS
+    rows = (run.record.rows[f"{layer}.{name}"] for layer, name in TABLE_NAME.findall(sql))
+    return is_local and max(rows, default=0) <= DUCKDB_ROWS
 
 
 def columns_in_utc(layer: str, name: str, zoneless: str) -> list[str]:
@@ -5789,11 +5793,11 @@ def profile(run: Run, profiled: Sequence[Table]) -> None:
 
     DuckDB counts distinct values exactly. The engine estimates them to about 5 %, which takes little memory.
     """
-    is_exact = is_read_by_duckdb(run)
+    is_exact = {table.name: is_read_by_duckdb(run, f"{BRONZE}.{table.name}") for table in profiled}
 
     def query(table: str, column: str, kind: str) -> str:
         distinct = f"count(DISTINCT {column})"
-        if not is_exact:
+        if not is_exact[table]:
             # Cast to text, because Sail does not count the distinct values of a DOUBLE.
             distinct = f"approx_count_distinct({f'CAST({column} AS STRING)' if kind == 'double' else column})"
         figures = f"count(*) AS row_count, count({column}) AS filled, {distinct} AS different"
@@ -5803,7 +5807,8 @@ def profile(run: Run, profiled: Sequence[Table]) -> None:
     columns = {(table.name, name): kind for table in profiled for name, kind in table.columns()}
     with run.step("profile"):
         answers = answer_queries(run, {key: query(*key, kind) for key, kind in columns.items()}, written=True)
-    for (table, name), [found] in answers.items():
+    for table, name in columns:
+        [found] = answers[table, name]
         rows, filled, distinct, *bounds = found.values()
         minimum, maximum = (None if bound is None else str(bound) for bound in bounds)
         run.record.profile.setdefault(table, {})[name] = {
@@ -5811,7 +5816,7 @@ def profile(run: Run, profiled: Sequence[Table]) -> None:
             "nulls": rows - filled,
             "completeness": 100.0 * filled / rows if rows else 100.0,
             "distinct": distinct,
-            "distinct_is_exact": is_exact,
+            "distinct_is_exact": is_exact[table],
             "min": minimum,
             "max": maximum,
         }
@@ -6478,7 +6483,7 @@ def warn_of_anomalies(record: RunRecord, store: Store, factor: float) -> None:
 
 
 def compared_figures(record: RunRecord) -> dict[tuple[str, str, float], float]:
-    """Returns the rows and quarantine rates of a run, by table, format and tolerance. Bronze counts rows that arrived."""
+    """Returns the rows and quarantine rates of a run, by table, format and tolerance. Bronze has the arrivals."""
     rows, rate = "{:,.0f} rows", "{:.2%} of the rows quarantined"
     received = "{:,.0f} rows arrived" if record.arrived else rows
     # The arrivals of a full refresh on a base depend on when somebody starts it, so they are not compared.
@@ -6688,7 +6693,7 @@ def _flag(name: str) -> str:
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Reads the command line. Settings that are not given are None; the others are texts or lists of texts. Raises ConfigurationError."""
+    """Reads the command line. Settings that are not given are None, others are text. Raises ConfigurationError."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").partition("\n")[0],
         epilog="A flag overrides its environment variable, and that overrides the default.",

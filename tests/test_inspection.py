@@ -101,12 +101,14 @@ def test_examples_are_the_same(by_engine: Run, run: Run, monkeypatch: pytest.Mon
 
 
 def test_who_answers(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert data_pipeline.is_read_by_duckdb(run)
+    orders, customers = "SELECT 1 FROM bronze.transactions", "SELECT 1 FROM bronze.customers"
+    assert data_pipeline.is_read_by_duckdb(run, orders)
     with monkeypatch.context() as patch:
         patch.setattr(data_pipeline, "DUCKDB_ROWS", run.record.rows["bronze.transactions"] - 1)
-        assert not data_pipeline.is_read_by_duckdb(run)
+        assert not data_pipeline.is_read_by_duckdb(run, orders)
+        assert data_pipeline.is_read_by_duckdb(run, customers)
     monkeypatch.setattr(run.engine, "shares_storage", True)
-    assert not data_pipeline.is_read_by_duckdb(run), "a cluster"
+    assert not data_pipeline.is_read_by_duckdb(run, customers), "a cluster"
 
 
 def test_folder_with_quotes(run: Run, config: DataPipelineConfig, tmp_path: Any) -> None:
