@@ -1469,6 +1469,8 @@ def customers_enriched(
         # Adds the customers of returns, with nulls in all other columns, so that they get a row but no order.
         nulls = (F.lit(None).cast(kind).alias(name) for name, kind in orders.dtypes[1:])
         orders = orders.unionByName(transactions_returned.select("customer_id", *nulls))
+    # Few orders share a customer, so sums in each partition before the shuffle would only take memory.
+    orders = orders.repartition("customer_id")
     if has_order_ids:  # in two steps, because Sail takes ten times the memory for count(DISTINCT order_id)
         orders = _order_totals(orders, "CASE WHEN order_id IS NULL THEN sum(orders) ELSE 1 END", "order_id")
     totals = _order_totals(orders, "sum(orders)")
