@@ -169,7 +169,10 @@ def test_refused_run_leaves_release_and_data(vm: VM, first: Outcome) -> None:
     assert (vm.in_use, vm.published) == (in_use, published)
     assert outcome.record["result"] == "refused"
     assert "pipeline.log" in outcome.artifact
-    assert re.search(r"::error::transactions: \d+ of 1,000 rows are quarantined, 1.\d\d%25, and --max", outcome.output)
+    annotation = (
+        r"::error::GATE MISSED, .*transactions\.max_quarantine_rate \(\d+ of 1,000 rows are quarantined, 1.\d\d%25"
+    )
+    assert re.search(annotation, outcome.output)
     assert f"## ⛔ Pipeline run {outcome.record['run_id']}: refused" in outcome.output
 
 
