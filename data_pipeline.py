@@ -6492,7 +6492,7 @@ def compared_figures(record: RunRecord) -> dict[tuple[str, str, float], float]:
     # The arrivals of a full refresh on a base depend on when somebody starts it, so they are not compared.
     compared = {} if record.kind == "full" and record.arrived else record.delivered
     figures = {(f"{BRONZE}.{name}", received, 1.0): float(quality.received) for name, quality in compared.items()}
-    figures |= {(name, rate, 0.001): quality.quarantine_rate for name, quality in compared.items()}
+    figures |= {(name, rate, 0.001): quality.quarantine_rate for name, quality in compared.items() if quality.received}
     derived = {name: count for name, count in record.rows.items() if not name.startswith((BRONZE, QUARANTINE))}
     return figures | {(name, rows, 1.0): float(count) for name, count in derived.items()}
 

@@ -235,6 +235,20 @@ def test_anomalies(report: RunRecord) -> None:
     assert anomalies(report, [*usual, as_read(few)], factor=1.5) == []
 
 
+def test_arrivals_are_compared_with_nights_that_had_some(report: RunRecord) -> None:
+    def night(received: int) -> RunRecord:
+        arrived = {"transactions": dataclasses.replace(report.quality["transactions"], received=received)}
+        return dataclasses.replace(report, kind="incremental", arrived=arrived)
+
+    usual = [night(received) for received in (0, 900, 0, 0, 1_100, 0)]
+    assert anomalies(night(1_000), usual, factor=3.0) == []
+    assert anomalies(night(0), usual, factor=3.0) == []
+    [line] = [line for line in anomalies(night(100), usual, factor=3.0) if "arrived" in line]
+    assert line == "bronze.transactions: 100 rows arrived, against 1,000 rows arrived in the last 2 runs"
+    [line] = [line for line in anomalies(night(0), usual[1:2] * 3, factor=3.0) if "arrived" in line]
+    assert line == "bronze.transactions: 0 rows arrived, against 900 rows arrived in the last 3 runs"
+
+
 def test_report_that_fails_costs_no_alert(
     small: Callable[..., DataPipelineConfig],
     spark: SparkSession,

@@ -17,7 +17,7 @@ from typing import Any
 
 import duckdb
 import pytest
-from conftest import ENGINE, at_close
+from conftest import ENGINE, THOROUGH, at_close
 from pyspark.sql import SparkSession
 from test_alert import Receiver, receiver  # noqa: F401 - a fixture
 
@@ -69,6 +69,7 @@ def test_good_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@THOROUGH
 @pytest.mark.skipif(ENGINE != "spark", reason="settings of Spark")
 def test_timestamps_have_a_zone_whatever_spark_defaults_say(tmp_path: Path) -> None:
     """The schemas are read by that setting where threads of Python share those of Java, as they do here."""

@@ -787,18 +787,6 @@ def test_model_that_reads_a_source_without_files(shop: Shop) -> None:
 
 
 @THOROUGH
-def test_file_after_nights_without_files_is_no_anomaly(shop: Shop) -> None:
-    first_night(shop)
-    for night in range(4):
-        assert shop.run(days=1 + night).anomalies == []
-    orders = [f"T{20 + night},1,P1,1,9.00,2026-02-01 10:00:00,paypal,completed" for night in range(9)]
-    shop.land("transactions", "n", *orders)
-    assert not [line for line in shop.run(days=5).anomalies if "arrived" in line]
-    [line] = [line for line in shop.run(days=6).anomalies if "arrived" in line] or [""]
-    assert line == ""
-
-
-@THOROUGH
 def test_full_refresh_is_no_anomaly(shop: Shop) -> None:
     first_night(shop)
     for night in range(4):
