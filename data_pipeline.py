@@ -379,7 +379,8 @@ class DataPipelineConfig:
 
     def redacted(self) -> dict[str, Any]:
         """Returns the values by field, with *** in place of a secret."""
-        return dataclasses.asdict(self) | ({"alert_webhook": "***"} if self.alert_webhook else {})
+        secret = [option.name for option in dataclasses.fields(self) if "secret" in option.metadata]
+        return dataclasses.asdict(self) | {name: "***" for name in secret if getattr(self, name)}
 
     @property
     def root(self) -> str:
@@ -627,10 +628,9 @@ def check_gate(run: Run, source: Source, cleaned: Mapping[str, Separated]) -> No
                 record_gate_failure(run, table, "received", 0, "no rows were received")
             for rule in table.rules:
                 if rule.severity == ABORT and (rows := quality.violations[rule.name]):
+                    example = describe_violation(run, table, rule)
+                    message = f"{rows:,} rows violate the rule {rule.name}, which aborts a run{example}"
                     where = f"array_contains(_reasons, '{rule.name}')"
-                    [example, *_] = example_rows(run, table, where) or [{}]
-                    described = describe_example(table, rule, example)
-                    message = f"{rows:,} rows violate the rule {rule.name}, which aborts a run{described}"
                     record_gate_failure(run, table, rule.name, rows, message, where)
             check_quarantine_rate(run, table)
         check_currency(run, cleaned["transactions"])
@@ -666,9 +666,14 @@ def top_reasons(run: Run, table: Table, quality: Quality) -> list[str]:
     rules = [rule for rule in (*table.rules, *key_rules(table)) if rule.rejects(run.config) and violations[rule.name]]
     reasons = []
     for rule in sorted(rules, key=lambda rule: -violations[rule.name])[:3]:
-        [example, *_] = example_rows(run, table, f"array_contains(_reasons, '{rule.name}'){among}") or [{}]
-        reasons.append(f"{rule.name} {violations[rule.name]:,}{describe_example(table, rule, example)}")
+        reasons.append(f"{rule.name} {violations[rule.name]:,}{describe_violation(run, table, rule, among)}")
     return reasons
+
+
+def describe_violation(run: Run, table: Table, rule: Rule, among: str = "") -> str:
+    """Describes the first quarantined row that violates a rule, and what to do."""
+    [example, *_] = example_rows(run, table, f"array_contains(_reasons, '{rule.name}'){among}") or [{}]
+    return describe_example(table, rule, example)
 
 
 def describe_example(table: Table, rule: Rule, row: Mapping[str, Any]) -> str:
@@ -1314,8 +1319,8 @@ def sort_order(by: str) -> Column:
 def products_active(products: DataFrame) -> DataFrame:
     """One row per product on sale: its `is_active` is true or unknown, and its stock is positive or unknown.
 
-    `inventory_value` is price × stock. An unknown name or category is `Unknown`, an unknown `is_active` is
-    true; other unknown values are null.
+    `inventory_value` is price × stock. An unknown name or category is `Unknown`, an unknown `is_active` is true; other
+    unknown values are null.
     """
     return (
         products.where(ON_SALE)
@@ -1384,14 +1389,8 @@ def transactions_returned(transactions: DataFrame, products: DataFrame) -> DataF
     return with_category_and_date(transactions.where(RETURNED), products)
 
 
-TRACKED = (
-    "first_name",
-    "last_name",
-    "email",
-    "age",
-    "city",
-    "signup_date",
-)  # a change in one of them starts a new version
+# A change in one of these columns starts a new version.
+TRACKED = ("first_name", "last_name", "email", "age", "city", "signup_date")
 BEGAN = "coalesce(_changed_at, CAST(signup_date AS TIMESTAMP), _ingested_at)"
 
 
@@ -1870,9 +1869,8 @@ class LandedFiles(Source):
             # A source may have no files if the model declares its columns (they are null) and another source has files.
             is_optional = model and landed & {*inputs} and model.columns.keys() >= {*missing}
             if missing and not is_optional:
-                needed = min(
-                    missing, key=lambda source: source in self.declared
-                )  # a source without declared columns, if there is one
+                # A source without declared columns, if there is one.
+                needed = min(missing, key=lambda source: source in self.declared)
                 patterns = model.patterns.get(needed) if model else None
                 files = " or ".join(patterns or (f"{needed}.csv", f"a folder {needed}"))
                 advice = f"land {files}, or write a model {name}.sql"
